@@ -1,0 +1,39 @@
+# `make demo` and `make test` do all their own set-up; both can be run again at any time.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO := build/demo
+
+.PHONY: demo test lint types tests bench clean
+
+demo: $(STAMP)
+	@mkdir -p build
+	$(BIN)/doge-onnx export examples/doge-tiny $(DEMO) --force
+	$(BIN)/doge-onnx generate $(DEMO) "It was a dark and stormy night" \
+		--max-new-tokens 80 --temperature 0.8 --top-p 0.95 --seed 7 --stats
+
+test: lint types tests
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+tests: $(STAMP)
+	$(BIN)/pytest
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/speed.py
+
+# torch is pinned in constraints.txt: an unpinned one may bring gigabytes of CUDA packages.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf build $(VENV)

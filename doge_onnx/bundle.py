@@ -1,0 +1,330 @@
+"""The bundle: the directory that `export` writes and everything else reads.
+
+Knows the manifest (`doge_onnx.json`), which files belong to a bundle and how the
+directory is written so that no half of one is ever seen. Does not know what is inside
+the graph; imports nothing but the standard library, so that both halves of the package
+share it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from doge_onnx.errors import BundleError
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "doge_onnx.json"
+GRAPH_NAME = "model.onnx"
+# The Hub's tools recognise external data by this name only.
+WEIGHTS_NAME = "model.onnx_data"
+
+
+@dataclass(frozen=True)
+class StateLayout:
+    """What a step carries over: one key and one value tensor per layer.
+
+    Attributes:
+        kind: "growing": one row per token seen, `[batch, num_heads, tokens, row_size]`.
+        num_layers: Number of key/value pairs.
+        num_heads: Heads of each tensor.
+        row_size: Channels of one row: head_dim, the gate channels, and zeros up to a
+            multiple that the attention kernel takes.
+        head_dim: Channels of a row that hold the key or value itself; the gate follows.
+        dtype: NumPy name of the element type.
+        keep_window_size: Number of keys, those with the largest gates, that one query
+            attends to.
+        in_place: Whether past and present may be one buffer with spare rows, which the
+            graph then extends without copying it.
+    """
+
+    kind: str
+    num_layers: int
+    num_heads: int
+    row_size: int
+    head_dim: int
+    dtype: str
+    keep_window_size: int
+    in_place: bool
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of `doge_onnx.json`.
+
+    Attributes:
+        target: "ort" (ONNX Runtime's fused operators) or "portable" (standard ones only).
+        precision: Of the weights, for example "fp32".
+        context_length: Most tokens that one sequence may have, prompt included.
+        vocab_size: Token ids are in `range(vocab_size)`.
+        parameters: Number of weights of the checkpoint, tied ones counted once.
+        state: Shape and element type of the recurrent state.
+        source: Where the checkpoint came from: "model" and "revision".
+        versions: Versions of this package and of the libraries that made the bundle.
+        parity: Figures of the comparison with the reference, or None if none was made.
+        files: Size and SHA-256 of every file of the bundle but the manifest itself.
+        format_version: Version of this format.
+    """
+
+    target: str
+    precision: str
+    context_length: int
+    vocab_size: int
+    parameters: int
+    state: StateLayout
+    source: dict[str, str | None]
+    versions: dict[str, str]
+    parity: dict[str, Any] | None = None
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def to_json(self) -> str:
+        """The manifest as it stands in the file."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, origin: Path) -> Manifest:
+        """Parse a manifest; `origin` is the file that error messages name.
+
+        Raises:
+            BundleError: It is not JSON, its format is newer than this version reads, or
+                a field is missing or of the wrong type.
+        """
+        try:
+            raw = json.loads(text)
+        except ValueError as error:
+            raise BundleError(f"{origin} is not valid JSON ({error}); export again") from None
+        if not isinstance(raw, dict):
+            raise BundleError(f"{origin} does not hold a JSON object; export again")
+        version = raw.get("format_version")
+        if not isinstance(version, int):
+            raise BundleError(f"{origin} has no format_version; it is not a bundle's manifest")
+        if version > FORMAT_VERSION:
+            raise BundleError(
+                f"{origin} has format version {version}, newer than the {FORMAT_VERSION} that "
+                "this doge-onnx reads; upgrade doge-onnx"
+            )
+        values = _typed_fields(cls, raw, origin)
+        values["state"] = StateLayout(**_typed_fields(StateLayout, values["state"], origin))
+        return cls(**values)
+
+
+# Annotations are strings here (`from __future__ import annotations`), and these are all of them.
+_FIELD_TYPES: dict[str, type | tuple[type, ...]] = {
+    "str": str,
+    "int": int,
+    "bool": bool,
+    "StateLayout": dict,
+    "dict[str, str]": dict,
+    "dict[str, str | None]": dict,
+    "dict[str, dict[str, Any]]": dict,
+    "dict[str, Any] | None": (dict, type(None)),
+}
+
+
+def _typed_fields(cls: type, raw: Mapping[str, Any], origin: Path) -> dict[str, Any]:
+    """The values of a dataclass's fields out of parsed JSON, each checked for its type."""
+    values = {}
+    for entry in fields(cls):
+        if entry.name not in raw:
+            raise BundleError(f"{origin} lacks the field {entry.name!r}; export again")
+        value = raw[entry.name]
+        expected = _FIELD_TYPES[str(entry.type)]
+        if not isinstance(value, expected) or (isinstance(value, bool) and expected is int):
+            raise BundleError(f"{origin}: field {entry.name!r} cannot be {value!r}; export again")
+        values[entry.name] = value
+    return values
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle on disk whose manifest was read and whose files were all checked."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: str | Path) -> Bundle:
+        """Open a bundle and check every file against its checksum.
+
+        Raises:
+            BundleError: There is no bundle, or it is incomplete, altered or too new.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise BundleError(f"{path} is not a directory; make a bundle with `doge-onnx export`")
+        manifest = read_manifest(path)
+        if GRAPH_NAME not in manifest.files:
+            raise BundleError(f"{path / MANIFEST_NAME} lists no {GRAPH_NAME}; export again")
+        for name, entry in manifest.files.items():
+            _check_file(path, name, entry)
+        return cls(path, manifest)
+
+    def file(self, name: str) -> Path | None:
+        """Path of one of the bundle's files, or None if the bundle has no such file."""
+        return self.path / name if name in self.manifest.files else None
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """One of the bundle's JSON files, or an empty dict if the bundle has no such file.
+
+        Raises:
+            BundleError: The file does not hold a JSON object.
+        """
+        path = self.file(name)
+        if path is None:
+            return {}
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise BundleError(f"{path} is not valid JSON ({error})") from None
+        if not isinstance(value, dict):
+            raise BundleError(f"{path} does not hold a JSON object")
+        return value
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read the manifest of the bundle at `path` without looking at its other files.
+
+    Raises:
+        BundleError: There is no readable manifest, or it is not valid.
+    """
+    origin = path / MANIFEST_NAME
+    try:
+        text = origin.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise BundleError(
+            f"{path} is not a bundle: it has no {MANIFEST_NAME}; make one with `doge-onnx export`"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BundleError(f"cannot read {origin}: {error}") from None
+    return Manifest.from_json(text, origin)
+
+
+def write_parity(path: Path, parity: dict[str, Any]) -> None:
+    """Put the figures of a comparison into the manifest of the bundle at `path`."""
+    manifest = replace(read_manifest(path), parity=parity)
+    with _disk_errors(path):
+        scratch = path / f".{MANIFEST_NAME}.tmp"
+        scratch.write_text(manifest.to_json(), encoding="utf-8")
+        scratch.replace(path / MANIFEST_NAME)
+
+
+def check_destination(out: Path, force: bool) -> None:
+    """Refuse a destination that must not be written, before any work is done.
+
+    Raises:
+        BundleError: `out` exists and `force` is not set, or it is not something that a
+            bundle may replace, or its parent is not a directory.
+    """
+    if not out.parent.is_dir():
+        raise BundleError(f"{out.parent} is not a directory; create it first")
+    if not (out.exists() or out.is_symlink()):
+        return
+    if not force:
+        raise BundleError(f"{out} exists; choose another place, or replace it with --force")
+    if out.is_symlink() or not out.is_dir():
+        raise BundleError(f"{out} is not a directory; --force replaces bundles only")
+    # --force must not be a way to lose a directory that happens to have this name.
+    if any(out.iterdir()) and not (out / MANIFEST_NAME).is_file():
+        raise BundleError(f"{out} holds no bundle; --force replaces bundles only")
+
+
+@contextlib.contextmanager
+def writing(out: Path, force: bool = False) -> Iterator[Path]:
+    """Yield a scratch directory beside `out` that becomes `out` if the block succeeds.
+
+    Whatever ends the block early, an error or Ctrl-C, leaves `out` as it was and no
+    scratch directory behind. The block writes the manifest last, with `seal`.
+
+    Raises:
+        BundleError: See `check_destination`; or the disk is full or not writable.
+    """
+    check_destination(out, force)
+    with _disk_errors(out):
+        scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
+        try:
+            yield scratch
+            scratch.chmod(0o755)
+            _replace_directory(scratch, out)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def seal(directory: Path, manifest: Manifest) -> Manifest:
+    """Write the manifest of a finished directory, with the checksum of each of its files."""
+    files = {
+        path.name: {"size": path.stat().st_size, "sha256": sha256(path)}
+        for path in sorted(directory.iterdir())
+        if path.name != MANIFEST_NAME
+    }
+    manifest = replace(manifest, files=files)
+    (directory / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+    return manifest
+
+
+def check_free_space(directory: Path, needed: int) -> None:
+    """Raise BundleError if the disk of `directory` has less than `needed` bytes free."""
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise BundleError(
+            f"no room in {directory}: about {needed / 1e6:.0f} MB are needed, "
+            f"{free / 1e6:.0f} MB are free"
+        )
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _check_file(directory: Path, name: str, entry: Any) -> None:
+    # A name with a separator, or "..", would let a manifest point outside its bundle.
+    if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+        raise BundleError(f"{directory / MANIFEST_NAME} names {name!r}, which is not a file name")
+    path = directory / name
+    try:
+        size = path.stat().st_size
+        if not isinstance(entry, dict) or size != entry.get("size"):
+            raise BundleError(f"{path} does not have the size that its manifest says; export again")
+        if sha256(path) != entry.get("sha256"):
+            raise BundleError(f"{path} differs from the checksum in its manifest; export again")
+    except FileNotFoundError:
+        raise BundleError(f"the bundle {directory} lacks {name}; export again") from None
+    except OSError as error:
+        raise BundleError(f"cannot read {path}: {error}") from None
+
+
+def _replace_directory(scratch: Path, out: Path) -> None:
+    """Rename `scratch` to `out`; what stood there goes only once the new one is in place."""
+    if not out.exists():
+        scratch.rename(out)
+        return
+    retired = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
+    out.rename(retired / out.name)
+    try:
+        scratch.rename(out)
+    except BaseException:
+        (retired / out.name).rename(out)
+        raise
+    finally:
+        shutil.rmtree(retired, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _disk_errors(out: Path) -> Iterator[None]:
+    """Turn what the file system refuses into a BundleError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise BundleError(f"no room left on the disk while writing {out}") from None
+        raise BundleError(f"cannot write {out}: {error}") from None

@@ -1,0 +1,344 @@
+"""Find a checkpoint, on disk or on the Hub, and read its tensors under canonical names.
+
+Knows both generations of checkpoints (transformers-native and the older remote-code
+layout) and decides between them by the tensors that are there, never by a version
+string. Only safetensors are read: nothing of a checkpoint is executed or unpickled.
+Does not know what the tensors are used for.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from doge_onnx.config import CONFIG_NAME, DogeConfig
+from doge_onnx.errors import CheckpointError
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+# What a bundle takes over from its checkpoint, unchanged.
+SIDE_FILES = (
+    CONFIG_NAME,
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+
+_DTYPES = ("BF16", "F16", "F32")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+# The remote-code layout's names, as (pattern, canonical name).
+_OLDER_NAMES = (
+    (r"^word_embed\.", "embed_tokens."),
+    (r"^final_layernorm\.", "norm."),
+    (r"\.pre_layernorm\.", ".input_layernorm."),
+    (r"\.post_layernorm\.", ".post_attention_layernorm."),
+    (r"\.pre_residual\.weight$", ".input_residual"),
+    (r"\.post_residual\.weight$", ".post_attention_residual"),
+    (r"\.feed_forward\.", ".mlp."),
+)
+# Tensors without a meaning here: a buffer that some checkpoints saved, and a router bias
+# that the training code's own conversion to the native layout drops too.
+_IGNORED_NAMES = re.compile(r"rotary_emb\.|\.mlp\.router_gate\.bias$")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a checkpoint is, and what to call it.
+
+    Attributes:
+        directory: The files.
+        model: The Hub id, or the directory's own name.
+        revision: The Hub's commit, or None for a local directory.
+    """
+
+    directory: Path
+    model: str
+    revision: str | None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint's config and tensors.
+
+    Attributes:
+        config: The validated config.
+        tensors: float32, by canonical name: that of the transformers-native layout without
+            the leading "model.". No "lm_head.weight" where it is tied to the embedding.
+        gate_heads: To how many heads the gates belong: all key/value heads, or, in older
+            checkpoints, all query heads.
+        qk_norm: Whether queries and keys are normalised; older checkpoints do not.
+    """
+
+    config: DogeConfig
+    tensors: dict[str, Tensor]
+    gate_heads: int
+    qk_norm: bool
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights."""
+        return sum(tensor.numel() for tensor in self.tensors.values())
+
+
+def find(model: str | Path, revision: str | None = None) -> Source:
+    """Find a checkpoint: a local directory, or else a model of the Hub, fetched if need be.
+
+    Of the Hub's files only the config, the tokenizer and safetensors are fetched, into the
+    Hub's own cache.
+
+    Raises:
+        CheckpointError: There is no such directory or model, or the Hub cannot be reached
+            or refuses.
+    """
+    path = Path(model)
+    if path.is_dir():
+        if revision is not None:
+            raise CheckpointError(f"{path} is a directory: --revision is for models of the Hub")
+        return Source(path, path.resolve().name, None)
+    if not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", str(model)) or path.exists():
+        raise CheckpointError(f"{model} is neither a directory nor the id of a model on the Hub")
+    with _hub_errors(str(model), revision):
+        snapshot = snapshot_download(
+            str(model),
+            revision=revision,
+            allow_patterns=[*SIDE_FILES, "*.safetensors", INDEX_NAME],
+            # Intermediate training states sit in subdirectories, with weights of their own.
+            ignore_patterns=["*/*"],
+        )
+    return Source(Path(snapshot), str(model), Path(snapshot).name)
+
+
+@contextmanager
+def _hub_errors(model: str, revision: str | None) -> Iterator[None]:
+    """Turn what the network or the Hub refuses into one-line errors."""
+    at = f" at revision {revision}" if revision else ""
+    try:
+        yield
+    except GatedRepoError:
+        raise CheckpointError(
+            f"{model} is gated: accept its terms on the Hub, then log in with `hf auth login`"
+        ) from None
+    except RepositoryNotFoundError:
+        raise CheckpointError(
+            f"{model} is neither a directory here nor a model on the Hub (a private one needs "
+            "`hf auth login`)"
+        ) from None
+    except RevisionNotFoundError:
+        raise CheckpointError(f"{model} has no revision {revision} on the Hub") from None
+    except LocalEntryNotFoundError:
+        raise CheckpointError(
+            f"{model}{at} is neither a directory here nor in the Hub's cache, and the Hub at "
+            f"{constants.ENDPOINT} cannot be reached; check the connection or name a directory"
+        ) from None
+    except HFValidationError as error:
+        raise CheckpointError(f"{model} cannot be the id of a model: {error}") from None
+    except HfHubHTTPError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"the Hub refused {model}{at}: {reason}") from None
+    # The Hub's client raises its HTTP library's errors as they are, and those are not OSErrors.
+    except Exception as error:
+        raise CheckpointError(
+            f"cannot fetch {model}{at} from the Hub: {type(error).__name__}: {error}"
+        ) from None
+
+
+def read(directory: Path, progress: Callable[[str], None] = lambda _: None) -> Checkpoint:
+    """Read a checkpoint's config and all its tensors, checked for name, shape and content.
+
+    Raises:
+        ConfigError: The config makes no sense, or is not a Doge model's.
+        CheckpointError: There are no safetensors, or a file is missing, truncated or
+            corrupted, or a tensor is missing, unknown, of the wrong shape or not finite.
+    """
+    config = DogeConfig.from_file(directory / CONFIG_NAME)
+    headers = {}
+    for path in _weight_files(directory):
+        headers.update(_read_header(path))
+    _refuse_retrieval_moe(headers)
+    entries = {}
+    for name, header in headers.items():
+        canonical = canonical_name(name)
+        if canonical is None or (config.tie_word_embeddings and canonical == "lm_head.weight"):
+            continue
+        if canonical in entries:
+            raise CheckpointError(
+                f"{header.path}: tensors {entries[canonical].name} and {name} are the same weight"
+            )
+        entries[canonical] = header
+
+    qk_norm = any(name.endswith(".self_attn.q_norm.weight") for name in entries)
+    gates = entries.get("layers.0.self_attn.A")
+    gate_heads = config.num_key_value_heads
+    if gates is not None and gates.shape == (config.num_attention_heads,):
+        gate_heads = config.num_attention_heads
+    _check_shapes(entries, expected_shapes(config, gate_heads, qk_norm), directory)
+
+    tensors = {}
+    by_file: dict[Path, list[str]] = {}
+    for canonical, header in entries.items():
+        by_file.setdefault(header.path, []).append(canonical)
+    for path, names in by_file.items():
+        progress(f"reading {path.name}")
+        tensors.update(_read_tensors(path, {name: entries[name].name for name in names}))
+    return Checkpoint(config, tensors, gate_heads, qk_norm)
+
+
+def canonical_name(name: str) -> str | None:
+    """The transformers-native name of a tensor without "model.", or None if it is not needed."""
+    name = name.removeprefix("model.")
+    for pattern, replacement in _OLDER_NAMES:
+        name = re.sub(pattern, replacement, name)
+    return None if _IGNORED_NAMES.search(name) else name
+
+
+def expected_shapes(config: DogeConfig, gate_heads: int, qk_norm: bool) -> dict[str, list[int]]:
+    """The shape of every tensor of a checkpoint, by canonical name."""
+    hidden, middle, dim = config.hidden_size, config.intermediate_size, config.head_dim
+    queries, keys = config.num_attention_heads * dim, config.num_key_value_heads * dim
+    shapes = {"embed_tokens.weight": [config.vocab_size, hidden], "norm.weight": [hidden]}
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = [config.vocab_size, hidden]
+    linears = [
+        ("self_attn.q_proj", queries, hidden, config.attention_bias),
+        ("self_attn.k_proj", keys, hidden, config.attention_bias),
+        ("self_attn.v_proj", keys, hidden, config.attention_bias),
+        ("self_attn.dt_proj", gate_heads, keys, config.attention_bias),
+        ("self_attn.o_proj", hidden, queries, config.attention_bias),
+        ("mlp.gate_proj", middle, hidden, config.mlp_bias),
+        ("mlp.up_proj", middle, hidden, config.mlp_bias),
+        ("mlp.down_proj", hidden, middle, config.mlp_bias),
+    ]
+    for layer in range(config.num_hidden_layers):
+        prefix = f"layers.{layer}."
+        for norm in ("input_layernorm.weight", "post_attention_layernorm.weight"):
+            shapes[prefix + norm] = [hidden]
+        for residual in ("input_residual", "post_attention_residual"):
+            shapes[prefix + residual] = [hidden]
+        for name, outputs, inputs, bias in linears:
+            shapes[f"{prefix}{name}.weight"] = [outputs, inputs]
+            if bias:
+                shapes[f"{prefix}{name}.bias"] = [outputs]
+        shapes[prefix + "self_attn.A"] = [gate_heads]
+        if qk_norm:
+            shapes[prefix + "self_attn.q_norm.weight"] = [dim]
+            shapes[prefix + "self_attn.k_norm.weight"] = [dim]
+    return shapes
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What a safetensors file says of one of its tensors."""
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    if (directory / WEIGHTS_NAME).exists():
+        return [directory / WEIGHTS_NAME]
+    index = directory / INDEX_NAME
+    if not index.exists():
+        if any(found for pattern in _PICKLES for found in directory.glob(pattern)):
+            raise CheckpointError(
+                f"{directory} has pickled weights only, which can run code when they are read; "
+                "convert them to safetensors first"
+            )
+        raise CheckpointError(f"{directory} has neither {WEIGHTS_NAME} nor {INDEX_NAME}")
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{index} is not a valid index of safetensors files") from None
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
+            raise CheckpointError(f"{index} names {name!r}, which is not a safetensors file name")
+    missing = sorted(name for name in names if not (directory / name).is_file())
+    if missing:
+        raise CheckpointError(f"{directory} lacks {missing[0]}, which {index.name} names")
+    return [directory / name for name in sorted(names)]
+
+
+@contextmanager
+def _open_safetensors(path: Path) -> Iterator[safe_open]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is truncated or corrupted: {error}") from None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from None
+
+
+def _read_header(path: Path) -> dict[str, _Header]:
+    headers = {}
+    with _open_safetensors(path) as file:
+        for name in file.keys():  # noqa: SIM118 - not a mapping, it only looks like one
+            entry = file.get_slice(name)
+            if entry.get_dtype() not in _DTYPES:
+                raise CheckpointError(
+                    f"{path}: tensor {name} has element type {entry.get_dtype()}; supported are "
+                    f"{', '.join(_DTYPES)}"
+                )
+            headers[name] = _Header(path, name, tuple(entry.get_shape()))
+    return headers
+
+
+def _refuse_retrieval_moe(headers: dict[str, _Header]) -> None:
+    for name, header in headers.items():
+        if re.search(r"\.feed_forward\.(queries|keys)(\.|$)", name):
+            raise CheckpointError(
+                f"{header.path}: tensor {name} is of the first retrieval-style mixture of experts, "
+                "which is not supported; later ones route with router_gate"
+            )
+
+
+def _check_shapes(
+    entries: dict[str, _Header], expected: dict[str, list[int]], directory: Path
+) -> None:
+    for name, shape in expected.items():
+        if name not in entries:
+            raise CheckpointError(f"{directory} lacks the tensor {name} of shape {shape}")
+        header = entries[name]
+        if list(header.shape) != shape:
+            raise CheckpointError(
+                f"{header.path}: tensor {header.name} has shape {list(header.shape)}, but the "
+                f"config asks for {shape}"
+            )
+    unknown = [entry for name, entry in entries.items() if name not in expected]
+    if unknown:
+        raise CheckpointError(
+            f"{unknown[0].path}: tensor {unknown[0].name} has no place in the model that "
+            f"{CONFIG_NAME} describes"
+        )
+
+
+def _read_tensors(path: Path, names: dict[str, str]) -> dict[str, Tensor]:
+    """Read the tensors of one file as float32; `names` maps canonical names to the file's."""
+    tensors = {}
+    with _open_safetensors(path) as file:
+        for canonical, name in names.items():
+            tensor = file.get_tensor(name).to(torch.float32)
+            if not torch.isfinite(tensor).all():
+                raise CheckpointError(f"{path}: tensor {name} holds values that are not finite")
+            tensors[canonical] = tensor
+    return tensors

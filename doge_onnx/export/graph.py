@@ -1,0 +1,138 @@
+"""Trace the step and bring the graph into the form that bundles promise.
+
+Knows names, axes and what must not be left in a graph; not what the model computes
+(`step`), nor which operators there are (`lowering`), nor where files go (`exporter`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch.export import Dim
+
+from doge_onnx.export.lowering import MICROSOFT, Target
+from doge_onnx.export.step import RecurrentStep
+
+# ONNX Runtime and most other engines read this version of the file format.
+IR_VERSION = 10
+TOTAL_LENGTH = "total_sequence_length"
+# Any lengths will do: all three axes stay dynamic.
+_BATCH, _LENGTH, _PAST = 2, 3, 5
+
+
+def trace(step: RecurrentStep, num_heads: int, row_size: int, target: Target) -> ir.Model:
+    """Turn a step into an ONNX model whose batch, sequence and past lengths are dynamic.
+
+    Args:
+        step: Built from the target's operators.
+        num_heads: Heads of each tensor of the state.
+        row_size: Channels of each row of the state.
+        target: What the graph is for.
+
+    Returns:
+        A model with inputs `input_ids`, `attention_mask` and `past_key_values.{i}.key|value`,
+        and outputs `logits` and `present.{i}.key|value`. `logits_to_keep`, where the target
+        has it, is an initializer that a caller may override.
+    """
+    layers = range(len(step.layers))
+    pairs = [(i, part) for i in layers for part in ("key", "value")]
+    batch, past = Dim("batch_size"), Dim("past_sequence_length")
+    length, total = Dim("sequence_length"), Dim(TOTAL_LENGTH)
+    state_axes = {0: batch, 2: past}
+    args: list[object] = [
+        torch.zeros(_BATCH, _LENGTH, dtype=torch.int64),
+        torch.ones(_BATCH, _PAST + _LENGTH, dtype=torch.int64),
+        [tuple(torch.zeros(_BATCH, num_heads, _PAST, row_size) for _ in range(2)) for _ in layers],
+    ]
+    axes: list[object] = [
+        {0: batch, 1: length},
+        {0: batch, 1: total},
+        [(state_axes, state_axes) for _ in layers],
+    ]
+    names = ["input_ids", "attention_mask", *(f"past_key_values.{i}.{part}" for i, part in pairs)]
+    if target.logits_to_keep:
+        args.append(torch.zeros(1, dtype=torch.int64))
+        axes.append({})
+        names.append("logits_to_keep")
+    with _quiet():
+        program = torch.onnx.export(
+            step.eval(),
+            tuple(args),
+            dynamo=True,
+            opset_version=target.opset,
+            dynamic_shapes=tuple(axes),
+            custom_translation_table=target.lowerings,
+            input_names=names,
+            output_names=["logits", *(f"present.{i}.{part}" for i, part in pairs)],
+        )
+    assert program is not None
+    model = program.model
+    for output in model.graph.outputs[1:]:
+        _rename_axis(output, 2, TOTAL_LENGTH)
+    if target.logits_to_keep:
+        _make_default(model, "logits_to_keep", np.zeros(1, np.int64))
+    _drop_training_statistics(model)
+    _drop_traces(model)
+    model.ir_version = IR_VERSION
+    return model
+
+
+def _rename_axis(value: ir.Value, axis: int, name: str) -> None:
+    assert value.shape is not None
+    dims = list(value.shape)
+    dims[axis] = ir.SymbolicDim(name)
+    value.shape = ir.Shape(dims)
+
+
+def _make_default(model: ir.Model, name: str, default: np.ndarray) -> None:
+    """Give an input a value for callers that do not feed it.
+
+    Such an input is an initializer with the input's name; ONNX Runtime does not list it among
+    the inputs, so software that knows nothing of it runs the graph all the same.
+    """
+    value = next(value for value in model.graph.inputs if value.name == name)
+    value.const_value = ir.tensor(default, name=name)
+    model.graph.register_initializer(value)
+
+
+def _drop_training_statistics(model: ir.Model) -> None:
+    """Leave out the mean and variance that skip norms could return: nothing reads them."""
+    for node in model.graph:
+        if node.domain == MICROSOFT:
+            for output in node.outputs:
+                if not output.uses() and not output.is_graph_output():
+                    output.name = ""
+
+
+def _drop_traces(model: ir.Model) -> None:
+    """Remove what the tracer noted: it repeats source code and paths of this machine."""
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.metadata_props.clear()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the tracer's progress and remarks, meant for its developers, off the terminal."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

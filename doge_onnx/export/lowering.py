@@ -1,0 +1,191 @@
+"""How the operators of the step become ONNX: the targets an export can be for.
+
+"ort" turns each of `operators.FUSED` into ONNX Runtime's fused kernel; "portable" traces
+the plain bodies into standard operators of an older opset, for other engines. Knows the
+operators' schemas and attributes; the model itself is `step`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import onnx
+import torch
+from onnxscript import opset18 as op18
+from onnxscript import opset23 as op
+from onnxscript.values import Op, Opset
+
+from doge_onnx.errors import DogeOnnxError
+from doge_onnx.export.operators import FUSED, STANDARD, Operators
+
+MICROSOFT = "com.microsoft"
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a graph is made for.
+
+    Attributes:
+        operators: What the step is built from.
+        opset: Version of the standard operators.
+        lowerings: ONNX functions of the custom operators, as `torch.onnx.export` takes them.
+        in_place: Whether past and present may share a buffer.
+        logits_to_keep: Whether the graph can be asked for the last logits only.
+    """
+
+    operators: Operators
+    opset: int
+    lowerings: dict[Callable[..., Any], Callable[..., Any]]
+    in_place: bool
+    logits_to_keep: bool
+
+
+def target(name: str) -> Target:
+    """The target of that name.
+
+    Raises:
+        DogeOnnxError: There is none.
+    """
+    if name not in TARGETS:
+        raise DogeOnnxError(f"target {name!r} is not known; choose from {', '.join(TARGETS)}")
+    return TARGETS[name]
+
+
+def _contrib(name: str, inputs: int, outputs: int, **attributes: onnx.defs.OpSchema.AttrType) -> Op:
+    """An operator of ONNX Runtime, which onnxscript does not know by name.
+
+    The schema only has to say how many inputs and outputs there are, and the attributes'
+    types; what they mean is in ONNX Runtime's own documentation of its contrib operators.
+    """
+    parameter = onnx.defs.OpSchema.FormalParameter
+    optional = onnx.defs.OpSchema.FormalParameterOption.Optional
+    # A type variable for each: shared ones would make onnxscript cast inputs to one type.
+    types = [f"T{index}" for index in range(inputs + outputs)]
+    every_type = ["tensor(float)", "tensor(int32)", "tensor(int64)"]
+    schema = onnx.defs.OpSchema(
+        name,
+        MICROSOFT,
+        1,
+        inputs=[parameter(f"input{t}", t, param_option=optional) for t in types[:inputs]],
+        outputs=[parameter(f"output{t}", t) for t in types[inputs:]],
+        type_constraints=[(t, every_type, "") for t in types],
+        attributes=[
+            onnx.defs.OpSchema.Attribute(attribute, kind, required=False)
+            for attribute, kind in attributes.items()
+        ],
+    )
+    return Op(Opset(MICROSOFT, 1), name, schema)
+
+
+_INT = onnx.defs.OpSchema.AttrType.INT
+_FLOAT = onnx.defs.OpSchema.AttrType.FLOAT
+
+_skip_norm = _contrib("SkipSimplifiedLayerNormalization", 3, 4, epsilon=_FLOAT)
+_rotary = _contrib("RotaryEmbedding", 4, 1, num_heads=_INT, rotary_embedding_dim=_INT)
+_group_query_attention = _contrib(
+    "GroupQueryAttention", 7, 3, num_heads=_INT, kv_num_heads=_INT, scale=_FLOAT
+)
+_fused_matmul = _contrib("FusedMatMul", 2, 1, transB=_INT)
+
+
+def _lower_rms_norm(x: Any, weight: Any, eps: float) -> Any:
+    return op.RMSNormalization(x, weight, axis=-1, epsilon=eps)
+
+
+def _lower_skip_rms_norm(x: Any, skip: Any, weight: Any, eps: float) -> Any:
+    # The second and third output are statistics for training.
+    normed, _, _, total = _skip_norm(x, skip, weight, epsilon=eps)
+    return normed, total
+
+
+def _lower_rotary_embedding(x: Any, positions: Any, cos: Any, sin: Any, num_heads: int) -> Any:
+    return _rotary(
+        x, positions, cos, sin, num_heads=num_heads, rotary_embedding_dim=2 * cos.shape[-1]
+    )
+
+
+def _lower_causal_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    past_key: Any,
+    past_value: Any,
+    lengths: Any,
+    total_length: Any,
+    num_heads: int,
+    num_kv_heads: int,
+) -> Any:
+    return _group_query_attention(
+        query,
+        key,
+        value,
+        past_key,
+        past_value,
+        lengths,
+        total_length,
+        num_heads=num_heads,
+        kv_num_heads=num_kv_heads,
+        # The step has scaled the queries already; the default would scale them again.
+        scale=1.0,
+    )
+
+
+def _lower_project_to_vocabulary(x: Any, embedding: Any) -> Any:
+    return _fused_matmul(x, embedding, transB=1)
+
+
+def _lower_project_to_vocabulary_portably(x: Any, embedding: Any) -> Any:
+    # Gemm can transpose; a MatMul would need a transposed copy of the embedding in the graph.
+    vocab_size, hidden_size = embedding.shape
+    rows = op18.Reshape(x, op18.Constant(value_ints=[-1, hidden_size]))
+    leading = op18.Shape(x, start=0, end=-1)
+    shape = op18.Concat(leading, op18.Constant(value_ints=[vocab_size]), axis=0)
+    return op18.Reshape(op18.Gemm(rows, embedding, transB=1), shape)
+
+
+def _lower_keep_last(x: Any, count: Any) -> Any:
+    # Slice(-count:) is everything for count = 0, as -0 is 0.
+    end = op.Constant(value_ints=[2**62])
+    axis = op.Constant(value_ints=[1])
+    return op.Slice(x, op.Neg(count), end, axis)
+
+
+def _lower_softplus(x: Any, beta: float = 1.0, threshold: float = 20.0) -> Any:
+    # PyTorch's threshold only changes what rounding hides; the default lowering of it costs
+    # two more nodes per layer.
+    return op.Softplus(x)
+
+
+_PLAIN_LOWERINGS = {torch.ops.aten.softplus.default: _lower_softplus}
+
+TARGETS = {
+    "ort": Target(
+        operators=FUSED,
+        opset=23,
+        lowerings={
+            **_PLAIN_LOWERINGS,
+            torch.ops.doge_onnx.rms_norm.default: _lower_rms_norm,
+            torch.ops.doge_onnx.skip_rms_norm.default: _lower_skip_rms_norm,
+            torch.ops.doge_onnx.rotary_embedding.default: _lower_rotary_embedding,
+            torch.ops.doge_onnx.causal_attention.default: _lower_causal_attention,
+            torch.ops.doge_onnx.project_to_vocabulary.default: _lower_project_to_vocabulary,
+            torch.ops.doge_onnx.keep_last.default: _lower_keep_last,
+        },
+        in_place=True,
+        logits_to_keep=True,
+    ),
+    "portable": Target(
+        operators=replace(STANDARD, project_to_vocabulary=FUSED.project_to_vocabulary),
+        opset=18,
+        lowerings={
+            **_PLAIN_LOWERINGS,
+            torch.ops.doge_onnx.project_to_vocabulary.default: (
+                _lower_project_to_vocabulary_portably
+            ),
+        },
+        in_place=False,
+        logits_to_keep=False,
+    ),
+}

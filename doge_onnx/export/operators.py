@@ -1,0 +1,212 @@
+"""The operators of the recurrent step that ONNX Runtime has fused kernels for.
+
+Each has one body in plain PyTorch, which defines what it computes. `FUSED` holds them as
+custom operators, opaque to the tracer, so that `lowering` can turn each into one node;
+`STANDARD` holds the bodies themselves, which trace into standard ONNX. Both compute the
+same in eager mode. Knows no weights and no layer structure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root mean square norm over the last axis (Zhang & Sennrich 2019).
+
+    Args:
+        x: `[..., D]`.
+        weight: `[D]`, or `[N, D]` for N heads with weights of their own.
+        eps: Added to the mean square.
+
+    Returns:
+        `[..., D]`.
+    """
+    return weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps))
+
+
+def _skip_rms_norm(x: Tensor, skip: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Add two streams and normalise the sum.
+
+    Args:
+        x: `[B, S, H]`.
+        skip: `[B, S, H]`.
+        weight: `[H]`.
+        eps: As in `rms_norm`.
+
+    Returns:
+        `rms_norm(x + skip)` and `x + skip`, both `[B, S, H]`.
+    """
+    total = x + skip
+    return _rms_norm(total, weight, eps), total
+
+
+def _rotary_embedding(
+    x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, num_heads: int
+) -> Tensor:
+    """Rotate the leading channels of each head by its position (Su et al. 2021).
+
+    The rotate-half form: channel i is paired with channel i + R/2. Channels from R on are
+    passed through.
+
+    Args:
+        x: `[B, S, num_heads * W]`, W >= R.
+        positions: int64 `[B, S]`, row of the tables for each token.
+        cos: `[T, R/2]`.
+        sin: `[T, R/2]`.
+        num_heads: Number of heads in the last axis of `x`.
+
+    Returns:
+        Like `x`.
+    """
+    batch, length, width = x.shape
+    heads = x.view(batch, length, num_heads, width // num_heads)
+    half = cos.shape[-1]
+    cos, sin = (F.embedding(positions, table).unsqueeze(2) for table in (cos, sin))
+    left, right = heads[..., :half], heads[..., half : 2 * half]
+    rotated = [left * cos - right * sin, right * cos + left * sin, heads[..., 2 * half :]]
+    return torch.cat(rotated, dim=-1).view(batch, length, width)
+
+
+def _causal_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    lengths: Tensor,
+    total_length: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Grouped-query attention over the past and the new tokens, without scaling.
+
+    Query head h reads key/value head h // (num_heads / num_kv_heads) (Ainslie et al. 2023).
+    As a fused operator, the past may have spare rows behind its `total_length - S` valid
+    ones and may share its memory with the present; the body here takes valid rows only.
+
+    Args:
+        query: `[B, S, num_heads * W]`, already scaled.
+        key: `[B, S, num_kv_heads * W]`.
+        value: `[B, S, num_kv_heads * W]`.
+        past_key: `[B, num_kv_heads, P, W]`.
+        past_value: `[B, num_kv_heads, P, W]`.
+        lengths: int32 `[B]`, P + S - 1 for each sequence.
+        total_length: int32 scalar, P + S.
+        num_heads: Number of query heads.
+        num_kv_heads: Number of key/value heads.
+
+    Returns:
+        The attention output `[B, S, num_heads * W]`, and the present key and value
+        `[B, num_kv_heads, P + S, W]`.
+    """
+    batch, length, _ = query.shape
+    group = num_heads // num_kv_heads
+    present_key = torch.cat([past_key, _split_heads(key, num_kv_heads)], dim=2)
+    present_value = torch.cat([past_value, _split_heads(value, num_kv_heads)], dim=2)
+    queries = _split_heads(query, num_heads).unflatten(1, (num_kv_heads, group))
+    scores = queries @ present_key.unsqueeze(2).transpose(-1, -2)
+    columns = torch.arange(present_key.shape[2], device=query.device)
+    rows = torch.arange(length, device=query.device).unsqueeze(-1) + past_key.shape[2]
+    scores = scores.masked_fill(columns > rows, -math.inf)
+    output = torch.softmax(scores, dim=-1) @ present_value.unsqueeze(2)
+    output = output.flatten(1, 2).transpose(1, 2).reshape(batch, length, -1)
+    return output, present_key, present_value
+
+
+def _split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """`[B, S, N * W]` to `[B, N, S, W]`."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def _project_to_vocabulary(x: Tensor, embedding: Tensor) -> Tensor:
+    """Product with the transpose of an embedding matrix, so that the two can be one tensor.
+
+    Args:
+        x: `[B, S, H]`.
+        embedding: `[V, H]`.
+
+    Returns:
+        `[B, S, V]`.
+    """
+    return x @ embedding.transpose(0, 1)
+
+
+def _keep_last(x: Tensor, count: Tensor) -> Tensor:
+    """The last `count` positions of a sequence; all of them for 0.
+
+    Args:
+        x: `[B, S, H]`.
+        count: int64 `[1]`.
+
+    Returns:
+        `[B, count or S, H]`.
+    """
+    kept = int(count)
+    # A custom operator may not return its own input.
+    return x[:, -kept:].clone()
+
+
+@dataclass(frozen=True)
+class Operators:
+    """One implementation of each operator; the fields are the functions above."""
+
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    skip_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    rotary_embedding: Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
+    causal_attention: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    project_to_vocabulary: Callable[[Tensor, Tensor], Tensor]
+    keep_last: Callable[[Tensor, Tensor], Tensor]
+
+
+STANDARD = Operators(
+    rms_norm=_rms_norm,
+    skip_rms_norm=_skip_rms_norm,
+    rotary_embedding=_rotary_embedding,
+    causal_attention=_causal_attention,
+    project_to_vocabulary=_project_to_vocabulary,
+    keep_last=_keep_last,
+)
+
+
+def _opaque(name: str, body: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a custom operator of `body`; `fake` gives the shapes of its results."""
+    operator = torch.library.custom_op(f"doge_onnx::{name}", body, mutates_args=())
+    operator.register_fake(fake)
+    return operator
+
+
+def _attention_shapes(
+    query: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, heads, past, width = past_key.shape
+    present = (batch, heads, past + query.shape[1], width)
+    return torch.empty_like(query), past_key.new_empty(present), past_value.new_empty(present)
+
+
+FUSED = Operators(
+    rms_norm=_opaque("rms_norm", _rms_norm, lambda x, *_: torch.empty_like(x)),
+    skip_rms_norm=_opaque(
+        "skip_rms_norm",
+        _skip_rms_norm,
+        lambda x, *_: (torch.empty_like(x), torch.empty_like(x)),
+    ),
+    rotary_embedding=_opaque(
+        "rotary_embedding", _rotary_embedding, lambda x, *_: torch.empty_like(x)
+    ),
+    causal_attention=_opaque("causal_attention", _causal_attention, _attention_shapes),
+    project_to_vocabulary=_opaque(
+        "project_to_vocabulary",
+        _project_to_vocabulary,
+        lambda x, embedding: x.new_empty(*x.shape[:-1], embedding.shape[0]),
+    ),
+    # The traced length is that of the default, 0 = all; the graph itself asks the tensor.
+    keep_last=_opaque("keep_last", _keep_last, lambda x, _: torch.empty_like(x)),
+)

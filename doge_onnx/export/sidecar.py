@@ -1,0 +1,123 @@
+"""The files of a bundle beside its graph: what the checkpoint brings, and what others read.
+
+Knows onnxruntime-genai's configuration format and the text of the bundle's model card.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from doge_onnx.bundle import GRAPH_NAME, MANIFEST_NAME, Manifest
+from doge_onnx.config import DogeConfig
+from doge_onnx.export.checkpoint import SIDE_FILES, Source
+
+GENAI_CONFIG_NAME = "genai_config.json"
+CARD_NAME = "README.md"
+
+
+def write(source: Source, config: DogeConfig, manifest: Manifest, directory: Path) -> None:
+    """Write all files of a bundle that are neither graph nor manifest into `directory`."""
+    for name in SIDE_FILES:
+        path = source.directory / name
+        if path.is_file():
+            shutil.copyfile(path, directory / name)
+    genai = json.dumps(genai_config(config, manifest), indent=2)
+    (directory / GENAI_CONFIG_NAME).write_text(genai + "\n", encoding="utf-8")
+    (directory / CARD_NAME).write_text(card(source, config, manifest), encoding="utf-8")
+
+
+def genai_config(config: DogeConfig, manifest: Manifest) -> dict[str, Any]:
+    """What onnxruntime-genai needs to run the bundle.
+
+    It rejects keys that it does not know, and models of type "doge"; "decoder" is its name
+    for any decoder that has the usual inputs and outputs.
+    """
+    state = manifest.state
+    ids: dict[str, Any] = {"eos_token_id": list(config.eos_token_ids)}
+    if config.bos_token_id is not None:
+        ids["bos_token_id"] = config.bos_token_id
+    if config.pad_token_id is not None:
+        ids["pad_token_id"] = config.pad_token_id
+    elif config.eos_token_ids:
+        ids["pad_token_id"] = config.eos_token_ids[0]
+    return {
+        "model": {
+            "type": "decoder",
+            "vocab_size": config.vocab_size,
+            "context_length": manifest.context_length,
+            **ids,
+            "decoder": {
+                "filename": GRAPH_NAME,
+                "session_options": {"provider_options": []},
+                "num_attention_heads": config.num_attention_heads,
+                "num_hidden_layers": state.num_layers,
+                "num_key_value_heads": state.num_heads,
+                # It sizes the state by this, so it is the row and not the head itself.
+                "head_size": state.row_size,
+                "hidden_size": config.hidden_size,
+                "inputs": {
+                    "input_ids": "input_ids",
+                    "attention_mask": "attention_mask",
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+            },
+        },
+        "search": {
+            "do_sample": False,
+            "max_length": manifest.context_length,
+            "past_present_share_buffer": state.in_place,
+        },
+    }
+
+
+def card(source: Source, config: DogeConfig, manifest: Manifest) -> str:
+    """The model card of a bundle."""
+    state = manifest.state
+    at = f" at revision `{source.revision}`" if source.revision else ""
+    return f"""# {source.model}, exported to ONNX
+
+`{source.model}`{at}, a Doge language model of {manifest.parameters:,} parameters, exported by
+[doge-onnx](https://pypi.org/project/doge-onnx/) {manifest.versions["doge-onnx"]} in
+recurrent-step form: one graph takes new tokens and a state, and returns logits and the next
+state. Weights are {manifest.precision}, the graph is made for
+{"ONNX Runtime" if manifest.target == "ort" else "any engine that runs standard ONNX"}, the
+context length is {manifest.context_length} tokens.
+
+```python
+import doge_onnx
+
+model = doge_onnx.load("path/to/this/directory")
+print(model.generate("Hey how are you doing?", max_new_tokens=100).text)
+```
+
+## The graph
+
+| input | type | shape |
+|---|---|---|
+| `input_ids` | int64 | `[batch_size, sequence_length]` |
+| `attention_mask` | int64 | `[batch_size, total_sequence_length]`, 0 for padding |
+| `past_key_values.{{i}}.key`, `.value` | {state.dtype} | `[batch_size, {state.num_heads}, \
+past_sequence_length, {state.row_size}]` |
+
+| output | type | shape |
+|---|---|---|
+| `logits` | float32 | `[batch_size, sequence_length, {config.vocab_size}]` |
+| `present.{{i}}.key`, `.value` | {state.dtype} | `[batch_size, {state.num_heads}, \
+total_sequence_length, {state.row_size}]` |
+
+There is one key/value pair for each of the {state.num_layers} layers. The first
+{state.head_dim} channels of a key are the key itself; the next holds its gate, the term that
+Dynamic Mask Attention adds to the key's score.
+
+`{MANIFEST_NAME}` holds the versions, checksums and the figures of the comparison with the
+original model; `doge-onnx info` prints it.
+"""

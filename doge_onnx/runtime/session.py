@@ -1,0 +1,127 @@
+"""ONNX Runtime sessions: device, threads, logging, and whether graph and manifest agree.
+
+Knows how to turn a bundle into a session that can be trusted to have the inputs and
+outputs of the state contract. Does not know how a step is run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnxruntime as ort
+
+from doge_onnx.bundle import GRAPH_NAME, MANIFEST_NAME, Bundle, Manifest
+from doge_onnx.errors import BundleError, InputError
+from doge_onnx.runtime.external_data import external_files
+
+INPUT_IDS = "input_ids"
+ATTENTION_MASK = "attention_mask"
+LOGITS = "logits"
+# How many last positions get logits, 0 for all; a default-valued input that not every graph has.
+LOGITS_TO_KEEP = "logits_to_keep"
+
+_PROVIDERS = {"cpu": "CPUExecutionProvider"}
+_WARNING, _ERROR = 2, 3
+
+ort.disable_telemetry_events()
+
+
+def past_names(num_layers: int) -> list[str]:
+    """Names of the graph's state inputs: key and value of each layer in turn."""
+    return [f"past_key_values.{i}.{kind}" for i in range(num_layers) for kind in ("key", "value")]
+
+
+def present_names(num_layers: int) -> list[str]:
+    """Names of the graph's state outputs, in the order of `past_names`."""
+    return [f"present.{i}.{kind}" for i in range(num_layers) for kind in ("key", "value")]
+
+
+def open_session(
+    bundle: Bundle, device: str = "cpu", threads: int | None = None, verbose: bool = False
+) -> ort.InferenceSession:
+    """Load a bundle's graph into ONNX Runtime.
+
+    Args:
+        bundle: An opened bundle.
+        device: "cpu".
+        threads: Threads that one operator may use; None lets ONNX Runtime decide.
+        verbose: Let the warnings of ONNX Runtime through.
+
+    Raises:
+        InputError: An unknown device, or a number of threads below 1.
+        BundleError: The graph keeps data in files that are not the bundle's, cannot be
+            loaded, or does not have the inputs and outputs that the manifest promises.
+    """
+    if device not in _PROVIDERS:
+        raise InputError(f"device {device!r} is not available; choose from: {', '.join(_PROVIDERS)}")
+    if threads is not None and (
+        isinstance(threads, bool) or not isinstance(threads, int) or threads < 1
+    ):
+        raise InputError(f"threads must be a positive whole number, not {threads!r}")
+    graph = bundle.path / GRAPH_NAME
+    # ONNX Runtime looks after paths that leave the directory, and newer versions do so better than
+    # older ones, but it knows nothing of the manifest, and only its files were checked.
+    for name in sorted(external_files(graph)):
+        if bundle.file(name) is None:
+            raise BundleError(
+                f"{graph} keeps weights in {name!r}, which is not one of the files in its "
+                f"{MANIFEST_NAME}; do not use this bundle, export again"
+            )
+    options = ort.SessionOptions()
+    options.log_severity_level = _WARNING if verbose else _ERROR
+    if threads is not None:
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+    try:
+        session = ort.InferenceSession(str(graph), options, providers=[_PROVIDERS[device]])
+    except MemoryError:
+        raise
+    # The exceptions of ONNX Runtime share no base class but this one.
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise BundleError(f"ONNX Runtime cannot load {graph}: {reason}") from error
+    _check_signature(session, bundle.manifest, str(graph))
+    return session
+
+
+def has_logits_to_keep(session: ort.InferenceSession) -> bool:
+    """Whether the graph can leave out the logits of all but the last positions."""
+    return any(entry.name == LOGITS_TO_KEEP for entry in session.get_overridable_initializers())
+
+
+def _check_signature(session: ort.InferenceSession, manifest: Manifest, graph: str) -> None:
+    """Raise BundleError unless inputs and outputs are those that the manifest implies."""
+    state = manifest.state
+    row = (None, state.num_heads, None, state.row_size)
+    # The state's element type is checked by who allocates it; both ends must agree here.
+    element = {"float32": "tensor(float)"}.get(state.dtype, state.dtype)
+    ids = ("tensor(int64)", (None, None))
+    inputs = {INPUT_IDS: ids, ATTENTION_MASK: ids}
+    inputs |= {name: (element, row) for name in past_names(state.num_layers)}
+    outputs = {LOGITS: ("tensor(float)", (None, None, manifest.vocab_size))}
+    outputs |= {name: (element, row) for name in present_names(state.num_layers)}
+    for what, expected, entries in (
+        ("input", inputs, session.get_inputs()),
+        ("output", outputs, session.get_outputs()),
+    ):
+        actual = {entry.name: entry for entry in entries}
+        if missing := sorted(expected.keys() - actual.keys()):
+            raise BundleError(f"{graph} lacks the {what} {missing[0]!r} that its manifest implies")
+        if unknown := sorted(actual.keys() - expected.keys()):
+            raise BundleError(f"{graph} has an {what} {unknown[0]!r} that its manifest lacks")
+        for name, (element_type, shape) in expected.items():
+            entry = actual[name]
+            if entry.type != element_type or not _compatible(entry.shape, shape):
+                raise BundleError(
+                    f"{graph}: {what} {name!r} is {entry.type} {entry.shape}, which "
+                    f"does not fit its manifest ({element_type} {list(shape)}, None is any size)"
+                )
+
+
+def _compatible(actual: list[Any], expected: tuple[int | None, ...]) -> bool:
+    """Whether a graph's shape can be `expected`; a name or None on either side is any size."""
+    return len(actual) == len(expected) and all(
+        have == want
+        for have, want in zip(actual, expected, strict=True)
+        if isinstance(have, int) and want is not None
+    )

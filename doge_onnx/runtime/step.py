@@ -1,0 +1,233 @@
+"""One step of the recurrent model: new tokens and a state in, logits and a new state out.
+
+Knows how the graph is fed: which buffers it reads and writes, and what is bound anew at
+each call. Does not check the caller's ids (`inputs.py`) and does not choose tokens
+(`generate.py`). One class per way in which a graph keeps its state.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from doge_onnx.bundle import Manifest
+from doge_onnx.errors import BundleError
+from doge_onnx.runtime.session import (
+    ATTENTION_MASK,
+    INPUT_IDS,
+    LOGITS,
+    LOGITS_TO_KEEP,
+    has_logits_to_keep,
+    past_names,
+    present_names,
+)
+from doge_onnx.runtime.state import Buffer, State, grown_capacity
+
+_DTYPES: dict[str, type[np.generic]] = {"float32": np.float32}
+_DEVICE = "cpu"
+
+
+class Stepper(Protocol):
+    """Runs the graph of one model; the states it makes are good for it alone."""
+
+    def step(
+        self,
+        input_ids: NDArray[np.int64],
+        mask: NDArray[np.int64] | None,
+        state: State | None,
+        last_only: bool,
+    ) -> tuple[NDArray[np.float32], State]:
+        """Feed new tokens.
+
+        Args:
+            input_ids: Token ids, C-contiguous `[B, S]`, all inside of the vocabulary.
+            mask: `[B, S]`, 0 where an id is padding; None if none is.
+            state: What came before, or None at the start of the sequences.
+            last_only: Compute logits for the last position only.
+
+        Returns:
+            Logits `[B, 1, V]` or `[B, S, V]`, not used again by anybody else, and the
+            state after these tokens. If it raises, `state` is as good as before.
+        """
+
+
+def make_stepper(session: ort.InferenceSession, manifest: Manifest) -> Stepper:
+    """The stepper for the kind of state that a bundle's manifest declares.
+
+    Raises:
+        BundleError: This version does not know the kind or the element type.
+    """
+    state = manifest.state
+    if state.kind != "growing":
+        raise BundleError(
+            f"this doge-onnx does not know the state kind {state.kind!r}; upgrade doge-onnx"
+        )
+    if state.dtype not in _DTYPES:
+        raise BundleError(
+            f"this doge-onnx does not know the state dtype {state.dtype!r}; upgrade doge-onnx"
+        )
+    return InPlaceStepper(session, manifest) if state.in_place else CopyingStepper(session, manifest)
+
+
+class InPlaceStepper:
+    """For graphs whose past and present are one buffer: only the new rows are written."""
+
+    def __init__(self, session: ort.InferenceSession, manifest: Manifest) -> None:
+        layout = manifest.state
+        self._session = session
+        self._names = list(
+            zip(past_names(layout.num_layers), present_names(layout.num_layers), strict=True)
+        )
+        self._row_shape = (layout.num_heads, layout.row_size)
+        self._dtype = _DTYPES[layout.dtype]
+        self._vocab_size = manifest.vocab_size
+        self._context_length = manifest.context_length
+        self._keep = (
+            {True: np.array([1], np.int64), False: np.array([0], np.int64)}
+            if has_logits_to_keep(session)
+            else None
+        )
+        # Binding the state costs more than all else that Python does in a step, so it is done
+        # once per buffer; the binding goes when the buffer does.
+        self._bindings: weakref.WeakKeyDictionary[Buffer, Any] = weakref.WeakKeyDictionary()
+
+    def step(
+        self,
+        input_ids: NDArray[np.int64],
+        mask: NDArray[np.int64] | None,
+        state: State | None,
+        last_only: bool,
+    ) -> tuple[NDArray[np.float32], State]:
+        """See `Stepper.step`."""
+        batch, new = input_ids.shape
+        past = 0 if state is None else state.length
+        total = past + new
+        buffer = self._claim(state, batch, total)
+        try:
+            buffer.mask[:, past:total] = 1 if mask is None else mask
+            if batch > 1 and new > 1 and past > 0:
+                # The kernel takes several new tokens after a past for one sequence only.
+                rows = [
+                    self._run(
+                        self._bind([tensor[b : b + 1] for tensor in buffer.tensors]),
+                        input_ids[b : b + 1],
+                        buffer.mask[b : b + 1, :total],
+                        last_only,
+                    )
+                    for b in range(batch)
+                ]
+                logits = np.concatenate(rows)
+            else:
+                binding = self._bindings.get(buffer)
+                if binding is None:
+                    binding = self._bindings[buffer] = self._bind(buffer.tensors)
+                logits = self._run(binding, input_ids, buffer.mask[:, :total], last_only)
+        except BaseException:
+            buffer.release(past)
+            raise
+        return logits, State(buffer, total, self)
+
+    def _claim(self, state: State | None, batch: int, total: int) -> Buffer:
+        """A buffer that holds the rows of `state` and is the caller's to extend to `total`."""
+        past = 0 if state is None else state.length
+        if state is not None and state.buffer.claim(past, total):
+            return state.buffer
+        capacity = grown_capacity(total, self._context_length)
+        heads, row_size = self._row_shape
+        buffer = Buffer(
+            [np.zeros((batch, heads, capacity, row_size), self._dtype) for _ in self._names for _ in "kv"],
+            np.zeros((batch, capacity), np.int64),
+            rows=total,
+        )
+        if state is not None:
+            for target, source in zip(buffer.tensors, state.buffer.tensors, strict=True):
+                target[:, :, :past] = source[:, :, :past]
+            buffer.mask[:, :past] = state.mask
+        return buffer
+
+    def _bind(self, tensors: Sequence[NDArray[Any]]) -> Any:
+        """A binding whose past and present are both `tensors`."""
+        binding = self._session.io_binding()
+        for (past, present), tensor in zip(self._names, tensors, strict=True):
+            where = (_DEVICE, 0, self._dtype, tensor.shape, tensor.ctypes.data)
+            binding.bind_input(past, *where)
+            binding.bind_output(present, *where)
+        return binding
+
+    def _run(
+        self,
+        binding: Any,
+        input_ids: NDArray[np.int64],
+        mask: NDArray[np.int64],
+        last_only: bool,
+    ) -> NDArray[np.float32]:
+        batch, new = input_ids.shape
+        # Of one sequence this is a view; of several, the rows must lie side by side.
+        mask = np.ascontiguousarray(mask)
+        binding.bind_input(INPUT_IDS, _DEVICE, 0, np.int64, input_ids.shape, input_ids.ctypes.data)
+        binding.bind_input(ATTENTION_MASK, _DEVICE, 0, np.int64, mask.shape, mask.ctypes.data)
+        positions = new
+        if self._keep is not None:
+            keep = self._keep[last_only]
+            binding.bind_input(LOGITS_TO_KEEP, _DEVICE, 0, np.int64, (1,), keep.ctypes.data)
+            positions = 1 if last_only else new
+        logits = np.empty((batch, positions, self._vocab_size), np.float32)
+        binding.bind_output(LOGITS, _DEVICE, 0, np.float32, logits.shape, logits.ctypes.data)
+        self._session.run_with_iobinding(binding)
+        return _last(logits) if last_only else logits
+
+
+class CopyingStepper:
+    """For graphs of standard operators: they return the whole state as new tensors."""
+
+    def __init__(self, session: ort.InferenceSession, manifest: Manifest) -> None:
+        layout = manifest.state
+        self._session = session
+        self._past = past_names(layout.num_layers)
+        self._outputs = [LOGITS, *present_names(layout.num_layers)]
+        self._row_shape = (layout.num_heads, layout.row_size)
+        self._dtype = _DTYPES[layout.dtype]
+        self._can_keep = has_logits_to_keep(session)
+
+    def step(
+        self,
+        input_ids: NDArray[np.int64],
+        mask: NDArray[np.int64] | None,
+        state: State | None,
+        last_only: bool,
+    ) -> tuple[NDArray[np.float32], State]:
+        """See `Stepper.step`."""
+        batch = input_ids.shape[0]
+        mask = np.ones_like(input_ids) if mask is None else mask
+        if state is None:
+            heads, row_size = self._row_shape
+            empty = ort.OrtValue.ortvalue_from_numpy(
+                np.zeros((batch, heads, 0, row_size), self._dtype)
+            )
+            past: Sequence[Any] = [empty] * len(self._past)
+        else:
+            past = state.buffer.tensors
+            mask = np.concatenate([state.mask, mask], axis=1)
+        feeds = {INPUT_IDS: input_ids, ATTENTION_MASK: np.ascontiguousarray(mask)}
+        if self._can_keep:
+            feeds[LOGITS_TO_KEEP] = np.array([1 if last_only else 0], np.int64)
+        values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
+        # The state stays in ONNX Runtime's own memory: as NumPy arrays it would be copied twice.
+        logits, *present = self._session.run_with_ort_values(
+            self._outputs, values | dict(zip(self._past, past, strict=True))
+        )
+        array = logits.numpy()
+        length = mask.shape[1]
+        return _last(array) if last_only else array, State(
+            Buffer(present, mask, rows=length), length, self
+        )
+
+
+def _last(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Logits of the last position; a copy if there are others, so that those can be freed."""
+    return logits if logits.shape[1] == 1 else logits[:, -1:].copy()

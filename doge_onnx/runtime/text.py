@@ -1,0 +1,154 @@
+"""Text in and text out: the tokenizer, text that grows token by token, stop strings.
+
+Knows token ids and strings. Does not know the model or how tokens are chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from doge_onnx.errors import BundleError, InputError
+
+# What a decoder shows for bytes that are no character (yet).
+_REPLACEMENT = "\ufffd"
+# A UTF-8 character has at most 4 bytes, so this many replacements at most can still be completed.
+_MAX_PENDING = 3
+# Tokens that are decoded together; a longer window is cut back to the shorter length.
+_LONG_WINDOW, _SHORT_WINDOW = 16, 8
+
+
+class Codec:
+    """A bundle's tokenizer, as the runtime needs it."""
+
+    def __init__(self, path: Path) -> None:
+        """Load a tokenizer.json.
+
+        Raises:
+            BundleError: The file does not hold a tokenizer.
+        """
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing more specific
+            raise BundleError(f"{path} does not hold a tokenizer: {error}") from None
+        # A file may carry the settings of its training; a prompt is never cut or filled up.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._silent = {token_id for token_id, token in added.items() if token.special}
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, with the special tokens that the tokenizer puts around it.
+
+        Raises:
+            InputError: The text holds half of a surrogate pair, which no encoding has.
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"the prompt holds a lone surrogate at position {error.start}"
+            ) from None
+        ids: list[int] = self._tokenizer.encode(text).ids
+        return ids
+
+    def visible(self, token_id: int) -> bool:
+        """Whether a token has text: it is neither special nor unknown to the tokenizer."""
+        return token_id not in self._silent and self._tokenizer.id_to_token(token_id) is not None
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of some visible tokens."""
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=False)
+        return text
+
+
+class TextStream:
+    """The text of a growing sequence of tokens, piece by piece, at O(1) per token.
+
+    A token is decoded together with a few before it, because some decoders treat the
+    first token of a text specially (they strip its space); only what that adds to the
+    text before is new. The end of a text that is not a complete character yet is held
+    back. The first tokens' context are the last of the prompt, so that prompt and pieces
+    together read as one text.
+    """
+
+    def __init__(self, codec: Codec, prompt: Sequence[int]) -> None:
+        self._codec = codec
+        self._window = [i for i in prompt[-_SHORT_WINDOW:] if codec.visible(i)]
+        text = codec.decode(self._window)
+        if text.endswith(_REPLACEMENT):
+            # Half a character of the prompt is no part of the text that follows it.
+            self._window, text = [], ""
+        self._text = text
+        # Characters of the window's text that were emitted, or belong to the prompt.
+        self._emitted = len(text)
+
+    def push(self, token_id: int) -> str:
+        """Add a token; return the text that is now certain."""
+        if not self._codec.visible(token_id):
+            return ""
+        self._window.append(token_id)
+        self._text = self._codec.decode(self._window)
+        piece = self._emit(len(self._text.rstrip(_REPLACEMENT)))
+        if len(self._window) > _LONG_WINDOW:
+            # Bytes that make no character in this many tokens never will.
+            piece += self._emit(len(self._text) - _MAX_PENDING)
+            pending = len(self._text) - self._emitted
+            self._window = self._window[-_SHORT_WINDOW:]
+            self._text = self._codec.decode(self._window)
+            self._emitted = len(self._text) - pending
+        return piece
+
+    def flush(self) -> str:
+        """The text held back, complete or not."""
+        return self._emit(len(self._text))
+
+    def _emit(self, end: int) -> str:
+        start, self._emitted = self._emitted, max(self._emitted, end)
+        return self._text[start : self._emitted]
+
+
+class StopFinder:
+    """Ends a text before the first stop string in it, however the text is cut up.
+
+    The first is the one that is complete first; of several that end together, the longest.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = stops
+        self._held = ""
+        self.found = False
+
+    def push(self, text: str) -> str:
+        """Add text; return what is certainly before any stop string."""
+        if self.found or not self._stops:
+            return "" if self.found else text
+        text = self._held + text
+        matches = [
+            (start + len(stop), start)
+            for stop in self._stops
+            if (start := text.find(stop)) >= 0
+        ]
+        if matches:
+            self.found = True
+            self._held = ""
+            return text[: min(matches)[1]]
+        safe = len(text) - max(_overlap(text, stop) for stop in self._stops)
+        self._held = text[safe:]
+        return text[:safe]
+
+    def flush(self) -> str:
+        """The text held back, which has become no stop string."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `stop`, but not all of it."""
+    return next(
+        size
+        for size in range(min(len(stop) - 1, len(text)), -1, -1)
+        if text.endswith(stop[:size])
+    )
