@@ -24,6 +24,9 @@ from doge_onnx.errors import BundleError
 FORMAT_VERSION = 1
 MANIFEST_NAME = "doge_onnx.json"
 GRAPH_NAME = "model.onnx"
+# The gate of a key that must never be attended to (padding, a free row): exp() of it is 0
+# beside any real score. Finite, because a row whose keys are all closed would else be NaN.
+CLOSED_GATE = -1e9
 # The Hub's tools recognise external data by this name only.
 WEIGHTS_NAME = "model.onnx_data"
 
@@ -34,6 +37,8 @@ class StateLayout:
 
     Attributes:
         kind: "growing": one row per token seen, `[batch, num_heads, tokens, row_size]`.
+            "window": at most `keep_window_size` rows, in any order; a free row is zero but
+            for its gate, which is `CLOSED_GATE`.
         num_layers: Number of key/value pairs.
         num_heads: Heads of each tensor.
         row_size: Channels of one row: head_dim, the gate channels, and zeros up to a
@@ -41,7 +46,7 @@ class StateLayout:
         head_dim: Channels of a row that hold the key or value itself; the gate follows.
         dtype: NumPy name of the element type.
         keep_window_size: Number of keys, those with the largest gates, that one query
-            attends to.
+            attends to; None for all.
         in_place: Whether past and present may be one buffer with spare rows, which the
             graph then extends without copying it.
     """
@@ -52,7 +57,7 @@ class StateLayout:
     row_size: int
     head_dim: int
     dtype: str
-    keep_window_size: int
+    keep_window_size: int | None
     in_place: bool
 
 
@@ -121,6 +126,7 @@ class Manifest:
 _FIELD_TYPES: dict[str, type | tuple[type, ...]] = {
     "str": str,
     "int": int,
+    "int | None": (int, type(None)),
     "bool": bool,
     "StateLayout": dict,
     "dict[str, str]": dict,

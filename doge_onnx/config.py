@@ -49,7 +49,8 @@ class RopeConfig:
 class DogeConfig:
     """A Doge model's shape and constants; the field names are those of transformers.
 
-    `num_experts` and `num_experts_per_tok` are 0 for a dense model.
+    `num_experts` and `num_experts_per_tok` are 0 for a dense model. `keep_window_size` is
+    None where there is no window.
     """
 
     vocab_size: int
@@ -63,7 +64,7 @@ class DogeConfig:
     rms_norm_eps: float
     max_position_embeddings: int
     rope: RopeConfig
-    keep_window_size: int
+    keep_window_size: int | None
     tie_word_embeddings: bool
     attention_bias: bool
     mlp_bias: bool
@@ -91,7 +92,8 @@ class DogeConfig:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ConfigError(f"{path.parent} is not a checkpoint: it has no {path.name}") from None
-        except (OSError, ValueError) as error:
+        # RecursionError: brackets nested deeper than any config's.
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"cannot read {path}: {error}") from None
         if not isinstance(raw, dict):
             raise ConfigError(f"{path} does not hold a JSON object")
@@ -140,7 +142,7 @@ class _Reader:
             rms_norm_eps=self._positive_float("rms_norm_eps", default=1e-6),
             max_position_embeddings=self._positive_int("max_position_embeddings", default=2048),
             rope=self._rope(),
-            keep_window_size=self._positive_int("keep_window_size", default=2048),
+            keep_window_size=self._keep_window_size(),
             tie_word_embeddings=self._flag("tie_word_embeddings", default=False),
             attention_bias=self._flag("attention_bias", default=hidden_bias),
             mlp_bias=self._flag("mlp_bias", default=hidden_bias),
@@ -157,6 +159,12 @@ class _Reader:
             raise self._error("sliding_window", "is not supported: it must be null")
         if self._raw.get("dynamic_mask_ratio", 0.0) not in (0, None):
             raise self._error("dynamic_mask_ratio", "is not supported: it must be 0")
+
+    def _keep_window_size(self) -> int | None:
+        # The first checkpoints had dynamic_mask_ratio instead, and with 0 drop no key at all.
+        if "keep_window_size" not in self._raw and "dynamic_mask_ratio" in self._raw:
+            return None
+        return self._positive_int("keep_window_size", default=2048)
 
     def _head_dim(self, heads: int) -> int:
         if self._raw.get("head_dim") is not None:
@@ -183,12 +191,11 @@ class _Reader:
 
     def _rope(self) -> RopeConfig:
         # transformers 5 writes rope_parameters; before, there was rope_scaling beside rope_theta.
-        for field in ("rope_parameters", "rope_scaling"):
-            scaling = self._raw.get(field)
-            if scaling is not None:
-                break
-        else:
-            field, scaling = "rope_scaling", {}
+        # Where a config has both, transformers takes the older one, unless it is empty.
+        field = "rope_scaling" if self._raw.get("rope_scaling") else "rope_parameters"
+        scaling = self._raw.get(field)
+        if scaling is None:
+            scaling = {}
         if not isinstance(scaling, dict):
             raise self._error(field, "is not an object")
         reader = _Reader(scaling, f"{self._origin}: {field}")
@@ -198,9 +205,9 @@ class _Reader:
                 f"{self._origin}: {field}.rope_type {kind!r} is not supported; "
                 f"supported are {', '.join(ROPE_TYPES)}"
             )
-        if scaling.get("partial_rotary_factor", 1.0) != 1.0:
+        if scaling.get("partial_rotary_factor") not in (1, None):
             raise reader._error("partial_rotary_factor", "is not supported: it must be 1.0")
-        theta_owner = reader if "rope_theta" in scaling else self
+        theta_owner = self if scaling.get("rope_theta") is None else reader
         factor = 1.0 if kind == "default" else reader._positive_float("factor")
         if factor < 1.0:
             raise reader._error("factor", "is less than 1")
@@ -241,9 +248,13 @@ class _Reader:
         value = self._get(field, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self._error(field, "is not a number")
-        if not (math.isfinite(value) and value > 0):
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not (math.isfinite(number) and number > 0):
             raise self._error(field, "is not a positive number")
-        return float(value)
+        return number
 
     def _flag(self, field: str, default: bool) -> bool:
         value = self._get(field, default)

@@ -9,6 +9,7 @@ Does not know what the tensors are used for.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -239,6 +240,10 @@ def expected_shapes(config: DogeConfig, gate_heads: int, qk_norm: bool) -> dict[
             if bias:
                 shapes[f"{prefix}{name}.bias"] = [outputs]
         shapes[prefix + "self_attn.A"] = [gate_heads]
+        if config.is_moe:
+            shapes[prefix + "mlp.router_gate.weight"] = [2 * math.isqrt(config.num_experts), hidden]
+            shapes[prefix + "mlp.down_embed.weight"] = [config.num_experts, hidden]
+            shapes[prefix + "mlp.up_embed.weight"] = [config.num_experts, hidden]
         if qk_norm:
             shapes[prefix + "self_attn.q_norm.weight"] = [dim]
             shapes[prefix + "self_attn.k_norm.weight"] = [dim]

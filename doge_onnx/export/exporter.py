@@ -25,10 +25,12 @@ from doge_onnx.export.checkpoint import Checkpoint
 from doge_onnx.export.graph import trace
 from doge_onnx.export.lowering import Target
 from doge_onnx.export.lowering import target as find_target
-from doge_onnx.export.step import RecurrentStep, row_size
+from doge_onnx.export.state import GrowingState, WindowState
+from doge_onnx.export.step import RecurrentStep, State
 from doge_onnx.export.verify import ParityReport, compare
 
 PRECISIONS = ("fp32",)
+STATES = ("growing", "window")
 # Larger graphs keep their weights in a file of their own: a protobuf file ends at 2 GB, and
 # a separate one can be mapped into memory.
 MAX_EMBEDDED_BYTES = 100 * 2**20
@@ -62,6 +64,7 @@ def export(
     precision: str = "fp32",
     context_length: int | None = None,
     target: str = "ort",
+    state: str = "growing",
     verify: bool = True,
     revision: str | None = None,
     force: bool = False,
@@ -76,6 +79,8 @@ def export(
         context_length: Most tokens that a sequence may have; None for the length that the
             model was trained for.
         target: "ort" for ONNX Runtime's fused kernels, "portable" for standard ONNX.
+        state: "growing" for a state with a row for every token, "window" for one that has as
+            many rows as the model's window has keys, however long the text gets.
         verify: Compare the result with transformers before it is put in place.
         revision: Branch, tag or commit of a model on the Hub.
         force: Replace a bundle that stands at `out`.
@@ -97,6 +102,7 @@ def export(
     source = checkpoints.find(model, revision)
     checkpoint = checkpoints.read(source.directory, report)
     length = _context_length(context_length, checkpoint.config)
+    built = _build_state(state, checkpoint, length, chosen)
     bundle.check_free_space(out.parent, 4 * checkpoint.parameters + _SMALL_FILES_BYTES)
     manifest = Manifest(
         target=target,
@@ -104,13 +110,13 @@ def export(
         context_length=length,
         vocab_size=checkpoint.config.vocab_size,
         parameters=checkpoint.parameters,
-        state=_state_layout(checkpoint, chosen),
+        state=_state_layout(built, checkpoint.config, chosen),
         source={"model": source.model, "revision": source.revision},
         versions=_versions(),
     )
     parity = None
     with bundle.writing(out, force) as directory:
-        _write_graph(checkpoint, length, chosen, directory, report)
+        _write_graph(checkpoint, built, chosen, directory, report)
         sidecar.write(source, checkpoint.config, manifest, directory)
         manifest = bundle.seal(directory, manifest)
         if verify:
@@ -129,14 +135,23 @@ def _context_length(asked: int | None, config: DogeConfig) -> int:
     return length
 
 
-def _state_layout(checkpoint: Checkpoint, target: Target) -> StateLayout:
-    config = checkpoint.config
+def _build_state(name: str, checkpoint: Checkpoint, length: int, target: Target) -> State:
+    if name == "growing":
+        return GrowingState(checkpoint, length, target.operators)
+    if name != "window":
+        raise DogeOnnxError(f"state {name!r} is not known; choose from {', '.join(STATES)}")
+    if checkpoint.config.keep_window_size is None:
+        raise DogeOnnxError("this model has no window (keep_window_size): its state has to grow")
+    return WindowState(checkpoint)
+
+
+def _state_layout(state: State, config: DogeConfig, target: Target) -> StateLayout:
     return StateLayout(
-        kind="growing",
+        kind="growing" if isinstance(state, GrowingState) else "window",
         num_layers=config.num_hidden_layers,
-        num_heads=config.num_key_value_heads,
-        row_size=row_size(config, checkpoint.gate_heads),
-        head_dim=config.head_dim,
+        num_heads=state.heads.num_keys,
+        row_size=state.heads.row,
+        head_dim=state.heads.dim,
         dtype="float32",
         keep_window_size=config.keep_window_size,
         in_place=target.in_place,
@@ -145,17 +160,16 @@ def _state_layout(checkpoint: Checkpoint, target: Target) -> StateLayout:
 
 def _write_graph(
     checkpoint: Checkpoint,
-    length: int,
+    state: State,
     target: Target,
     directory: Path,
     report: Callable[[str], None],
 ) -> None:
-    layout = _state_layout(checkpoint, target)
     embedded = 4 * checkpoint.parameters <= MAX_EMBEDDED_BYTES
     report("building the recurrent step")
-    step = RecurrentStep(checkpoint, length, target.operators)
+    step = RecurrentStep(checkpoint, state, target.operators)
     report("tracing the graph")
-    model = trace(step, layout.num_heads, layout.row_size, target)
+    model = trace(step, target)
     model.producer_name = "doge-onnx"
     model.producer_version = importlib.metadata.version("doge-onnx")
     report("writing the graph")

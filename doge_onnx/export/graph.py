@@ -18,45 +18,54 @@ import torch
 from torch.export import Dim
 
 from doge_onnx.export.lowering import MICROSOFT, Target
+from doge_onnx.export.state import GrowingState
 from doge_onnx.export.step import RecurrentStep
 
 # ONNX Runtime and most other engines read this version of the file format.
 IR_VERSION = 10
 TOTAL_LENGTH = "total_sequence_length"
-# Any lengths will do: all three axes stay dynamic.
+# Any lengths will do, as all axes stay dynamic, but 0 and 1 would be taken for constants; and
+# a window must have rows for the new tokens.
 _BATCH, _LENGTH, _PAST = 2, 3, 5
 
 
-def trace(step: RecurrentStep, num_heads: int, row_size: int, target: Target) -> ir.Model:
+def trace(step: RecurrentStep, target: Target) -> ir.Model:
     """Turn a step into an ONNX model whose batch, sequence and past lengths are dynamic.
 
     Args:
         step: Built from the target's operators.
-        num_heads: Heads of each tensor of the state.
-        row_size: Channels of each row of the state.
         target: What the graph is for.
 
     Returns:
-        A model with inputs `input_ids`, `attention_mask` and `past_key_values.{i}.key|value`,
-        and outputs `logits` and `present.{i}.key|value`. `logits_to_keep`, where the target
-        has it, is an initializer that a caller may override.
+        A model with inputs `input_ids`, `attention_mask`, for a window state `position_ids`,
+        and `past_key_values.{i}.key|value`, and outputs `logits` and `present.{i}.key|value`.
+        `logits_to_keep`, where the target has it, is an initializer that a caller may override.
     """
     layers = range(len(step.layers))
     pairs = [(i, part) for i in layers for part in ("key", "value")]
-    batch, past = Dim("batch_size"), Dim("past_sequence_length")
-    length, total = Dim("sequence_length"), Dim(TOTAL_LENGTH)
+    batch, length, past = Dim("batch_size"), Dim("sequence_length"), Dim("past_sequence_length")
+    tokens, token_axes = torch.zeros(_BATCH, _LENGTH, dtype=torch.int64), {0: batch, 1: length}
+    inputs = {"input_ids": (tokens, token_axes)}
+    grows = isinstance(step.state, GrowingState)
+    if grows:
+        mask = torch.ones(_BATCH, _PAST + _LENGTH, dtype=torch.int64)
+        inputs["attention_mask"] = (mask, {0: batch, 1: Dim(TOTAL_LENGTH)})
+    else:
+        inputs["attention_mask"] = (torch.ones_like(tokens), token_axes)
+        # One tensor for two inputs would become one input.
+        inputs["position_ids"] = (tokens.clone(), token_axes)
+    heads = step.state.heads
+    state = torch.zeros(_BATCH, heads.num_keys, _PAST, heads.row)
     state_axes = {0: batch, 2: past}
     args: list[object] = [
-        torch.zeros(_BATCH, _LENGTH, dtype=torch.int64),
-        torch.ones(_BATCH, _PAST + _LENGTH, dtype=torch.int64),
-        [tuple(torch.zeros(_BATCH, num_heads, _PAST, row_size) for _ in range(2)) for _ in layers],
+        tuple(value for value, _ in inputs.values()),
+        [(state.clone(), state.clone()) for _ in layers],
     ]
     axes: list[object] = [
-        {0: batch, 1: length},
-        {0: batch, 1: total},
+        tuple(axis for _, axis in inputs.values()),
         [(state_axes, state_axes) for _ in layers],
     ]
-    names = ["input_ids", "attention_mask", *(f"past_key_values.{i}.{part}" for i, part in pairs)]
+    names = [*inputs, *(f"past_key_values.{i}.{part}" for i, part in pairs)]
     if target.logits_to_keep:
         args.append(torch.zeros(1, dtype=torch.int64))
         axes.append({})
@@ -74,8 +83,9 @@ def trace(step: RecurrentStep, num_heads: int, row_size: int, target: Target) ->
         )
     assert program is not None
     model = program.model
-    for output in model.graph.outputs[1:]:
-        _rename_axis(output, 2, TOTAL_LENGTH)
+    if grows:
+        for output in model.graph.outputs[1:]:
+            _rename_axis(output, 2, TOTAL_LENGTH)
     if target.logits_to_keep:
         _make_default(model, "logits_to_keep", np.zeros(1, np.int64))
     _drop_training_statistics(model)

@@ -85,7 +85,7 @@ _FLOAT = onnx.defs.OpSchema.AttrType.FLOAT
 _skip_norm = _contrib("SkipSimplifiedLayerNormalization", 3, 4, epsilon=_FLOAT)
 _rotary = _contrib("RotaryEmbedding", 4, 1, num_heads=_INT, rotary_embedding_dim=_INT)
 _group_query_attention = _contrib(
-    "GroupQueryAttention", 7, 3, num_heads=_INT, kv_num_heads=_INT, scale=_FLOAT
+    "GroupQueryAttention", 11, 3, num_heads=_INT, kv_num_heads=_INT, scale=_FLOAT
 )
 _fused_matmul = _contrib("FusedMatMul", 2, 1, transB=_INT)
 
@@ -116,7 +116,10 @@ def _lower_causal_attention(
     total_length: Any,
     num_heads: int,
     num_kv_heads: int,
+    bias: Any = None,
 ) -> Any:
+    # Between the lengths and the bias are rotary tables and positions; the step has rotated.
+    optional = () if bias is None else (None, None, None, bias)
     return _group_query_attention(
         query,
         key,
@@ -125,11 +128,26 @@ def _lower_causal_attention(
         past_value,
         lengths,
         total_length,
+        *optional,
         num_heads=num_heads,
         kv_num_heads=num_kv_heads,
         # The step has scaled the queries already; the default would scale them again.
         scale=1.0,
     )
+
+
+def _lower_all_gates(
+    past_key: Any, key: Any, total_length: Any, total: Any, first: int, count: int
+) -> Any:
+    # Only the rows before the new ones are valid; behind them may be room for more.
+    _, heads, _, row = past_key.shape
+    end = op.Constant(value_ints=[first + count])
+    length = op.Shape(key, start=1, end=2)
+    past_length = op.Sub(op.Cast(op.Unsqueeze(total_length, [0]), to=7), length)
+    past = op.Slice(past_key, [0, first], op.Concat(past_length, end, axis=0), [2, 3])
+    new = op.Slice(op.Reshape(key, [0, 0, heads, row]), [first], end, [3])
+    gates = op.Concat(past, op.Transpose(new, perm=[0, 2, 1, 3]), axis=2)
+    return op.Reshape(op.Transpose(gates, perm=[0, 1, 3, 2]), [0, heads * count, -1])
 
 
 def _lower_project_to_vocabulary(x: Any, embedding: Any) -> Any:
@@ -155,10 +173,19 @@ def _lower_keep_last(x: Any, count: Any) -> Any:
 def _lower_softplus(x: Any, beta: float = 1.0, threshold: float = 20.0) -> Any:
     # PyTorch's threshold only changes what rounding hides; the default lowering of it costs
     # two more nodes per layer.
-    return op.Softplus(x)
+    return op18.Softplus(x)
 
 
-_PLAIN_LOWERINGS = {torch.ops.aten.softplus.default: _lower_softplus}
+def _lower_stable_sort(x: Any, stable: bool, dim: int = -1, descending: bool = False) -> Any:
+    # Of equal values TopK puts the one of lower index first, which is what stable means.
+    length = op18.Gather(op18.Shape(x), [dim])
+    return op18.TopK(x, length, axis=dim, largest=int(descending))
+
+
+_PLAIN_LOWERINGS = {
+    torch.ops.aten.softplus.default: _lower_softplus,
+    torch.ops.aten.sort.stable: _lower_stable_sort,
+}
 
 TARGETS = {
     "ort": Target(
@@ -170,6 +197,7 @@ TARGETS = {
             torch.ops.doge_onnx.skip_rms_norm.default: _lower_skip_rms_norm,
             torch.ops.doge_onnx.rotary_embedding.default: _lower_rotary_embedding,
             torch.ops.doge_onnx.causal_attention.default: _lower_causal_attention,
+            torch.ops.doge_onnx.all_gates.default: _lower_all_gates,
             torch.ops.doge_onnx.project_to_vocabulary.default: _lower_project_to_vocabulary,
             torch.ops.doge_onnx.keep_last.default: _lower_keep_last,
         },

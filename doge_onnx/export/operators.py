@@ -85,6 +85,7 @@ def _causal_attention(
     total_length: Tensor,
     num_heads: int,
     num_kv_heads: int,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Grouped-query attention over the past and the new tokens, without scaling.
 
@@ -102,6 +103,7 @@ def _causal_attention(
         total_length: int32 scalar, P + S.
         num_heads: Number of query heads.
         num_kv_heads: Number of key/value heads.
+        bias: `[B, num_heads, S, P + S]`, added to the scores.
 
     Returns:
         The attention output `[B, S, num_heads * W]`, and the present key and value
@@ -113,12 +115,36 @@ def _causal_attention(
     present_value = torch.cat([past_value, _split_heads(value, num_kv_heads)], dim=2)
     queries = _split_heads(query, num_heads).unflatten(1, (num_kv_heads, group))
     scores = queries @ present_key.unsqueeze(2).transpose(-1, -2)
+    if bias is not None:
+        scores = scores + bias.unflatten(1, (num_kv_heads, group))
     columns = torch.arange(present_key.shape[2], device=query.device)
     rows = torch.arange(length, device=query.device).unsqueeze(-1) + past_key.shape[2]
     scores = scores.masked_fill(columns > rows, -math.inf)
     output = torch.softmax(scores, dim=-1) @ present_value.unsqueeze(2)
     output = output.flatten(1, 2).transpose(1, 2).reshape(batch, length, -1)
     return output, present_key, present_value
+
+
+def _all_gates(
+    past_key: Tensor, key: Tensor, total_length: Tensor, total: int, first: int, count: int
+) -> Tensor:
+    """The gates of all keys, past and new.
+
+    Args:
+        past_key: `[B, num_kv_heads, P, W]`; as a fused operator, with spare rows as in
+            `causal_attention`.
+        key: `[B, S, num_kv_heads * W]`.
+        total_length: int32 scalar, P + S.
+        total: P + S.
+        first: The first gate channel.
+        count: Number of gate channels.
+
+    Returns:
+        `[B, num_kv_heads * count, P + S]`.
+    """
+    channels = slice(first, first + count)
+    new = _split_heads(key, past_key.shape[1])[..., channels]
+    return torch.cat([past_key[..., channels], new], dim=2).transpose(2, 3).flatten(1, 2)
 
 
 def _split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -162,6 +188,7 @@ class Operators:
     skip_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     rotary_embedding: Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
     causal_attention: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    all_gates: Callable[[Tensor, Tensor, Tensor, int, int, int], Tensor]
     project_to_vocabulary: Callable[[Tensor, Tensor], Tensor]
     keep_last: Callable[[Tensor, Tensor], Tensor]
 
@@ -171,6 +198,7 @@ STANDARD = Operators(
     skip_rms_norm=_skip_rms_norm,
     rotary_embedding=_rotary_embedding,
     causal_attention=_causal_attention,
+    all_gates=_all_gates,
     project_to_vocabulary=_project_to_vocabulary,
     keep_last=_keep_last,
 )
@@ -202,6 +230,14 @@ FUSED = Operators(
         "rotary_embedding", _rotary_embedding, lambda x, *_: torch.empty_like(x)
     ),
     causal_attention=_opaque("causal_attention", _causal_attention, _attention_shapes),
+    # The length is `total` and not that of the past, which may have spare rows.
+    all_gates=_opaque(
+        "all_gates",
+        _all_gates,
+        lambda past_key, key, total_length, total, first, count: key.new_empty(
+            key.shape[0], past_key.shape[1] * count, total
+        ),
+    ),
     project_to_vocabulary=_opaque(
         "project_to_vocabulary",
         _project_to_vocabulary,

@@ -9,49 +9,18 @@ operators become ONNX (`lowering`), nor where weights come from (`checkpoint`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from doge_onnx.config import DogeConfig
 from doge_onnx.export.checkpoint import Checkpoint
 from doge_onnx.export.operators import Operators
-from doge_onnx.export.rope import rotary_tables
+from doge_onnx.export.state import GrowingState, Tokens, WindowState
 
-# The gate of a key that must never be attended to: exp() of it is 0 beside any real score.
-# Finite, because a row whose keys are all closed (padding) would otherwise be NaN.
-CLOSED_GATE = -1e9
-OPEN = torch.finfo(torch.float32).max
-# The attention kernel takes head sizes that are multiples of this.
-ROW_MULTIPLE = 8
-
-
-class Tokens(NamedTuple):
-    """What every layer needs to know of the step's tokens.
-
-    Attributes:
-        positions: int64 `[B, S]`, the number of real tokens before each one.
-        gate_limit: `[B, S, heads * gate channels]`, upper bound of the gates: closed for
-            the keys of padding.
-        zeros: `[B, S, heads, rest]`, the unused channels of queries and keys.
-        lengths: int32 `[B]`, P + S - 1.
-        total_length: int32 scalar, P + S.
-    """
-
-    positions: Tensor
-    gate_limit: Tensor
-    zeros: Tensor
-    lengths: Tensor
-    total_length: Tensor
-
-
-def row_size(config: DogeConfig, gate_heads: int) -> int:
-    """Channels of one key or value of the state: head_dim, the gates, and zeros."""
-    gates = gate_heads // config.num_key_value_heads
-    return -(-(config.head_dim + gates) // ROW_MULTIPLE) * ROW_MULTIPLE
+State = GrowingState | WindowState
 
 
 class RecurrentStep(nn.Module):
@@ -60,62 +29,48 @@ class RecurrentStep(nn.Module):
     Args:
         checkpoint: Config and weights. Its tensors are moved into this module, so that
             there are never two copies of a large model.
-        context_length: Number of positions that the rotary tables cover.
+        state: What is carried over, and how attention reads it.
         operators: Implementation of the operators, `FUSED` or `STANDARD`.
     """
 
-    def __init__(self, checkpoint: Checkpoint, context_length: int, operators: Operators) -> None:
+    def __init__(self, checkpoint: Checkpoint, state: State, operators: Operators) -> None:
         super().__init__()
         config, weights = checkpoint.config, checkpoint.tensors
         self.ops = operators
         self.eps = config.rms_norm_eps
+        self.state = state
         self.embedding = _weight(weights.pop("embed_tokens.weight"))
         self.layers = nn.ModuleList(
-            Layer(checkpoint, f"layers.{index}.", operators)
+            Layer(checkpoint, f"layers.{index}.", state, operators)
             for index in range(config.num_hidden_layers)
         )
         self.norm = _weight(weights.pop("norm.weight"))
         # A tied head is the embedding itself: one tensor here, and one in the graph.
         self.head = None if config.tie_word_embeddings else _linear(weights, "lm_head")
 
-        cos, sin = rotary_tables(config, context_length)
-        self.cos, self.sin = _weight(cos), _weight(sin)
-        gates = checkpoint.gate_heads // config.num_key_value_heads
-        heads = config.num_attention_heads + config.num_key_value_heads
-        self.heads = heads
-        self.unused_channels = row_size(config, checkpoint.gate_heads) - config.head_dim - gates
-        # Only keys have gates; the same channels of the queries are constants.
-        is_key = torch.arange(heads) >= config.num_attention_heads
-        self.is_key = nn.Buffer(is_key.repeat_interleave(gates))
-
     def forward(
         self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
+        inputs: tuple[Tensor, ...],
         past: list[tuple[Tensor, Tensor]],
         logits_to_keep: Tensor | None = None,
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Take S >= 1 new tokens.
 
         Args:
-            input_ids: int64 `[B, S]`.
-            attention_mask: int64 `[B, P + S]`, 0 for padding, of the past and the new tokens.
-            past: Key and value `[B, Hkv, P, row_size]` of each layer.
+            inputs: The tokens, int64 `[B, S]`, and what else the state's `tokens` takes.
+            past: Key and value of each layer, in the shape of the state.
             logits_to_keep: int64 `[1]`, for how many of the last positions logits are
                 computed; None or 0 for all.
 
         Returns:
-            Logits `[B, S, V]`, and the present key and value `[B, Hkv, P + S, row_size]` of
-            each layer.
+            Logits `[B, S, V]`, and the present key and value of each layer.
         """
-        tokens = self.tokens(input_ids, attention_mask)
-        x = F.embedding(input_ids, self.embedding)
+        tokens = self.state.tokens(*inputs)
+        x = F.embedding(inputs[0], self.embedding)
         update = None
         present = []
         for layer, (past_key, past_value) in zip(self.layers, past, strict=True):
-            x, update, key, value = layer(
-                x, update, tokens, self.cos, self.sin, past_key, past_value
-            )
+            x, update, key, value = layer(x, update, tokens, past_key, past_value)
             present.append((key, value))
         h, _ = self.ops.skip_rms_norm(update, x, self.norm, self.eps)
         if logits_to_keep is not None:
@@ -123,25 +78,6 @@ class RecurrentStep(nn.Module):
         if self.head is None:
             return self.ops.project_to_vocabulary(h, self.embedding), present
         return self.head(h), present
-
-    def tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tokens:
-        """Positions, padding and lengths of a step's tokens."""
-        batch, length = input_ids.shape
-        total = attention_mask.shape[1]
-        # Counting real tokens, not slots: padding, wherever it is, does not move a token's
-        # rotation, which past the trained context depends on its absolute position.
-        counts = attention_mask.cumsum(dim=1)
-        columns = (torch.arange(length) + (total - length)).expand(batch, length)
-        positions = torch.clamp(counts.gather(1, columns) - 1, min=0)
-        padded = (attention_mask.gather(1, columns) == 0).unsqueeze(-1)
-        total_length = torch.full((), total, dtype=torch.int32)
-        return Tokens(
-            positions=positions,
-            gate_limit=torch.where(padded & self.is_key, CLOSED_GATE, OPEN),
-            zeros=torch.zeros(batch, length, self.heads, self.unused_channels),
-            lengths=(total_length - 1).expand(batch),
-            total_length=total_length,
-        )
 
 
 class Layer(nn.Module):
@@ -151,25 +87,26 @@ class Layer(nn.Module):
     so a layer starts with the two streams that the one before it left to be added.
     """
 
-    def __init__(self, checkpoint: Checkpoint, prefix: str, operators: Operators) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, prefix: str, state: State, operators: Operators
+    ) -> None:
         super().__init__()
         weights = checkpoint.tensors
         self.ops = operators
         self.eps = checkpoint.config.rms_norm_eps
         self.input_norm = _weight(weights.pop(prefix + "input_layernorm.weight"))
         self.input_residual = _weight(weights.pop(prefix + "input_residual"))
-        self.attention = Attention(checkpoint, prefix + "self_attn.", operators)
+        self.attention = Attention(checkpoint, prefix + "self_attn.", state, operators)
         self.post_norm = _weight(weights.pop(prefix + "post_attention_layernorm.weight"))
         self.post_residual = _weight(weights.pop(prefix + "post_attention_residual"))
-        self.mlp = MLP(checkpoint, prefix + "mlp.")
+        mlp = CDMoE if checkpoint.config.is_moe else MLP
+        self.mlp = mlp(checkpoint, prefix + "mlp.")
 
     def forward(
         self,
         x: Tensor,
         update: Tensor | None,
         tokens: Tokens,
-        cos: Tensor,
-        sin: Tensor,
         past_key: Tensor,
         past_value: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -178,7 +115,7 @@ class Layer(nn.Module):
             h = self.ops.rms_norm(x, self.input_norm, self.eps)
         else:
             h, x = self.ops.skip_rms_norm(update, x, self.input_norm, self.eps)
-        update, key, value = self.attention(h, tokens, cos, sin, past_key, past_value)
+        update, key, value = self.attention(h, tokens, past_key, past_value)
         x = self.input_residual * x
         h, x = self.ops.skip_rms_norm(update, x, self.post_norm, self.eps)
         return self.post_residual * x, self.mlp(h), key, value
@@ -189,8 +126,8 @@ class Attention(nn.Module):
 
     Per key and gate head, g = exp(A · softplus(W_dt v)). The key becomes [k, g, 0…], the
     query [q / √D, 1, 0…], so their product is q·k/√D + g. Where gates belong to query heads
-    (older checkpoints), a key has one channel for each query head of its group, and the
-    query a one in its own and zeros in the others.
+    (older checkpoints) and keys do not, a key has a channel for each query head of its group,
+    and the query a one in its own and zeros in the others.
 
     Queries and keys pass through norm, gate channels and rotation together, as one tensor
     of Hq + Hkv heads: half as many nodes, and a small model's step is mostly nodes. The
@@ -198,68 +135,62 @@ class Attention(nn.Module):
     exp(A · softplus(0)) is 1 for A = 0, and 0 for A far below.
     """
 
-    def __init__(self, checkpoint: Checkpoint, prefix: str, operators: Operators) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, prefix: str, state: State, operators: Operators
+    ) -> None:
         super().__init__()
         config, weights = checkpoint.config, checkpoint.tensors
         self.ops = operators
         self.eps = config.rms_norm_eps
-        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.dim = config.head_dim
-        self.row = row_size(config, checkpoint.gate_heads)
-        self.gates = checkpoint.gate_heads // config.num_key_value_heads
+        self.heads = state.heads
+        # Not a submodule: it is shared by all layers, and its tables belong to the step.
+        self.attend = state.attend
+        # A state whose heads are the query heads holds a copy of the keys for each of them.
+        self.copies = self.heads.num_keys // config.num_key_value_heads
 
         self.gate, self.A = self._gate_projection(checkpoint, prefix)
-        scale = self.dim**-0.5
         query = _take_linear(weights, prefix + "q_proj")
-        key = _take_linear(weights, prefix + "k_proj")
-        value = _take_linear(weights, prefix + "v_proj")
+        key = _map_linear(_take_linear(weights, prefix + "k_proj"), self._copy_heads)
+        value = _map_linear(_take_linear(weights, prefix + "v_proj"), self._copy_heads)
+        scale = self.heads.dim**-0.5
         self.qk_norm = None
         if checkpoint.qk_norm:
             norms = [
-                (weights.pop(prefix + "q_norm.weight") * scale).expand(self.num_heads, -1),
-                weights.pop(prefix + "k_norm.weight").expand(self.num_kv_heads, -1),
+                (weights.pop(prefix + "q_norm.weight") * scale).expand(self.heads.num_queries, -1),
+                weights.pop(prefix + "k_norm.weight").expand(self.heads.num_keys, -1),
             ]
             self.qk_norm = _weight(torch.cat(norms))
         else:
             query = _map_linear(query, lambda tensor: tensor * scale)
-        # The kernel wants values as wide as keys. Zero columns of W_v cost less than a node.
-        self.qkv = _concat_linears([query, key, _map_linear(value, self._widen_value)])
+        # Attention kernels want values as wide as keys. Zero columns of W_v cost less than a
+        # node that pads.
+        self.qkv = _concat_linears([query, key, _map_linear(value, self._widen_heads)])
         self.output = _linear(weights, prefix + "o_proj")
 
     def forward(
-        self,
-        h: Tensor,
-        tokens: Tokens,
-        cos: Tensor,
-        sin: Tensor,
-        past_key: Tensor,
-        past_value: Tensor,
+        self, h: Tensor, tokens: Tokens, past_key: Tensor, past_value: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Attend from `h` `[B, S, H]`; returns `[B, S, H]` and the present key and value."""
         batch, length, _ = h.shape
-        heads = self.num_heads + self.num_kv_heads
-        qk, v = self.qkv(h).split([heads * self.dim, self.num_kv_heads * self.row], dim=-1)
-        qk = qk.view(batch, length, heads, self.dim)
+        queries, keys, rotated = (
+            self.heads.num_queries,
+            self.heads.num_keys,
+            self.heads.num_rotated,
+        )
+        dim, row = self.heads.dim, self.heads.row
+        qk, v = self.qkv(h).split([rotated * dim, keys * row], dim=-1)
+        qk = qk.view(batch, length, rotated, dim)
         if self.qk_norm is not None:
             qk = self.ops.rms_norm(qk, self.qk_norm, self.eps)
         gates = torch.exp(self.A * F.softplus(self.gate(h)))
-        gates = torch.minimum(gates, tokens.gate_limit).view(batch, length, heads, self.gates)
-        qk = torch.cat([qk, gates, tokens.zeros], dim=-1).view(batch, length, heads * self.row)
-        qk = self.ops.rotary_embedding(qk, tokens.positions, cos, sin, heads)
-        q, k = qk.split([self.num_heads * self.row, self.num_kv_heads * self.row], dim=-1)
-        out, present_key, present_value = self.ops.causal_attention(
-            q,
-            k,
-            v,
-            past_key,
-            past_value,
-            tokens.lengths,
-            tokens.total_length,
-            self.num_heads,
-            self.num_kv_heads,
-        )
-        out = out.view(batch, length, self.num_heads, self.row)[..., : self.dim]
-        return self.output(out.reshape(batch, length, -1)), present_key, present_value
+        gates = torch.minimum(gates, tokens.gate_limit)
+        gates = gates.view(batch, length, rotated, self.heads.gates)
+        qk = torch.cat([qk, gates, tokens.rest], dim=-1).view(batch, length, rotated * row)
+        qk = self.ops.rotary_embedding(qk, tokens.rows, tokens.cos, tokens.sin, rotated)
+        q, k = qk.split([queries * row, keys * row], dim=-1)
+        out, key, value = self.attend(q, k, v, tokens, past_key, past_value)
+        out = out.view(batch, length, queries, row)[..., :dim]
+        return self.output(out.reshape(batch, length, queries * dim)), key, value
 
     def _gate_projection(self, checkpoint: Checkpoint, prefix: str) -> tuple[Linear, nn.Parameter]:
         """W_dt W_v as one map from `h`, and A, for all query and key heads.
@@ -267,25 +198,31 @@ class Attention(nn.Module):
         The product is taken in float64: it is rounded once, like a weight of its own.
         """
         weights = checkpoint.tensors
-        step_weight, step_bias = _take_linear(weights, prefix + "dt_proj")
-        value_weight = weights[prefix + "v_proj.weight"].T.double()
-        weight = value_weight @ step_weight.double()
-        bias = step_bias
-        if step_bias is not None:
-            value_bias = weights[prefix + "v_proj.bias"].double()
-            bias = (value_bias @ step_weight.double() + step_bias.double()).float()
-        query_channels = self.num_heads * self.gates
-        weight = F.pad(weight.float(), (query_channels, 0))
-        bias = None if bias is None else F.pad(bias, (query_channels, 0))
-        # exp(-200 · softplus(0)) is 0 in float32.
-        own_channel = torch.arange(self.num_heads).unsqueeze(-1) % self.gates
-        constants = torch.where(torch.arange(self.gates) == own_channel, 0.0, -200.0)
-        decay = torch.cat([constants.flatten(), weights.pop(prefix + "A")])
-        return Linear(weight, bias), _weight(decay)
+        gate_weight, gate_bias = _take_linear(weights, prefix + "dt_proj")
+        value_weight = weights[prefix + "v_proj.weight"].T
+        weight = value_weight.double() @ gate_weight.double()
+        if gate_bias is not None:
+            value_bias = weights[prefix + "v_proj.bias"]
+            gate_bias = value_bias.double() @ gate_weight.double() + gate_bias.double()
+            gate_bias = gate_bias.float()
+        query_channels = self.heads.num_queries * self.heads.gates
+        projection = _map_linear(
+            (weight.float(), gate_bias), lambda tensor: F.pad(tensor, (query_channels, 0))
+        )
+        # Of its group's gate channels a query reads one; exp(-200 · softplus(0)) is 0 in float32.
+        own = torch.arange(self.heads.num_queries).unsqueeze(-1) % self.heads.gates
+        constants = torch.where(torch.arange(self.heads.gates) == own, 0.0, -200.0)
+        return Linear(*projection), _weight(
+            torch.cat([constants.flatten(), weights.pop(prefix + "A")])
+        )
 
-    def _widen_value(self, tensor: Tensor) -> Tensor:
-        heads = tensor.unflatten(-1, (self.num_kv_heads, self.dim))
-        return F.pad(heads, (0, self.row - self.dim)).flatten(-2)
+    def _copy_heads(self, tensor: Tensor) -> Tensor:
+        heads = tensor.unflatten(-1, (-1, self.heads.dim))
+        return heads.repeat_interleave(self.copies, dim=-2).flatten(-2)
+
+    def _widen_heads(self, tensor: Tensor) -> Tensor:
+        heads = tensor.unflatten(-1, (-1, self.heads.dim))
+        return F.pad(heads, (0, self.heads.row - self.heads.dim)).flatten(-2)
 
 
 class MLP(nn.Module):
@@ -303,6 +240,47 @@ class MLP(nn.Module):
         """`[B, S, H]` to `[B, S, H]`."""
         gate, up = self.gate_up(h).chunk(2, dim=-1)
         return self.down(activate(self.activation, gate) * up)
+
+
+class CDMoE(nn.Module):
+    """Cross Domain Mixture of Experts: an MLP for all tokens, and single-neuron experts.
+
+    Of n² experts, expert (a, b) has the score row_a + column_b. The k best of all sums lie
+    among the sums of the min(k, n) best rows and columns, so n² sums are never formed. Each
+    token is routed by itself; transformers mixes the tokens of a step, and agrees only when
+    it is fed one at a time.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, prefix: str) -> None:
+        super().__init__()
+        config, weights = checkpoint.config, checkpoint.tensors
+        self.activation = config.hidden_act
+        self.normalize = config.norm_topk_prob
+        self.per_token = config.num_experts_per_tok
+        self.side = math.isqrt(config.num_experts)
+        self.candidates = min(self.per_token, self.side)
+        self.shared = MLP(checkpoint, prefix)
+        self.router = _linear(weights, prefix + "router_gate")
+        self.down = _weight(weights.pop(prefix + "down_embed.weight"))
+        self.up = _weight(weights.pop(prefix + "up_embed.weight"))
+
+    def forward(self, h: Tensor) -> Tensor:
+        """`[B, S, H]` to `[B, S, H]`."""
+        rows, columns = self.router(h).chunk(2, dim=-1)
+        row_scores, row_indices = rows.topk(self.candidates)
+        column_scores, column_indices = columns.topk(self.candidates)
+        scores = (row_scores.unsqueeze(-1) + column_scores.unsqueeze(-2)).flatten(-2)
+        experts = (row_indices.unsqueeze(-1) * self.side + column_indices.unsqueeze(-2)).flatten(-2)
+        scores, best = scores.topk(self.per_token)
+        experts = experts.gather(-1, best)
+        weights = torch.softmax(scores, dim=-1)
+        if self.normalize:
+            weights = weights / weights.sum(-1, keepdim=True)
+        # [B, S, k, H] @ [B, S, H, 1], and back.
+        neurons = (F.embedding(experts, self.down) @ h.unsqueeze(-1)).squeeze(-1)
+        neurons = activate(self.activation, neurons) * weights
+        routed = (neurons.unsqueeze(-2) @ F.embedding(experts, self.up)).squeeze(-2)
+        return self.shared(h) + routed
 
 
 def activate(name: str, x: Tensor) -> Tensor:

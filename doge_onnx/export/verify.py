@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from doge_onnx.runtime.model import Model, load
 from numpy.typing import NDArray
 from torch import Tensor
 
 from doge_onnx import bundle
 from doge_onnx.errors import CheckpointError, ParityError
 from doge_onnx.export import checkpoint as checkpoints
+from doge_onnx.runtime.model import Model, load
 
 # Of the largest logit. fp32 kernels differ from the reference in the order of their sums:
 # seen are up to 1e-5 of it; a wrong gate, mask or position shows from 1e-2.

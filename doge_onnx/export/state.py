@@ -1,0 +1,349 @@
+"""What a step carries over, and how its attention reads and extends it.
+
+`GrowingState` keeps a row for every token; `WindowState` keeps as many rows as the model's
+window has keys, for ever. Both know how rows are laid out, which positions tokens have and
+which keys a query attends to; neither knows how queries, keys and values come about (`step`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from doge_onnx.bundle import CLOSED_GATE
+from doge_onnx.config import DogeConfig
+from doge_onnx.export.checkpoint import Checkpoint
+from doge_onnx.export.operators import Operators
+from doge_onnx.export.rope import inverse_wavelengths, rotary_tables
+
+# The upper bound of gates that are not closed: none.
+_OPEN = torch.finfo(torch.float32).max
+# The attention kernel takes head sizes that are multiples of this.
+_ROW_MULTIPLE = 8
+
+
+@dataclass(frozen=True)
+class Heads:
+    """How heads and channels of queries, keys and values are laid out.
+
+    Attributes:
+        num_queries: Query heads.
+        num_keys: Key/value heads of the state.
+        dim: Channels of a head.
+        gates: Gate channels of a key; they follow the head's own.
+        row: Channels of a row of the state: head, gates, and the rest.
+    """
+
+    num_queries: int
+    num_keys: int
+    dim: int
+    gates: int
+    row: int
+
+    @property
+    def num_rotated(self) -> int:
+        """Heads of queries and keys together."""
+        return self.num_queries + self.num_keys
+
+    @property
+    def rest(self) -> int:
+        """Channels of a row behind head and gates."""
+        return self.row - self.dim - self.gates
+
+
+class Tokens(NamedTuple):
+    """What every layer needs to know of the step's tokens.
+
+    Attributes:
+        rows: int64 `[B, S]`, each token's row of `cos` and `sin`.
+        cos: `[T, dim / 2]`.
+        sin: `[T, dim / 2]`.
+        gate_limit: `[B, S, num_rotated * gates]`, upper bound of the gates: closed for the
+            keys of padding.
+        rest: `[B, S, num_rotated, rest]`, the channels of queries and keys behind the gates.
+        positions: int64 `[B, S]`, the number of real tokens before each one.
+        lengths: int32 `[B]`, P + S - 1; None where the state does not grow.
+        total_length: int32 scalar, P + S; likewise.
+        total: The same as a number.
+    """
+
+    rows: Tensor
+    cos: Tensor
+    sin: Tensor
+    gate_limit: Tensor
+    rest: Tensor
+    positions: Tensor
+    lengths: Tensor | None = None
+    total_length: Tensor | None = None
+    total: int = 0
+
+
+class GrowingState(nn.Module):
+    """One row per token: keys and values as `[B, Hkv, P, row]`, extended by S rows.
+
+    Where gates belong to query heads, a key has a gate channel for each query head of its
+    group.
+
+    Args:
+        checkpoint: The model's.
+        context_length: Number of positions that the rotary tables cover. Only if it exceeds
+            the window can a key ever fall out of it, and only then is that in the graph.
+        operators: Implementation of the operators.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, context_length: int, operators: Operators) -> None:
+        super().__init__()
+        config = checkpoint.config
+        self.ops = operators
+        gates = checkpoint.gate_heads // config.num_key_value_heads
+        self.heads = _heads(config, config.num_key_value_heads, gates, extra=0)
+        cos, sin = rotary_tables(config, context_length)
+        self.cos, self.sin = nn.Buffer(cos), nn.Buffer(sin)
+        self.is_key = nn.Buffer(_is_key(self.heads))
+        window = config.keep_window_size
+        self.window = window if window is not None and context_length > window else None
+
+    def tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tokens:
+        """Positions, padding and lengths of a step's tokens.
+
+        Args:
+            input_ids: int64 `[B, S]`.
+            attention_mask: int64 `[B, P + S]`.
+        """
+        batch, length = input_ids.shape
+        total = attention_mask.shape[1]
+        # Counting real tokens, not slots: padding, wherever it is, does not move a token's
+        # rotation, which past the trained context depends on its absolute position.
+        counts = attention_mask.cumsum(dim=1)
+        columns = (torch.arange(length) + (total - length)).expand(batch, length)
+        positions = torch.clamp(counts.gather(1, columns) - 1, min=0)
+        total_length = torch.full((), total, dtype=torch.int32)
+        return Tokens(
+            rows=positions,
+            cos=self.cos,
+            sin=self.sin,
+            gate_limit=_gate_limit(attention_mask.gather(1, columns), self.is_key),
+            rest=torch.zeros(batch, length, self.heads.num_rotated, self.heads.rest),
+            positions=positions,
+            lengths=(total_length - 1).expand(batch),
+            total_length=total_length,
+            total=total,
+        )
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, past_key: Tensor, past_value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Attend to the past and the new tokens.
+
+        Args:
+            q: `[B, S, Hq * row]`.
+            k: `[B, S, Hkv * row]`.
+            v: `[B, S, Hkv * row]`.
+            tokens: Of this step.
+            past_key: `[B, Hkv, P, row]`.
+            past_value: `[B, Hkv, P, row]`.
+
+        Returns:
+            `[B, S, Hq * row]`, and the present key and value `[B, Hkv, P + S, row]`.
+        """
+        heads = self.heads
+        bias = None
+        if self.window is not None:
+            gates = self.ops.all_gates(
+                past_key, k, tokens.total_length, tokens.total, heads.dim, heads.gates
+            )
+            kept = _largest_visible(gates, q.shape[1], self.window)
+            bias = torch.where(kept, 0.0, CLOSED_GATE)
+            bias = bias.repeat_interleave(heads.num_queries // gates.shape[1], dim=1)
+        return self.ops.causal_attention(
+            q,
+            k,
+            v,
+            past_key,
+            past_value,
+            tokens.lengths,
+            tokens.total_length,
+            heads.num_queries,
+            heads.num_keys,
+            bias,
+        )
+
+
+class WindowState(nn.Module):
+    """As many rows as the window has keys, in any order: `[B, H, R, row]`, R <= W, for ever.
+
+    The gate of a key does not depend on the query, and the keys that a query can see only
+    grow in number; so a key that is not among the W largest gates never will be again, and
+    its row can be given to another token. A free row has a closed gate. Behind the gate,
+    a key has its position plus one, by which equal gates are told apart (the more recent
+    one stays) and by which a query knows the tokens of its own step that come after it.
+
+    Each head chooses rows for itself. Where gates belong to query heads, each of them keeps
+    its own copy of the keys of its group: H is then Hq.
+
+    R is W, or less as long as there are S free rows in every head for S new tokens; it is
+    the caller who adds free rows. S never exceeds R.
+
+    Args:
+        checkpoint: The model's.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__()
+        config = checkpoint.config
+        assert config.keep_window_size is not None
+        self.config = config
+        self.window = config.keep_window_size
+        self.heads = _heads(config, checkpoint.gate_heads, gates=1, extra=1)
+        # A tensor, because the exporter passes numbers through float32.
+        self.lift = nn.Buffer(torch.tensor(2.0**160, dtype=torch.float64))
+        self.is_key = nn.Buffer(_is_key(self.heads))
+
+    def tokens(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tokens:
+        """Positions and padding of a step's tokens.
+
+        Args:
+            input_ids: int64 `[B, S]`.
+            attention_mask: int64 `[B, S]`, of the new tokens only.
+            position_ids: int64 `[B, S]`, the number of real tokens before each one.
+        """
+        batch, length = input_ids.shape
+        # There is no last position, so the rotation is computed and not looked up.
+        angles = position_ids.unsqueeze(-1).float() * inverse_wavelengths(self.config, position_ids)
+        half = self.heads.dim // 2
+        stamps = (position_ids + 1).unsqueeze(-1).float() * self.is_key
+        rest = torch.nn.functional.pad(stamps.unsqueeze(-1), (0, self.heads.rest - 1))
+        return Tokens(
+            rows=torch.arange(batch * length).view(batch, length),
+            cos=angles.cos().view(batch * length, half),
+            sin=angles.sin().view(batch * length, half),
+            gate_limit=_gate_limit(attention_mask, self.is_key),
+            rest=rest,
+            positions=position_ids,
+        )
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, past_key: Tensor, past_value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Let the new tokens compete for rows, then attend.
+
+        Sorted, the largest new token meets the smallest row, the next largest the next
+        smallest, and so on: each pair's winner gets the row. Winners and losers together are
+        all the keys there are. A loser may still be among the W largest of what an earlier
+        token of the step sees, so the losers take part in this step's attention, and in no
+        other.
+
+        Args and returns are those of `GrowingState.attend`, with R rows instead of P and
+        P + S.
+        """
+        batch, length, _ = q.shape
+        heads, dim = self.heads, self.heads.dim
+        k, v = (x.unflatten(-1, (heads.num_keys, heads.row)).transpose(1, 2) for x in (k, v))
+        # Nothing may read the past once its rows are overwritten: when past and present are
+        # one buffer, only what the new rows depend on is sure to be read before.
+        old_rank, slots = torch.topk(self._rank(past_key), length, largest=False)
+        new_rank, order = torch.topk(self._rank(k), length)
+        enters = new_rank > old_rank
+        old_key, old_value = (_rows(past, slots) for past in (past_key, past_value))
+        new_key, new_value = (_rows(new, order) for new in (k, v))
+        wins = enters.unsqueeze(-1)
+        key = _overwrite(past_key, slots, torch.where(wins, new_key, old_key))
+        value = _overwrite(past_value, slots, torch.where(wins, new_value, old_value))
+        lost_key = torch.where(wins, old_key, new_key)
+        lost_value = torch.where(wins, old_value, new_value)
+        lost_rank = torch.where(enters, old_rank, new_rank)
+
+        now = (tokens.positions + 1).float().view(batch, 1, length, 1)
+        sees = key[..., dim + 1].unsqueeze(2) <= now
+        sees_lost = lost_key[..., dim + 1].unsqueeze(2) <= now
+        # A loser has this many keys before it: all the winners that are visible, and the
+        # visible losers of higher rank.
+        above = (lost_rank.unsqueeze(-1) > lost_rank.unsqueeze(-2)).float()
+        before = sees.float().sum(-1, keepdim=True) + sees_lost.float() @ above
+        keeps_lost = sees_lost & (before < self.window)
+
+        group = heads.num_queries // heads.num_keys
+        q = q.view(batch, length, heads.num_keys, group, heads.row).permute(0, 2, 3, 1, 4)
+        queries = q.reshape(batch, heads.num_keys, group * length, heads.row)
+        rows = past_key.shape[2]
+        scores = torch.cat(
+            [
+                _mask(queries @ key.transpose(-1, -2), sees, group),
+                _mask(queries @ lost_key.transpose(-1, -2), keeps_lost, group),
+            ],
+            dim=-1,
+        )
+        weights = torch.softmax(scores, dim=-1)
+        out = weights[..., :rows] @ value + weights[..., rows:] @ lost_value
+        out = out.view(batch, heads.num_keys, group, length, heads.row).permute(0, 3, 1, 2, 4)
+        return out.reshape(batch, length, heads.num_queries * heads.row), key, value
+
+    def _rank(self, key: Tensor) -> Tensor:
+        """Order of keys `[B, H, R, row]` by gate, equal ones by position: float64 `[B, H, R]`.
+
+        A gate has 24 bits of mantissa, so in float64 there is room below it for the position.
+        The summand gives gates that underflowed to 0 an order too. It is far below the
+        smallest other gate, but no tiny number itself: the exporter takes those for 0.
+        """
+        gate, stamp = key[..., self.heads.dim].double(), key[..., self.heads.dim + 1].double()
+        return (gate * self.lift + 32.0) * (1.0 + stamp * 2.0**-52)
+
+
+def _heads(config: DogeConfig, num_keys: int, gates: int, extra: int) -> Heads:
+    used = config.head_dim + gates + extra
+    row = -(-used // _ROW_MULTIPLE) * _ROW_MULTIPLE
+    return Heads(config.num_attention_heads, num_keys, config.head_dim, gates, row)
+
+
+def _is_key(heads: Heads) -> Tensor:
+    """Bool `[num_rotated * gates]`: only keys have gates, queries have constants there."""
+    is_key = torch.arange(heads.num_rotated) >= heads.num_queries
+    return is_key.repeat_interleave(heads.gates)
+
+
+def _gate_limit(mask: Tensor, is_key: Tensor) -> Tensor:
+    return torch.where((mask == 0).unsqueeze(-1) & is_key, CLOSED_GATE, _OPEN)
+
+
+def _largest_visible(gates: Tensor, length: int, window: int) -> Tensor:
+    """Which keys are among the `window` largest that each new token sees.
+
+    Of equal gates the most recent is kept; the reference leaves that open.
+
+    Args:
+        gates: `[B, G, T]`, of all keys.
+        length: S; the new tokens are the last S keys.
+        window: Number of keys to keep.
+
+    Returns:
+        bool `[B, G, S, T]`.
+    """
+    total = gates.shape[-1]
+    columns = torch.arange(total)
+    visible = columns <= (torch.arange(length) + (total - length)).unsqueeze(-1)
+    gates = gates.unsqueeze(2).masked_fill(~visible, -torch.inf)
+    # A stable sort keeps the order of equals, so the most recent has to come first.
+    order = gates.flip(-1).sort(dim=-1, descending=True, stable=True).indices
+    best = (columns < window).expand(order.shape)
+    return torch.zeros_like(best).scatter(-1, order, best).flip(-1)
+
+
+def _rows(state: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` `[B, H, S]` of `[B, H, R, row]`."""
+    return state.gather(2, index.unsqueeze(-1).expand(*index.shape, state.shape[-1]))
+
+
+def _overwrite(state: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    """`state` `[B, H, R, row]` with rows `index` `[B, H, S]` replaced."""
+    return state.scatter(2, index.unsqueeze(-1).expand(rows.shape), rows)
+
+
+def _mask(scores: Tensor, keeps: Tensor, group: int) -> Tensor:
+    """Close the scores `[B, H, G * S, K]` where `keeps` `[B, H, S, K]` is false."""
+    batch, heads, length, keys = keeps.shape
+    grouped = scores.view(batch, heads, group, length, keys)
+    closed = torch.where(keeps.unsqueeze(2), grouped, CLOSED_GATE)
+    return closed.view(batch, heads, group * length, keys)
