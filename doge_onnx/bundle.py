@@ -105,12 +105,13 @@ class Manifest:
         """
         try:
             raw = json.loads(text)
-        except ValueError as error:
+        # RecursionError: brackets nested deeper than any manifest's.
+        except (ValueError, RecursionError) as error:
             raise BundleError(f"{origin} is not valid JSON ({error}); export again") from None
         if not isinstance(raw, dict):
             raise BundleError(f"{origin} does not hold a JSON object; export again")
         version = raw.get("format_version")
-        if not isinstance(version, int):
+        if not isinstance(version, int) or version < 1:
             raise BundleError(f"{origin} has no format_version; it is not a bundle's manifest")
         if version > FORMAT_VERSION:
             raise BundleError(
@@ -189,7 +190,7 @@ class Bundle:
             return {}
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BundleError(f"{path} is not valid JSON ({error})") from None
         if not isinstance(value, dict):
             raise BundleError(f"{path} does not hold a JSON object")
@@ -219,8 +220,11 @@ def write_parity(path: Path, parity: dict[str, Any]) -> None:
     manifest = replace(read_manifest(path), parity=parity)
     with _disk_errors(path):
         scratch = path / f".{MANIFEST_NAME}.tmp"
-        scratch.write_text(manifest.to_json(), encoding="utf-8")
-        scratch.replace(path / MANIFEST_NAME)
+        try:
+            scratch.write_text(manifest.to_json(), encoding="utf-8")
+            scratch.replace(path / MANIFEST_NAME)
+        finally:
+            scratch.unlink(missing_ok=True)
 
 
 def check_destination(out: Path, force: bool) -> None:

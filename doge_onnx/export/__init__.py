@@ -1,7 +1,7 @@
 """Turns checkpoints into bundles: needs torch, onnx and what else the extra "export" brings.
 
-Imports none of that itself, and can be called: `doge_onnx.export(...)` is this module.
-`doge_onnx/__init__.py` says why.
+Imports none of that itself. Can be called like the function `doge_onnx.export`, whose place
+in the package it takes when it is imported.
 """
 
 import sys

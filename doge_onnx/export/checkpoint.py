@@ -88,12 +88,20 @@ class Checkpoint:
         gate_heads: To how many heads the gates belong: all key/value heads, or, in older
             checkpoints, all query heads.
         qk_norm: Whether queries and keys are normalised; older checkpoints do not.
+        native_names: Whether the tensors have their transformers-native names.
     """
 
     config: DogeConfig
     tensors: dict[str, Tensor]
     gate_heads: int
     qk_norm: bool
+    native_names: bool
+
+    @property
+    def is_native(self) -> bool:
+        """Whether this is the model that transformers knows by the name of Doge."""
+        own_gates = self.gate_heads == self.config.num_key_value_heads
+        return self.native_names and self.qk_norm and own_gates
 
     @property
     def parameters(self) -> int:
@@ -176,7 +184,7 @@ def read(directory: Path, progress: Callable[[str], None] = lambda _: None) -> C
     for path in _weight_files(directory):
         headers.update(_read_header(path))
     _refuse_retrieval_moe(headers)
-    entries = {}
+    entries: dict[str, _Header] = {}
     for name, header in headers.items():
         canonical = canonical_name(name)
         if canonical is None or (config.tie_word_embeddings and canonical == "lm_head.weight"):
@@ -201,7 +209,10 @@ def read(directory: Path, progress: Callable[[str], None] = lambda _: None) -> C
     for path, names in by_file.items():
         progress(f"reading {path.name}")
         tensors.update(_read_tensors(path, {name: entries[name].name for name in names}))
-    return Checkpoint(config, tensors, gate_heads, qk_norm)
+    native_names = all(
+        header.name.removeprefix("model.") == name for name, header in entries.items()
+    )
+    return Checkpoint(config, tensors, gate_heads, qk_norm, native_names)
 
 
 def canonical_name(name: str) -> str | None:

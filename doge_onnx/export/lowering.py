@@ -13,14 +13,17 @@ from typing import Any
 
 import onnx
 import torch
-from onnxscript import opset18 as op18
-from onnxscript import opset23 as op
+from onnxscript import opset18, opset23
 from onnxscript.values import Op, Opset
 
 from doge_onnx.errors import DogeOnnxError
 from doge_onnx.export.operators import FUSED, STANDARD, Operators
 
 MICROSOFT = "com.microsoft"
+
+# Their annotations know tensors only, but numbers become constants.
+op: Any = opset23
+op18: Any = opset18
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Target:
 
     operators: Operators
     opset: int
-    lowerings: dict[Callable[..., Any], Callable[..., Any]]
+    lowerings: dict[Any, Callable[..., Any]]
     in_place: bool
     logits_to_keep: bool
 
@@ -182,7 +185,7 @@ def _lower_stable_sort(x: Any, stable: bool, dim: int = -1, descending: bool = F
     return op18.TopK(x, length, axis=dim, largest=int(descending))
 
 
-_PLAIN_LOWERINGS = {
+_PLAIN_LOWERINGS: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.softplus.default: _lower_softplus,
     torch.ops.aten.sort.stable: _lower_stable_sort,
 }

@@ -149,7 +149,8 @@ def _all_gates(
 
 def _split_heads(x: Tensor, num_heads: int) -> Tensor:
     """`[B, S, N * W]` to `[B, N, S, W]`."""
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    heads: Tensor = x.unflatten(-1, (num_heads, -1))
+    return heads.transpose(1, 2)
 
 
 def _project_to_vocabulary(x: Tensor, embedding: Tensor) -> Tensor:

@@ -152,6 +152,7 @@ class GrowingState(nn.Module):
         heads = self.heads
         bias = None
         if self.window is not None:
+            assert tokens.total_length is not None
             gates = self.ops.all_gates(
                 past_key, k, tokens.total_length, tokens.total, heads.dim, heads.gates
             )

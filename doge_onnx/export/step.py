@@ -67,11 +67,12 @@ class RecurrentStep(nn.Module):
         """
         tokens = self.state.tokens(*inputs)
         x = F.embedding(inputs[0], self.embedding)
-        update = None
-        present = []
+        update: Tensor | None = None
+        present: list[tuple[Tensor, Tensor]] = []
         for layer, (past_key, past_value) in zip(self.layers, past, strict=True):
             x, update, key, value = layer(x, update, tokens, past_key, past_value)
             present.append((key, value))
+        assert update is not None, "a config has at least one layer"
         h, _ = self.ops.skip_rms_norm(update, x, self.norm, self.eps)
         if logits_to_keep is not None:
             h = self.ops.keep_last(h, logits_to_keep)
@@ -217,7 +218,7 @@ class Attention(nn.Module):
         )
 
     def _copy_heads(self, tensor: Tensor) -> Tensor:
-        heads = tensor.unflatten(-1, (-1, self.heads.dim))
+        heads: Tensor = tensor.unflatten(-1, (-1, self.heads.dim))
         return heads.repeat_interleave(self.copies, dim=-2).flatten(-2)
 
     def _widen_heads(self, tensor: Tensor) -> Tensor:
@@ -239,7 +240,8 @@ class MLP(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         """`[B, S, H]` to `[B, S, H]`."""
         gate, up = self.gate_up(h).chunk(2, dim=-1)
-        return self.down(activate(self.activation, gate) * up)
+        product: Tensor = self.down(activate(self.activation, gate) * up)
+        return product
 
 
 class CDMoE(nn.Module):
@@ -280,7 +282,8 @@ class CDMoE(nn.Module):
         neurons = (F.embedding(experts, self.down) @ h.unsqueeze(-1)).squeeze(-1)
         neurons = activate(self.activation, neurons) * weights
         routed = (neurons.unsqueeze(-2) @ F.embedding(experts, self.up)).squeeze(-2)
-        return self.shared(h) + routed
+        output: Tensor = self.shared(h) + routed
+        return output
 
 
 def activate(name: str, x: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ model or how options are carried out.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import numbers
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,16 +19,18 @@ _GENERATION_CONFIG = "generation_config.json"
 
 
 def _whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    # The abstract classes cover NumPy's numbers, and a bool is a number only by history.
+    return isinstance(value, numbers.Integral) and not _is_bool(value) and int(value) >= least
 
 
 def _real(value: Any, accept: Callable[[float], bool]) -> bool:
-    return (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-        and accept(value)
-    )
+    if not isinstance(value, numbers.Real) or _is_bool(value):
+        return False
+    return math.isfinite(value) and accept(float(value))
+
+
+def _is_bool(value: object) -> bool:
+    return isinstance(value, bool)
 
 
 # What an option may be: a test, and the words for it.
@@ -40,6 +43,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "repetition_penalty": (lambda v: _real(v, lambda x: x > 0), "a finite number above 0"),
     "seed": (lambda v: _whole(v, 0), "a whole number, 0 or more"),
 }
+_IN_FILE = _RANGES.keys() - {"seed"}
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ class Defaults:
         eos_ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
         if not all(_whole(token_id, 0) for token_id in eos_ids):
             raise BundleError(f"{bundle.path}: eos_token_id cannot be {eos!r}")
-        values = {name: config[name] for name in _RANGES if config.get(name) is not None}
+        values = {name: config[name] for name in _IN_FILE if config.get(name) is not None}
         # Files say 0 where they mean no limit, which as an argument is more likely a mistake.
         if values.get("top_k") == 0:
             del values["top_k"]
@@ -164,7 +168,11 @@ def _problem(name: str, value: Any) -> str | None:
 
 
 def _stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
-    stops = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
+    if stop is None:
+        return ()
+    if not isinstance(stop, Iterable):
+        raise InputError(f"stop must be a string or several, not {stop!r}")
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
     for entry in stops:
         if not isinstance(entry, str) or not entry:
             raise InputError(f"stop must be made of strings that are not empty, not {entry!r}")

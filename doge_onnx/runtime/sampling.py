@@ -74,8 +74,9 @@ def make_sampler(
             kept = keep_min_p(scores, min_p)
             ids, scores = ids[kept], scores[kept]
         cumulative = np.exp(scores).cumsum()
-        drawn = np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")
-        return int(ids[drawn])
+        # At most (1 - 2**-53) times the sum, which rounds to less than the sum.
+        point = rng.random() * cumulative[-1]
+        return int(ids[np.searchsorted(cumulative, point, side="right")])
 
     return sample
 

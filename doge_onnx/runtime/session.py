@@ -22,6 +22,12 @@ LOGITS_TO_KEEP = "logits_to_keep"
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider"}
 _WARNING, _ERROR = 2, 3
+# Kinds and element types of a state that this version can keep; names of NumPy and of ONNX Runtime.
+_KINDS = ("growing",)
+_DTYPES = {"float32": "tensor(float)"}
+
+# Element type and shape of an input or output; None is any size.
+_Signature = tuple[str, tuple[int | None, ...]]
 
 ort.disable_telemetry_events()
 
@@ -49,15 +55,25 @@ def open_session(
 
     Raises:
         InputError: An unknown device, or a number of threads below 1.
-        BundleError: The graph keeps data in files that are not the bundle's, cannot be
-            loaded, or does not have the inputs and outputs that the manifest promises.
+        BundleError: The state is of a kind that this version does not know, or the graph
+            keeps data in files that are not the bundle's, cannot be loaded, or does not
+            have the inputs and outputs that the manifest promises.
     """
     if device not in _PROVIDERS:
-        raise InputError(f"device {device!r} is not available; choose from: {', '.join(_PROVIDERS)}")
+        raise InputError(
+            f"device {device!r} is not available; choose from: {', '.join(_PROVIDERS)}"
+        )
     if threads is not None and (
         isinstance(threads, bool) or not isinstance(threads, int) or threads < 1
     ):
         raise InputError(f"threads must be a positive whole number, not {threads!r}")
+    state = bundle.manifest.state
+    for name, value, known in (("kind", state.kind, _KINDS), ("dtype", state.dtype, _DTYPES)):
+        if value not in known:
+            raise BundleError(
+                f"{bundle.path}: this doge-onnx does not know the state {name} {value!r} "
+                f"(only {', '.join(known)}); upgrade doge-onnx"
+            )
     graph = bundle.path / GRAPH_NAME
     # ONNX Runtime looks after paths that leave the directory, and newer versions do so better than
     # older ones, but it knows nothing of the manifest, and only its files were checked.
@@ -92,14 +108,12 @@ def has_logits_to_keep(session: ort.InferenceSession) -> bool:
 def _check_signature(session: ort.InferenceSession, manifest: Manifest, graph: str) -> None:
     """Raise BundleError unless inputs and outputs are those that the manifest implies."""
     state = manifest.state
-    row = (None, state.num_heads, None, state.row_size)
-    # The state's element type is checked by who allocates it; both ends must agree here.
-    element = {"float32": "tensor(float)"}.get(state.dtype, state.dtype)
-    ids = ("tensor(int64)", (None, None))
+    cache: _Signature = (_DTYPES[state.dtype], (None, state.num_heads, None, state.row_size))
+    ids: _Signature = ("tensor(int64)", (None, None))
+    logits: _Signature = ("tensor(float)", (None, None, manifest.vocab_size))
     inputs = {INPUT_IDS: ids, ATTENTION_MASK: ids}
-    inputs |= {name: (element, row) for name in past_names(state.num_layers)}
-    outputs = {LOGITS: ("tensor(float)", (None, None, manifest.vocab_size))}
-    outputs |= {name: (element, row) for name in present_names(state.num_layers)}
+    inputs |= dict.fromkeys(past_names(state.num_layers), cache)
+    outputs = {LOGITS: logits} | dict.fromkeys(present_names(state.num_layers), cache)
     for what, expected, entries in (
         ("input", inputs, session.get_inputs()),
         ("output", outputs, session.get_outputs()),
@@ -108,7 +122,7 @@ def _check_signature(session: ort.InferenceSession, manifest: Manifest, graph: s
         if missing := sorted(expected.keys() - actual.keys()):
             raise BundleError(f"{graph} lacks the {what} {missing[0]!r} that its manifest implies")
         if unknown := sorted(actual.keys() - expected.keys()):
-            raise BundleError(f"{graph} has an {what} {unknown[0]!r} that its manifest lacks")
+            raise BundleError(f"{graph} has the {what} {unknown[0]!r}, which its manifest lacks")
         for name, (element_type, shape) in expected.items():
             entry = actual[name]
             if entry.type != element_type or not _compatible(entry.shape, shape):

@@ -42,7 +42,7 @@ class Buffer:
     @property
     def capacity(self) -> int:
         """Number of rows that fit."""
-        return self.mask.shape[1]
+        return int(self.mask.shape[1])
 
     def claim(self, start: int, end: int) -> bool:
         """Take the rows from `start` to `end` for one writer; False if that cannot be.
@@ -76,7 +76,7 @@ class State:
     @property
     def batch_size(self) -> int:
         """Number of sequences."""
-        return self.buffer.mask.shape[0]
+        return int(self.buffer.mask.shape[0])
 
     @property
     def length(self) -> int:
@@ -91,7 +91,8 @@ class State:
     @property
     def num_tokens(self) -> NDArray[np.int64]:
         """Tokens of each sequence, padding not counted: int64 `[batch_size]`."""
-        return self.mask.sum(axis=1)
+        tokens: NDArray[np.int64] = self.mask.sum(axis=1)
+        return tokens
 
     def belongs_to(self, owner: object) -> bool:
         """Whether `owner` is what made this state."""

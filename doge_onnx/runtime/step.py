@@ -1,8 +1,8 @@
 """One step of the recurrent model: new tokens and a state in, logits and a new state out.
 
-Knows how the graph is fed: which buffers it reads and writes, and what is bound anew at
-each call. Does not check the caller's ids (`inputs.py`) and does not choose tokens
-(`generate.py`). One class per way in which a graph keeps its state.
+Knows which tensors the graph reads and writes and which state they make. Does not check the
+caller's ids (`inputs.py`) and does not choose tokens (`generate.py`). One class per way in which
+a graph keeps its state.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from doge_onnx.bundle import Manifest
-from doge_onnx.errors import BundleError
+from doge_onnx.runtime.binding import InPlaceBinding, last_position
 from doge_onnx.runtime.session import (
     ATTENTION_MASK,
     INPUT_IDS,
@@ -27,9 +27,6 @@ from doge_onnx.runtime.session import (
     present_names,
 )
 from doge_onnx.runtime.state import Buffer, State, grown_capacity
-
-_DTYPES: dict[str, type[np.generic]] = {"float32": np.float32}
-_DEVICE = "cpu"
 
 
 class Stepper(Protocol):
@@ -57,21 +54,9 @@ class Stepper(Protocol):
 
 
 def make_stepper(session: ort.InferenceSession, manifest: Manifest) -> Stepper:
-    """The stepper for the kind of state that a bundle's manifest declares.
-
-    Raises:
-        BundleError: This version does not know the kind or the element type.
-    """
-    state = manifest.state
-    if state.kind != "growing":
-        raise BundleError(
-            f"this doge-onnx does not know the state kind {state.kind!r}; upgrade doge-onnx"
-        )
-    if state.dtype not in _DTYPES:
-        raise BundleError(
-            f"this doge-onnx does not know the state dtype {state.dtype!r}; upgrade doge-onnx"
-        )
-    return InPlaceStepper(session, manifest) if state.in_place else CopyingStepper(session, manifest)
+    """The stepper for the way in which a bundle's graph keeps its state."""
+    kind = InPlaceStepper if manifest.state.in_place else CopyingStepper
+    return kind(session, manifest)
 
 
 class InPlaceStepper:
@@ -84,17 +69,14 @@ class InPlaceStepper:
             zip(past_names(layout.num_layers), present_names(layout.num_layers), strict=True)
         )
         self._row_shape = (layout.num_heads, layout.row_size)
-        self._dtype = _DTYPES[layout.dtype]
+        self._dtype = np.dtype(layout.dtype)
         self._vocab_size = manifest.vocab_size
         self._context_length = manifest.context_length
-        self._keep = (
-            {True: np.array([1], np.int64), False: np.array([0], np.int64)}
-            if has_logits_to_keep(session)
-            else None
-        )
         # Binding the state costs more than all else that Python does in a step, so it is done
         # once per buffer; the binding goes when the buffer does.
-        self._bindings: weakref.WeakKeyDictionary[Buffer, Any] = weakref.WeakKeyDictionary()
+        self._bindings: weakref.WeakKeyDictionary[Buffer, InPlaceBinding] = (
+            weakref.WeakKeyDictionary()
+        )
 
     def step(
         self,
@@ -113,11 +95,8 @@ class InPlaceStepper:
             if batch > 1 and new > 1 and past > 0:
                 # The kernel takes several new tokens after a past for one sequence only.
                 rows = [
-                    self._run(
-                        self._bind([tensor[b : b + 1] for tensor in buffer.tensors]),
-                        input_ids[b : b + 1],
-                        buffer.mask[b : b + 1, :total],
-                        last_only,
+                    self._bind([tensor[b : b + 1] for tensor in buffer.tensors]).run(
+                        input_ids[b : b + 1], buffer.mask[b : b + 1, :total], last_only
                     )
                     for b in range(batch)
                 ]
@@ -126,7 +105,7 @@ class InPlaceStepper:
                 binding = self._bindings.get(buffer)
                 if binding is None:
                     binding = self._bindings[buffer] = self._bind(buffer.tensors)
-                logits = self._run(binding, input_ids, buffer.mask[:, :total], last_only)
+                logits = binding.run(input_ids, buffer.mask[:, :total], last_only)
         except BaseException:
             buffer.release(past)
             raise
@@ -140,7 +119,7 @@ class InPlaceStepper:
         capacity = grown_capacity(total, self._context_length)
         heads, row_size = self._row_shape
         buffer = Buffer(
-            [np.zeros((batch, heads, capacity, row_size), self._dtype) for _ in self._names for _ in "kv"],
+            [np.zeros((batch, heads, capacity, row_size), self._dtype) for _ in self._names],
             np.zeros((batch, capacity), np.int64),
             rows=total,
         )
@@ -150,36 +129,8 @@ class InPlaceStepper:
             buffer.mask[:, :past] = state.mask
         return buffer
 
-    def _bind(self, tensors: Sequence[NDArray[Any]]) -> Any:
-        """A binding whose past and present are both `tensors`."""
-        binding = self._session.io_binding()
-        for (past, present), tensor in zip(self._names, tensors, strict=True):
-            where = (_DEVICE, 0, self._dtype, tensor.shape, tensor.ctypes.data)
-            binding.bind_input(past, *where)
-            binding.bind_output(present, *where)
-        return binding
-
-    def _run(
-        self,
-        binding: Any,
-        input_ids: NDArray[np.int64],
-        mask: NDArray[np.int64],
-        last_only: bool,
-    ) -> NDArray[np.float32]:
-        batch, new = input_ids.shape
-        # Of one sequence this is a view; of several, the rows must lie side by side.
-        mask = np.ascontiguousarray(mask)
-        binding.bind_input(INPUT_IDS, _DEVICE, 0, np.int64, input_ids.shape, input_ids.ctypes.data)
-        binding.bind_input(ATTENTION_MASK, _DEVICE, 0, np.int64, mask.shape, mask.ctypes.data)
-        positions = new
-        if self._keep is not None:
-            keep = self._keep[last_only]
-            binding.bind_input(LOGITS_TO_KEEP, _DEVICE, 0, np.int64, (1,), keep.ctypes.data)
-            positions = 1 if last_only else new
-        logits = np.empty((batch, positions, self._vocab_size), np.float32)
-        binding.bind_output(LOGITS, _DEVICE, 0, np.float32, logits.shape, logits.ctypes.data)
-        self._session.run_with_iobinding(binding)
-        return _last(logits) if last_only else logits
+    def _bind(self, tensors: Sequence[NDArray[Any]]) -> InPlaceBinding:
+        return InPlaceBinding(self._session, self._names, tensors, self._vocab_size)
 
 
 class CopyingStepper:
@@ -191,7 +142,7 @@ class CopyingStepper:
         self._past = past_names(layout.num_layers)
         self._outputs = [LOGITS, *present_names(layout.num_layers)]
         self._row_shape = (layout.num_heads, layout.row_size)
-        self._dtype = _DTYPES[layout.dtype]
+        self._dtype = np.dtype(layout.dtype)
         self._can_keep = has_logits_to_keep(session)
 
     def step(
@@ -223,11 +174,6 @@ class CopyingStepper:
         )
         array = logits.numpy()
         length = mask.shape[1]
-        return _last(array) if last_only else array, State(
+        return last_position(array) if last_only else array, State(
             Buffer(present, mask, rows=length), length, self
         )
-
-
-def _last(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Logits of the last position; a copy if there are others, so that those can be freed."""
-    return logits if logits.shape[1] == 1 else logits[:, -1:].copy()

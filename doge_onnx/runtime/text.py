@@ -14,10 +14,13 @@ from doge_onnx.errors import BundleError, InputError
 
 # What a decoder shows for bytes that are no character (yet).
 _REPLACEMENT = "\ufffd"
-# A UTF-8 character has at most 4 bytes, so this many replacements at most can still be completed.
+# The end of a text that may still become a character: one has at most 4 bytes, and some decoders
+# show a replacement for each byte of one that is incomplete.
 _MAX_PENDING = 3
-# Tokens that are decoded together; a longer window is cut back to the shorter length.
-_LONG_WINDOW, _SHORT_WINDOW = 16, 8
+# Tokens of which some decoders need the one before, and of which several may make one character.
+_CONTEXT = 8
+# Bytes that make no character in this many tokens never will.
+_MAX_HELD = 16
 
 
 class Codec:
@@ -67,23 +70,22 @@ class Codec:
 class TextStream:
     """The text of a growing sequence of tokens, piece by piece, at O(1) per token.
 
-    A token is decoded together with a few before it, because some decoders treat the
-    first token of a text specially (they strip its space); only what that adds to the
-    text before is new. The end of a text that is not a complete character yet is held
-    back. The first tokens' context are the last of the prompt, so that prompt and pieces
-    together read as one text.
+    A token is decoded together with those before it, because some decoders treat the
+    first token of a text specially (they strip its space); only what it adds to their
+    text is new. Text that ends in half a character is held back. The first tokens are
+    decoded after the last ones of the prompt, so that prompt and pieces read as one text.
     """
 
     def __init__(self, codec: Codec, prompt: Sequence[int]) -> None:
         self._codec = codec
-        self._window = [i for i in prompt[-_SHORT_WINDOW:] if codec.visible(i)]
-        text = codec.decode(self._window)
-        if text.endswith(_REPLACEMENT):
+        # Tokens that are decoded together: context, whose text is out, and then held ones.
+        self._window = [i for i in prompt[-_CONTEXT:] if codec.visible(i)]
+        self._text = codec.decode(self._window)
+        if self._text.endswith(_REPLACEMENT):
             # Half a character of the prompt is no part of the text that follows it.
-            self._window, text = [], ""
-        self._text = text
-        # Characters of the window's text that were emitted, or belong to the prompt.
-        self._emitted = len(text)
+            self._window, self._text = [], ""
+        self._context = len(self._window)
+        self._emitted = len(self._text)
 
     def push(self, token_id: int) -> str:
         """Add a token; return the text that is now certain."""
@@ -91,15 +93,15 @@ class TextStream:
             return ""
         self._window.append(token_id)
         self._text = self._codec.decode(self._window)
-        piece = self._emit(len(self._text.rstrip(_REPLACEMENT)))
-        if len(self._window) > _LONG_WINDOW:
-            # Bytes that make no character in this many tokens never will.
-            piece += self._emit(len(self._text) - _MAX_PENDING)
-            pending = len(self._text) - self._emitted
-            self._window = self._window[-_SHORT_WINDOW:]
-            self._text = self._codec.decode(self._window)
-            self._emitted = len(self._text) - pending
-        return piece
+        if not self._text.endswith(_REPLACEMENT):
+            piece = self._emit(len(self._text))
+            self._shorten(self._context)
+            return piece
+        if len(self._window) - self._context > _MAX_HELD:
+            piece = self._emit(len(self._text) - _MAX_PENDING)
+            self._shorten(len(self._window) - _CONTEXT)
+            return piece
+        return ""
 
     def flush(self) -> str:
         """The text held back, complete or not."""
@@ -108,6 +110,14 @@ class TextStream:
     def _emit(self, end: int) -> str:
         start, self._emitted = self._emitted, max(self._emitted, end)
         return self._text[start : self._emitted]
+
+    def _shorten(self, dropped: int) -> None:
+        """Forget the first tokens of the window; what was not emitted stays the same."""
+        pending = len(self._text) - self._emitted
+        self._window = self._window[dropped:]
+        self._context = len(self._window)
+        self._text = self._codec.decode(self._window)
+        self._emitted = len(self._text) - pending
 
 
 class StopFinder:
@@ -123,13 +133,13 @@ class StopFinder:
 
     def push(self, text: str) -> str:
         """Add text; return what is certainly before any stop string."""
-        if self.found or not self._stops:
-            return "" if self.found else text
+        if self.found:
+            return ""
+        if not self._stops:
+            return text
         text = self._held + text
         matches = [
-            (start + len(stop), start)
-            for stop in self._stops
-            if (start := text.find(stop)) >= 0
+            (start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0
         ]
         if matches:
             self.found = True
@@ -148,7 +158,5 @@ class StopFinder:
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that is a beginning of `stop`, but not all of it."""
     return next(
-        size
-        for size in range(min(len(stop) - 1, len(text)), -1, -1)
-        if text.endswith(stop[:size])
+        size for size in range(min(len(stop) - 1, len(text)), -1, -1) if text.endswith(stop[:size])
     )

@@ -1,0 +1,232 @@
+"""What the commands print, and where: results go to stdout, everything else to stderr.
+
+Knows how a manifest, a comparison and a completion look to a person or to a program. Does
+not know options, and computes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.text import Text
+
+from doge_onnx.bundle import Manifest
+
+if TYPE_CHECKING:
+    from rich.status import Status
+
+    from doge_onnx.export.exporter import ExportReport
+    from doge_onnx.export.verify import ParityReport
+    from doge_onnx.runtime.completion import Completion, Timings
+
+_stdout = Console(highlight=False, markup=False)
+_stderr = Console(highlight=False, markup=False, stderr=True)
+
+
+def prepare_streams() -> None:
+    """Make pipes and files UTF-8 whatever the locale; a terminal keeps its own encoding."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        # Whoever starts a command may close its streams.
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - open until the end
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            encoding = None if stream.isatty() else "utf-8"
+            # File names can hold bytes that are no text, and a terminal can lack a character.
+            stream.reconfigure(encoding=encoding, errors="backslashreplace")
+
+
+def note(words: str) -> None:
+    """Say on stderr what is going on."""
+    _stderr.print(Text(words, style="dim"), soft_wrap=True)
+
+
+def error(message: str) -> None:
+    """Print one line on stderr, whatever the message holds."""
+    line = Text.assemble(("error:", "bold red"), " ", " ".join(message.split("\n")))
+    _stderr.print(line, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """Yield what a long task calls as each of its steps begins.
+
+    On a terminal the step stands beside a spinner, elsewhere each is a line of its own.
+    """
+    status: Status | None = None
+
+    def begin(step: str) -> None:
+        nonlocal status
+        if not _stderr.is_terminal:
+            note(f"  {step}")
+        elif status is None:
+            # Not before the first step: a download comes earlier and draws bars of its own.
+            status = _stderr.status(escape(step))
+            status.start()
+        else:
+            status.update(escape(step))
+
+    try:
+        yield begin
+    finally:
+        if status is not None:
+            status.stop()
+
+
+def export_summary(out: str, report: ExportReport) -> None:
+    """Print what an export made."""
+    rows: dict[str, object] = {
+        "bundle": out,
+        "size": _megabytes(report.size),
+        "parameters": report.manifest.parameters,
+        "context": f"{report.manifest.context_length:,} tokens",
+        "parity": "not checked",
+        "took": f"{report.seconds:.1f} s",
+    }
+    if report.parity is not None:
+        rows["parity"] = (
+            f"differs by {report.parity.max_abs_diff:.1e} at most, tolerance "
+            f"{report.parity.tolerance:.1e}; greedy match {_greedy(report.parity)}"
+        )
+    _print_rows(rows)
+
+
+def parity(report: ParityReport) -> None:
+    """Print how a comparison with the reference ended."""
+    _print_rows(
+        {
+            "reference": report.reference,
+            "prefill": f"{report.prefill:.1e}",
+            "decode": f"{report.decode:.1e}",
+            "batch": f"{report.batch:.1e}",
+            "maximum absolute difference": f"{report.max_abs_diff:.1e}",
+            "tolerance": f"{report.tolerance:.1e} (largest logit {report.logit_scale:.1f})",
+            "greedy match": _greedy(report),
+        }
+    )
+
+
+def manifest(shown: Manifest) -> None:
+    """Print a manifest for a person."""
+    state = shown.state
+    row = f"{state.num_heads} heads x {state.row_size} channels ({state.head_dim} + gate + zeros)"
+    _print_section(
+        "Model",
+        {
+            "source": shown.source.get("model"),
+            "revision": shown.source.get("revision"),
+            "parameters": shown.parameters,
+            "vocabulary": f"{shown.vocab_size:,} tokens",
+            "context": f"{shown.context_length:,} tokens",
+        },
+    )
+    _print_section(
+        "Graph",
+        {
+            "target": shown.target,
+            "precision": shown.precision,
+            "state": f"{state.kind}, {state.num_layers} layers, {state.dtype}",
+            "key or value row": row,
+            "keep window (keys)": state.keep_window_size,
+            "updated in place": state.in_place,
+        },
+    )
+    parity = shown.parity or {"checked": False}
+    _print_section("Parity", {name.replace("_", " "): value for name, value in parity.items()})
+    _print_section("Made with", shown.versions)
+    sizes = {
+        name: entry.get("size") if isinstance(entry, dict) else None
+        for name, entry in shown.files.items()
+    }
+    _print_section(
+        "Files",
+        {name: _megabytes(size) if isinstance(size, int) else None for name, size in sizes.items()},
+    )
+
+
+def json_text(text: str) -> None:
+    """Print JSON as it is."""
+    sys.stdout.write(text.rstrip("\n") + "\n")
+
+
+def completion_json(completion: Completion, stats: bool) -> None:
+    """Print a completion as one JSON object."""
+    fields: dict[str, Any] = {
+        "text": completion.text,
+        "token_ids": completion.token_ids,
+        "finish_reason": completion.finish_reason,
+        "prompt_tokens": completion.prompt_tokens,
+    }
+    if completion.logprobs is not None:
+        fields["logprobs"] = completion.logprobs
+    if stats:
+        timings = completion.timings
+        fields["stats"] = {
+            "generated_tokens": timings.generated_tokens,
+            "prefill_seconds": timings.prefill_seconds,
+            "decode_seconds": timings.decode_seconds,
+            "prefill_tokens_per_second": timings.prefill_tokens_per_second,
+            "decode_tokens_per_second": timings.decode_tokens_per_second,
+        }
+    json_text(json.dumps(fields, ensure_ascii=False))
+
+
+def timings(measured: Timings) -> None:
+    """Print tokens per second on stderr, one line for prefill and one for decode."""
+    for name, tokens, seconds, rate in (
+        (
+            "prefill",
+            measured.prompt_tokens,
+            measured.prefill_seconds,
+            measured.prefill_tokens_per_second,
+        ),
+        (
+            "decode",
+            # The first token comes out of the prefill.
+            max(measured.generated_tokens - 1, 0),
+            measured.decode_seconds,
+            measured.decode_tokens_per_second,
+        ),
+    ):
+        speed = "" if rate is None else f", {rate:.1f} tokens/s"
+        note(f"{name}: {tokens} tokens in {seconds:.3f} s{speed}")
+
+
+def _print_section(title: str, rows: Mapping[str, object]) -> None:
+    _stdout.print(Text(title, style="bold"))
+    _print_rows({f"  {name}": value for name, value in rows.items()})
+
+
+def _print_rows(rows: Mapping[str, object]) -> None:
+    # Not a table of rich's: that one cuts or folds long paths, also where nobody looks.
+    width = max(map(len, rows), default=0)
+    for name, value in rows.items():
+        line = Text.assemble((name.ljust(width), "cyan"), "  ", _words(value))
+        _stdout.print(line, soft_wrap=True)
+
+
+def _words(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _megabytes(size: int) -> str:
+    # The smallest files of a bundle have some hundred bytes.
+    return f"{size / 1e6:.1f} MB" if size >= 100_000 else f"{size / 1e3:.1f} kB"
+
+
+def _greedy(report: ParityReport) -> str:
+    return f"{report.greedy_matched}/{report.greedy_total} tokens"

@@ -1,0 +1,293 @@
+"""A loaded bundle: `forward`, `generate` and `stream`.
+
+Knows how the parts of the runtime fit together and what a caller may pass. The parts
+themselves are elsewhere: sessions, steps and states, options, sampling, text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from doge_onnx.bundle import Bundle, Manifest
+from doge_onnx.errors import InputError
+from doge_onnx.runtime.completion import Completion, Piece, Transcript, generate_pieces
+from doge_onnx.runtime.generate import Row
+from doge_onnx.runtime.inputs import check_room, check_state, token_mask, token_matrix
+from doge_onnx.runtime.options import Defaults, Options
+from doge_onnx.runtime.sampling import Sampler, greedy, make_sampler, repetition_penalty
+from doge_onnx.runtime.session import open_session
+from doge_onnx.runtime.state import State
+from doge_onnx.runtime.step import Stepper, make_stepper
+from doge_onnx.runtime.text import Codec, TextStream
+
+# Lists and tuples rather than any sequence: a str is a sequence of str, too.
+Prompt = str | list[int] | tuple[int, ...] | NDArray[np.integer[Any]]
+Prompts = list[str] | list[list[int]] | tuple[str | list[int], ...]
+
+
+def load(
+    bundle: str | Path, device: str = "cpu", threads: int | None = None, verbose: bool = False
+) -> Model:
+    """Load a bundle. See `doge_onnx.load`."""
+    opened = Bundle.open(bundle)
+    defaults = Defaults.read(opened)
+    tokenizer = opened.file("tokenizer.json")
+    codec = None if tokenizer is None else Codec(tokenizer)
+    stepper = make_stepper(open_session(opened, device, threads, verbose), opened.manifest)
+    return Model(opened, stepper, defaults, codec)
+
+
+class Model:
+    """A language model that is ready to run. Made by `doge_onnx.load`.
+
+    May be used from several threads: all that a run changes is in its states.
+    """
+
+    def __init__(
+        self, bundle: Bundle, stepper: Stepper, defaults: Defaults, codec: Codec | None
+    ) -> None:
+        self._bundle = bundle
+        self._stepper = stepper
+        self._defaults = defaults
+        self._codec = codec
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the bundle says of itself."""
+        return self._bundle.manifest
+
+    def forward(
+        self,
+        input_ids: ArrayLike,
+        state: State | None = None,
+        logits: Literal["last", "all"] = "last",
+        attention_mask: ArrayLike | None = None,
+    ) -> tuple[NDArray[np.float32], State]:
+        """Feed tokens to the model; prefill and decode alike.
+
+        However a text is cut into calls, the logits are the same.
+
+        Args:
+            input_ids: Token ids `[B, S]`, whole numbers.
+            state: The state that an earlier call returned, of the same B sequences, or
+                None at their start. It is not changed: it may be continued again.
+            logits: "last" for the last position only, "all" for every one.
+            attention_mask: `[B, S]`, 1 for a token and 0 for padding, for the new ids
+                alone: the state remembers what it was for the earlier ones. Nothing ever
+                attends to padding, and it does not count as a position, so unequal
+                prompts are best padded on the left. None: no padding.
+
+        Returns:
+            Logits, float32 `[B, 1, V]` or `[B, S, V]`, and the state after these tokens.
+
+        Raises:
+            InputError: Ids outside of the vocabulary, shapes or types that do not fit, a
+                state that does not fit, or more tokens than the context length.
+        """
+        if logits not in ("last", "all"):
+            raise InputError(f"logits must be 'last' or 'all', not {logits!r}")
+        ids = token_matrix(input_ids, self.manifest.vocab_size)
+        mask = token_mask(attention_mask, ids.shape)
+        batch, new = ids.shape
+        check_state(state, batch, self._stepper)
+        check_room(new, mask, batch, state, self.manifest.context_length)
+        return self._stepper.step(ids, mask, state, last_only=logits == "last")
+
+    @overload
+    def generate(
+        self,
+        prompt: Prompt,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        logprobs: bool = False,
+    ) -> Completion: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: Prompts,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        logprobs: bool = False,
+    ) -> list[Completion]: ...
+
+    def generate(
+        self,
+        prompt: Prompt | Prompts,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        logprobs: bool = False,
+    ) -> Completion | list[Completion]:
+        """Continue a prompt, or a batch of them.
+
+        Options that are None follow the bundle's generation_config.json; where that says
+        nothing, generation is greedy and goes on to the end of the context. A temperature
+        above 0, or one of top_k, top_p and min_p without any temperature, means sampling.
+
+        Args:
+            prompt: A str or the ids of its tokens is one prompt; a list of those is a
+                batch. Greedily, each prompt of a batch gets what it would get alone.
+            max_new_tokens: Most tokens to generate. The end of the context ends a text
+                before that.
+            temperature: Divides the logits; 0 is greedy.
+            top_k: Sample from the k most likely tokens.
+            top_p: Sample from the most likely tokens that have this probability together.
+            min_p: Sample from tokens at least this many times as likely as the best.
+            repetition_penalty: Above 1 makes tokens of the prompt and the text less likely.
+            seed: The same seed gives the same text. Each prompt of a batch draws numbers
+                of its own, the first one those that it would draw alone.
+            stop: A string, or several, that end the text; it ends before them.
+            logprobs: Also return the log-probability of each token.
+
+        Returns:
+            One completion, or for a batch a list with one for each prompt.
+
+        Raises:
+            InputError: An empty prompt, one longer than the context, ids outside of the
+                vocabulary, text without a tokenizer, or an option out of its range.
+        """
+        options = self._defaults.resolve(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=stop,
+            logprobs=logprobs,
+        )
+        batch = _is_batch(prompt)
+        prompts: Sequence[Any] = prompt if batch else [prompt]  # type: ignore[assignment]
+        transcripts = [self._transcript(p, options, row) for row, p in enumerate(prompts)]
+        pieces: list[list[Piece]] = [[] for _ in prompts]
+        for row, piece in generate_pieces(self._stepper, transcripts, options.logprobs):
+            pieces[row].append(piece)
+        completions = [Completion.join(row_pieces) for row_pieces in pieces]
+        return completions if batch else completions[0]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        logprobs: bool = False,
+    ) -> Iterator[Piece]:
+        """Continue one prompt piece by piece; the options are those of `generate`.
+
+        Yields:
+            One `Piece`, a str, per token; it is empty while a character or what could
+            become a stop string is incomplete. Together they are the text that `generate`
+            returns. The last one has the finish_reason.
+
+        Raises:
+            InputError: See `generate`; raised by this call, not by the first iteration.
+        """
+        options = self._defaults.resolve(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=stop,
+            logprobs=logprobs,
+        )
+        if _is_batch(prompt):
+            raise InputError("stream takes one prompt; pass a batch to generate")
+        transcript = self._transcript(prompt, options, 0)
+        return (p for _, p in generate_pieces(self._stepper, [transcript], options.logprobs))
+
+    def _transcript(self, prompt: Any, options: Options, row: int) -> Transcript:
+        """Everything that one prompt needs to run."""
+        ids = self._prompt_ids(prompt)
+        room = self.manifest.context_length - len(ids)
+        if room < 0:
+            raise InputError(
+                f"the prompt has {len(ids)} tokens, more than the context length of "
+                f"{self.manifest.context_length}"
+            )
+        wanted = room if options.max_new_tokens is None else options.max_new_tokens
+        penalty = options.repetition_penalty
+        return Transcript(
+            Row(
+                prompt=ids,
+                max_new_tokens=min(wanted, room),
+                sampler=_sampler(options, row),
+                processors=() if penalty is None else (repetition_penalty(penalty),),
+            ),
+            self._defaults.eos_token_ids,
+            None if self._codec is None else TextStream(self._codec, ids),
+            options.stop,
+        )
+
+    def _prompt_ids(self, prompt: Any) -> list[int]:
+        if isinstance(prompt, str):
+            if self._codec is None:
+                raise InputError(
+                    f"{self._bundle.path} has no tokenizer.json; pass token ids instead of text"
+                )
+            ids = self._codec.encode(prompt) if prompt else []
+        else:
+            ids = list(prompt)
+        if not ids:
+            raise InputError("the prompt is empty; at least one token is needed")
+        for token_id in ids:
+            if isinstance(token_id, bool) or not isinstance(token_id, int | np.integer):
+                raise InputError(f"token ids are whole numbers, not {type(token_id).__name__}")
+        checked: list[int] = token_matrix([ids], self.manifest.vocab_size)[0].tolist()
+        return checked
+
+
+def _is_batch(prompt: Any) -> bool:
+    """Whether a prompt is really a list of prompts; whether it is a valid one shows later.
+
+    Raises:
+        InputError: It is no list, array or text.
+    """
+    if isinstance(prompt, str):
+        return False
+    if not isinstance(prompt, list | tuple | np.ndarray) or (
+        isinstance(prompt, np.ndarray) and prompt.ndim == 0
+    ):
+        raise InputError(
+            f"a prompt must be text or a list of token ids, not {type(prompt).__name__}"
+        )
+    return len(prompt) > 0 and all(isinstance(p, str | list | tuple | np.ndarray) for p in prompt)
+
+
+def _sampler(options: Options, row: int) -> Sampler:
+    if options.temperature == 0:
+        return greedy
+    rng = np.random.default_rng(None if options.seed is None else [options.seed, row])
+    return make_sampler(rng, options.temperature, options.top_k, options.top_p, options.min_p)

@@ -1,0 +1,30 @@
+"""Bundles that several test modules share; making one takes seconds."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+import doge_onnx
+
+TINY_CHECKPOINT = Path(__file__).parent.parent / "examples" / "doge-tiny"
+
+
+def pytest_configure():
+    # Tests compare what the command line prints, so nobody's settings may colour it.
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        os.environ.pop(name, None)
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory):
+    """examples/doge-tiny for ONNX Runtime; copy it before changing anything."""
+    out = tmp_path_factory.mktemp("bundles") / "tiny"
+    return doge_onnx.export(TINY_CHECKPOINT, out, verify=False).path
+
+
+@pytest.fixture(scope="session")
+def tiny_portable_bundle(tmp_path_factory):
+    """examples/doge-tiny in standard operators; copy it before changing anything."""
+    out = tmp_path_factory.mktemp("bundles") / "tiny-portable"
+    return doge_onnx.export(TINY_CHECKPOINT, out, target="portable", verify=False).path

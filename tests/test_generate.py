@@ -1,0 +1,395 @@
+"""`generate` and `stream`: the loop, its ends, and the options."""
+
+from __future__ import annotations
+
+import threading
+
+import fake_bundle
+import numpy as np
+import pytest
+from fake_bundle import CONTEXT, VOCAB, reference
+
+import doge_onnx
+from doge_onnx.bundle import Bundle
+from doge_onnx.errors import BundleError, InputError
+from doge_onnx.runtime.model import Model
+from doge_onnx.runtime.options import Defaults
+from doge_onnx.runtime.text import Codec
+
+EOS = 1
+
+
+@pytest.fixture(scope="module", params=["in_place", "copying"])
+def model(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp("bundle") / "b"
+    return doge_onnx.load(fake_bundle.write(path, in_place=request.param == "in_place"))
+
+
+class Script:
+    """Runs no graph: whatever the prompts, row b is to say `texts[b]`, token by token."""
+
+    def __init__(self, codec: Codec, *texts: str | list[int]) -> None:
+        self.tokens = [
+            codec.encode(text)[1:] if isinstance(text, str) else list(text) for text in texts
+        ]
+        self.fed: list[tuple[list, list | None]] = []
+
+    def step(self, input_ids, mask, state, last_only):
+        step = len(self.fed)
+        self.fed.append((input_ids.tolist(), None if mask is None else mask.tolist()))
+        logits = np.ones((len(input_ids), 1, VOCAB), np.float32)
+        for row, tokens in enumerate(self.tokens):
+            logits[row, 0, tokens[step] if step < len(tokens) else EOS] = 10
+        return logits, state
+
+
+@pytest.fixture
+def scripted(tmp_path):
+    path = fake_bundle.write(tmp_path / "b")
+    bundle = Bundle.open(path)
+    codec = Codec(path / "tokenizer.json")
+
+    def make(*texts):
+        script = Script(codec, *texts)
+        return Model(bundle, script, Defaults.read(bundle), codec), script
+
+    return make
+
+
+def _greedily(prompt: list[int], count: int) -> list[int]:
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(int(reference(ids)[-1].argmax()))
+    return ids[len(prompt) :]
+
+
+def test_greedy_tokens_are_those_of_the_model(model):
+    prompt = [4, 100, 33]
+    out = model.generate(prompt, max_new_tokens=20)
+    assert out.token_ids == _greedily(prompt, 20)
+    assert (out.finish_reason, out.prompt_tokens, out.logprobs) == ("length", 3, None)
+    assert model.generate(np.array(prompt), max_new_tokens=20).token_ids == out.token_ids
+
+
+def test_each_prompt_of_a_batch_gets_what_it_gets_alone(model):
+    prompts = [[4, 100, 33], [9], [200, 2, 3, 40, 50, 60, 7], [9]]
+    together = model.generate(prompts, max_new_tokens=25)
+    for prompt, out in zip(prompts, together, strict=True):
+        assert out.token_ids == model.generate(prompt, max_new_tokens=25).token_ids
+    texts = ["the cat", "a much longer prompt than that"]
+    together = model.generate(texts, max_new_tokens=10)
+    assert [o.text for o in together] == [model.generate(t, max_new_tokens=10).text for t in texts]
+    assert [out.prompt_tokens for out in together] == [
+        len(model._codec.encode(text)) for text in texts
+    ]
+
+
+def test_rows_that_reach_the_context_do_not_disturb_the_others(model):
+    long = np.random.default_rng(0).integers(2, VOCAB, CONTEXT - 3).tolist()
+    full = [*long, 5, 6, 7]
+    prompts = [long, [9, 8], full]
+    alone = model.generate(prompts[1], max_new_tokens=12)
+    ended, other, nothing = model.generate(prompts, max_new_tokens=12)
+    assert other.token_ids == alone.token_ids
+    assert (len(ended.token_ids), ended.finish_reason) == (3, "length")
+    assert ended.token_ids == model.generate(long).token_ids
+    assert (nothing.token_ids, nothing.text, nothing.finish_reason) == ([], "", "length")
+
+
+def test_without_a_limit_the_text_goes_on_to_the_end_of_the_context(model):
+    out = model.generate([4, 4])
+    assert len(out.token_ids) == CONTEXT - 2
+    assert out.finish_reason == "length"
+
+
+def test_what_a_finished_row_is_fed_is_padding(scripted):
+    model, script = scripted("x", "long text")
+    model.generate(["a", "bb"])
+    masks = [mask for _, mask in script.fed]
+    # Left-padded by one; tokens as long as both run; then the first row gets padding.
+    assert masks[:2] == [[[0, 1, 1], [1, 1, 1]], None]
+    assert masks[2:] == [[[0], [1]]] * (len(script.tokens[1]) - 1)
+
+
+def test_end_of_text_ends_a_text(scripted):
+    model, script = scripted("the cat")
+    out = model.generate("x")
+    assert (out.text, out.finish_reason) == ("the cat", "eos")
+    assert out.token_ids == [*script.tokens[0], EOS]
+    assert len(script.fed) == len(out.token_ids)
+
+
+def test_end_of_text_at_the_limit_is_still_end_of_text(scripted):
+    model, script = scripted("the")
+    out = model.generate("x", max_new_tokens=len(script.tokens[0]) + 1)
+    assert out.finish_reason == "eos"
+
+
+def test_rows_end_one_by_one(scripted):
+    model, _ = scripted("the", "z" * 20, "the dog STOP and more", "y" * 20)
+    outs = model.generate(["a"] * 4, stop="STOP", max_new_tokens=12)
+    assert [out.finish_reason for out in outs] == ["eos", "length", "stop", "length"]
+    assert [out.text for out in outs[:1] + outs[2:3]] == ["the", "the dog "]
+    assert [len(out.token_ids) for out in (outs[1], outs[3])] == [12, 12]
+
+
+def test_a_stop_string_that_spans_tokens_ends_the_text_before_it(scripted):
+    text = "the cat. The end. More"
+    model, script = scripted(text)
+    out = model.generate("x", stop=["End", "e en"])
+    assert (out.text, out.finish_reason) == ("the cat. Th", "stop")
+    # The tokens of the stop string are there, and the model was not run for more.
+    assert model._codec.decode(out.token_ids).startswith("the cat. The en")
+    assert len(out.token_ids) == len(script.fed) < len(script.tokens[0])
+    model, _ = scripted(text)
+    pieces = list(model.stream("x", stop=["End", "e en"]))
+    assert "".join(pieces) == out.text
+    assert pieces[-1].finish_reason == "stop"
+
+
+def test_what_only_begins_like_a_stop_string_is_not_lost(scripted):
+    model, _ = scripted("the cat STO")
+    out = model.generate("x", stop="STOP")
+    assert (out.text, out.finish_reason) == ("the cat STO", "eos")
+    assert "".join(scripted("the cat STO")[0].stream("x", stop="STOP")) == "the cat STO"
+
+
+def test_streaming_shows_whole_characters_only(scripted):
+    text = "naïve 😀 — 猫 end"
+    model, _ = scripted(text)
+    pieces = list(model.stream("x"))
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert "😀" in pieces
+    model, script = scripted(text)
+    cut = next(i for i, piece in enumerate(pieces) if piece == "😀")
+    out = model.generate("x", max_new_tokens=cut)
+    assert out.text == model._codec.decode(script.tokens[0][:cut])
+    assert out.text.endswith("\ufffd")
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 1.5, "seed": 3}, {"stop": ["\ufffd", "e"]}]
+)
+def test_stream_and_generate_agree(model, options):
+    out = model.generate("the cat", max_new_tokens=40, logprobs=True, **options)
+    pieces = list(model.stream("the cat", max_new_tokens=40, logprobs=True, **options))
+    assert "".join(pieces) == out.text
+    assert [i for piece in pieces for i in piece.token_ids] == out.token_ids
+    assert [value for piece in pieces for value in piece.logprobs] == out.logprobs
+    assert [piece.finish_reason for piece in pieces] == [None] * (len(pieces) - 1) + [
+        out.finish_reason
+    ]
+    assert pieces[-1].timings.generated_tokens == len(out.token_ids) == out.timings.generated_tokens
+    assert all(piece.timings is None for piece in pieces[:-1])
+
+
+def test_log_probabilities_are_those_of_the_model_whatever_the_options(model):
+    prompt = [4, 100, 33]
+    out = model.generate(
+        prompt, max_new_tokens=8, logprobs=True, temperature=3, repetition_penalty=2.0, seed=1
+    )
+    logits = reference(prompt + out.token_ids)[len(prompt) - 1 : -1]
+    expected = logits - logits.max(-1, keepdims=True)
+    expected -= np.log(np.exp(expected).sum(-1, keepdims=True))
+    np.testing.assert_allclose(out.logprobs, expected[np.arange(8), out.token_ids], atol=1e-3)
+
+
+def test_a_seed_fixes_the_text_and_rows_draw_on_their_own(model):
+    def sample(prompt, seed):
+        return model.generate(prompt, max_new_tokens=15, temperature=40.0, seed=seed)
+
+    alone = sample([4, 5], 7)
+    assert sample([4, 5], 7).token_ids == alone.token_ids
+    assert sample([4, 5], 8).token_ids != alone.token_ids
+    assert sample([4, 5], None).token_ids != sample([4, 5], None).token_ids
+    first, second = sample([[4, 5], [4, 5]], 7)
+    assert first.token_ids == alone.token_ids
+    assert second.token_ids != first.token_ids
+    # What a row draws does not depend on who else is in the batch.
+    assert sample([[9], [4, 5], [2] * 5], 7)[1].token_ids == second.token_ids
+
+
+def test_repetition_penalty_counts_prompt_and_text(scripted):
+    model, _ = scripted([40, 40, 40])
+    out = model.generate([50], max_new_tokens=3, repetition_penalty=1e9)
+    # Once used, a token is worth less than the others, and the first of those is next.
+    assert out.token_ids == [40, 0, 1]
+    model, _ = scripted([40, 40, 40])
+    assert model.generate([0, 40], max_new_tokens=1, repetition_penalty=1e9).token_ids == [1]
+    model, _ = scripted([40, 40, 40])
+    assert model.generate([50], max_new_tokens=3).token_ids == [40, 40, 40]
+
+
+def test_no_new_tokens_is_an_empty_text(scripted):
+    model, script = scripted("the cat")
+    out = model.generate("x", max_new_tokens=0, logprobs=True)
+    assert (out.text, out.token_ids, out.finish_reason, out.logprobs) == ("", [], "length", [])
+    assert [(p, p.finish_reason) for p in model.stream("x", max_new_tokens=0)] == [("", "length")]
+    assert out.timings.decode_tokens_per_second is out.timings.prefill_tokens_per_second is None
+    assert script.fed == []
+
+
+def test_timings_count_prefill_and_decode_apart(model):
+    timings = model.generate([1, 2, 3], max_new_tokens=5).timings
+    assert (timings.prompt_tokens, timings.generated_tokens) == (3, 5)
+    assert timings.prefill_tokens_per_second == 3 / timings.prefill_seconds
+    assert timings.decode_tokens_per_second == 4 / timings.decode_seconds
+
+
+def test_a_model_may_be_used_from_several_threads(model):
+    expected = model.generate([4, 100, 33], max_new_tokens=30).token_ids
+    _, state = model.forward([[4, 100, 33]])
+    results = []
+
+    def run():
+        ids, last, at = [], state, expected[0]
+        for _ in range(20):
+            ids.append(at)
+            logits, last = model.forward([[at]], last)
+            at = int(logits[0, 0].argmax())
+        results.append(ids)
+
+    threads = [threading.Thread(target=run) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [expected[:20]] * 6
+
+
+def test_a_bundle_without_a_tokenizer_takes_and_gives_ids(tmp_path):
+    model = doge_onnx.load(fake_bundle.write(tmp_path / "b", with_tokenizer=False))
+    out = model.generate([4, 5], max_new_tokens=3)
+    assert (out.text, out.token_ids) == ("", _greedily([4, 5], 3))
+    assert [piece.token_ids for piece in model.stream([4, 5], max_new_tokens=3)] == [
+        (token,) for token in out.token_ids
+    ]
+    with pytest.raises(InputError, match=r"no tokenizer\.json; pass token ids"):
+        model.generate("text")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("", "prompt is empty"),
+        ([], "prompt is empty"),
+        ([[]], "prompt is empty"),
+        (["a", ""], "prompt is empty"),
+        ([1, VOCAB], f"token id {VOCAB} in row 0, position 1"),
+        ([1, -1], "token id -1"),
+        ([[1], [2, 999]], "token id 999"),
+        ([1.5], "token ids are whole numbers, not float"),
+        ([1, "a"], "token ids are whole numbers, not str"),
+        (["a", 1], "token ids are whole numbers, not str"),
+        ([True], "token ids are whole numbers, not bool"),
+        (np.array([1.0]), "token ids are whole numbers, not float64"),
+        (5, "text or a list of token ids, not int"),
+        (None, "text or a list of token ids, not NoneType"),
+        ([[[1]]], "token ids are whole numbers, not list"),
+        (["a", None], "token ids are whole numbers, not str"),
+        (b"bytes", "text or a list of token ids, not bytes"),
+        (np.array(5), "text or a list of token ids"),
+        ([4] * (CONTEXT + 1), "301 tokens, more than the context length of 300"),
+    ],
+)
+def test_wrong_prompts_are_refused(model, prompt, message):
+    with pytest.raises(InputError, match=message):
+        model.generate(prompt, max_new_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_new_tokens", -1),
+        ("max_new_tokens", 1.5),
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("temperature", "hot"),
+        ("top_k", 0),
+        ("top_k", 2.0),
+        ("top_p", 0),
+        ("top_p", 1.1),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("repetition_penalty", 0),
+        ("seed", -1),
+        ("seed", True),
+        ("stop", ""),
+        ("stop", ["a", ""]),
+        ("stop", 5),
+        ("stop", [5]),
+    ],
+)
+def test_options_out_of_range_are_refused_by_name(model, name, value):
+    # By the call itself, also where the result is an iterator.
+    for call in (model.generate, model.stream):
+        with pytest.raises(InputError, match=f"{name} must be .*, not"):
+            call("x", **{name: value})
+
+
+def test_numbers_of_numpy_are_numbers(model):
+    options = {"temperature": np.float32(0.5), "top_k": np.int64(5), "seed": np.uint8(3)}
+    model.generate("x", max_new_tokens=np.int64(2), **options)
+
+
+def test_stream_takes_one_prompt(model):
+    with pytest.raises(InputError, match="one prompt"):
+        model.stream(["a", "b"])
+
+
+def _defaults(tmp_path, generation):
+    return Defaults.read(Bundle.open(fake_bundle.write(tmp_path / "b", generation=generation)))
+
+
+def _resolve(defaults, **given):
+    names = ["max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"]
+    names += ["seed", "stop"]
+    return defaults.resolve(**(dict.fromkeys(names) | {"logprobs": False} | given))
+
+
+def test_without_recommendations_generation_is_greedy(tmp_path):
+    defaults = _defaults(tmp_path, None)
+    assert defaults.eos_token_ids == {1}
+    assert _resolve(defaults).temperature == 0
+    assert _resolve(defaults, seed=1).temperature == 0
+    assert _resolve(defaults, top_p=0.9).temperature == 1
+    assert _resolve(defaults, top_p=0.9, temperature=0).temperature == 0
+
+
+def test_recommendations_of_the_bundle_are_followed(tmp_path):
+    defaults = _defaults(
+        tmp_path,
+        {
+            "do_sample": True,
+            "temperature": 0.7,
+            "top_k": 40,
+            "top_p": 0.9,
+            "repetition_penalty": 1.1,
+            "max_new_tokens": 5,
+            "eos_token_id": [2, 3],
+        },
+    )
+    assert defaults.eos_token_ids == {2, 3}
+    options = _resolve(defaults)
+    assert (options.temperature, options.top_k, options.top_p) == (0.7, 40, 0.9)
+    assert (options.repetition_penalty, options.max_new_tokens) == (1.1, 5)
+    options = _resolve(defaults, temperature=0, top_k=3, max_new_tokens=9)
+    assert (options.temperature, options.top_k, options.max_new_tokens) == (0, 3, 9)
+
+
+def test_sampling_that_is_not_recommended_is_not_done(tmp_path):
+    defaults = _defaults(tmp_path, {"do_sample": False, "temperature": 0.7, "top_k": 0})
+    assert _resolve(defaults).temperature == 0
+    assert _resolve(defaults, min_p=0.1).temperature == 0.7
+    assert _resolve(defaults, temperature=0.3).top_k is None
+
+
+@pytest.mark.parametrize(
+    ("generation", "message"),
+    [({"top_p": 7}, r"generation_config\.json: top_p must be"), ({"eos_token_id": "x"}, "eos_tok")],
+)
+def test_recommendations_that_make_no_sense_are_refused(tmp_path, generation, message):
+    with pytest.raises(BundleError, match=message):
+        _defaults(tmp_path, generation)

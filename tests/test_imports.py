@@ -1,0 +1,153 @@
+"""What is imported when: the base install has no torch, and `import doge_onnx` costs nothing."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import subprocess
+import sys
+import textwrap
+import tomllib
+from pathlib import Path
+
+import fake_bundle
+import pytest
+
+import doge_onnx
+from doge_onnx import api
+from doge_onnx.errors import MissingExtraError
+
+RUNTIME_MODULES = sorted(
+    f"doge_onnx.runtime.{path.stem}"
+    for path in (Path(doge_onnx.__file__).parent / "runtime").glob("*.py")
+    if path.stem != "__init__"
+)
+BLOCK = """
+    import sys
+
+    class Block:
+        def find_spec(self, name, path=None, target=None):
+            if name.partition(".")[0] in {blocked!r}:
+                raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+    sys.meta_path.insert(0, Block())
+"""
+# In place of the real exporter, which takes seconds to import.
+EXPORTER = """
+    import importlib.util
+    import sys
+
+    class Exporter:
+        def find_spec(self, name, path=None, target=None):
+            if name == "doge_onnx.export.exporter":
+                return importlib.util.spec_from_loader(name, self)
+
+        def create_module(self, spec):
+            return None
+
+        def exec_module(self, module):
+            module.ExportReport = type("ExportReport", (), {})
+            module.export = lambda *args, **options: print("called with", *args)
+
+    sys.meta_path.insert(0, Exporter())
+"""
+EXTRA = {
+    "torch",
+    "onnx",
+    "onnx_ir",
+    "onnxscript",
+    "transformers",
+    "safetensors",
+    "huggingface_hub",
+    "typer",
+    "rich",
+}
+
+
+def _run(code: str, blocked: set[str] | None = None) -> str:
+    prelude = textwrap.dedent(BLOCK).format(blocked=blocked) if blocked else ""
+    return subprocess.run(
+        [sys.executable, "-c", prelude + textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+
+
+def test_the_runtime_needs_numpy_onnxruntime_and_tokenizers_alone(tmp_path):
+    path = fake_bundle.write(tmp_path / "b")
+    assert len(RUNTIME_MODULES) > 8
+    code = f"""
+        import importlib
+        for name in {RUNTIME_MODULES!r}:
+            importlib.import_module(name)
+        import doge_onnx
+        model = doge_onnx.load({str(path)!r})
+        print(len(model.generate("the cat", max_new_tokens=3).token_ids))
+    """
+    assert _run(code, blocked=EXTRA) == "3\n"
+
+
+def test_the_package_alone_imports_nothing_heavy():
+    heavy = EXTRA | {"numpy", "onnxruntime", "tokenizers"}
+    assert _run("import doge_onnx; print(doge_onnx.__version__)", blocked=heavy) == "0.1.0\n"
+
+
+@pytest.mark.parametrize("call", ["export('model', 'out')", "verify('bundle', 'model')"])
+def test_a_missing_extra_says_what_to_install(call):
+    code = f"""
+        import doge_onnx
+        try:
+            doge_onnx.{call}
+        except doge_onnx.MissingExtraError as error:
+            print(error)
+    """
+    assert "pip install 'doge-onnx[export]'" in _run(code, blocked={"torch", "transformers"})
+
+
+def test_another_import_error_is_a_bug_and_stays_one():
+    with pytest.raises(ImportError) as caught, api._export_extra():
+        importlib.import_module("doge_onnx.no_such_module")
+    assert not isinstance(caught.value, MissingExtraError)
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import doge_onnx",
+        "import doge_onnx.export",
+        "import doge_onnx.export.exporter",
+        "import doge_onnx; import doge_onnx.export.exporter",
+        "from doge_onnx.export import exporter; import doge_onnx",
+        "import doge_onnx.export.exporter as e; assert e.ExportReport; import doge_onnx",
+        "from doge_onnx import export; export.__call__; import doge_onnx",
+    ],
+)
+def test_export_is_a_function_and_a_package_in_any_order(imports):
+    code = f"""
+        {imports}
+        doge_onnx.export("model", "out")
+        import doge_onnx.export.exporter
+        assert doge_onnx.export.exporter.ExportReport
+        doge_onnx.export("again", "out")
+    """
+    output = _run(textwrap.dedent(EXPORTER) + textwrap.dedent(code))
+    assert output == "called with model out\ncalled with again out\n"
+
+
+def test_export_shows_its_signature():
+    package = importlib.import_module("doge_onnx.export")
+    assert inspect.signature(package) == inspect.signature(api.export)
+
+
+def test_the_wrappers_have_the_signatures_of_what_they_call():
+    from doge_onnx.export.exporter import export
+
+    assert list(inspect.signature(api.export).parameters.values()) == list(
+        inspect.signature(export).parameters.values()
+    )
+
+
+def test_the_version_is_that_of_the_distribution():
+    pyproject = Path(__file__).parents[1] / "pyproject.toml"
+    assert doge_onnx.__version__ == tomllib.loads(pyproject.read_text())["project"]["version"]

@@ -1,0 +1,292 @@
+"""`forward`: logits and states, for both kinds of graph, against a model without a state."""
+
+from __future__ import annotations
+
+import fake_bundle
+import numpy as np
+import pytest
+from fake_bundle import CONTEXT, VOCAB, reference
+
+import doge_onnx
+from doge_onnx.errors import InputError
+from doge_onnx.runtime.state import Buffer, grown_capacity, max_rows
+
+TOLERANCE = 1e-3  # logits are up to 300
+
+
+@pytest.fixture(scope="module", params=["in_place", "in_place_all_logits", "copying"])
+def model(request, tmp_path_factory):
+    return _load(
+        tmp_path_factory.mktemp("bundle") / "b",
+        in_place=request.param != "copying",
+        keep=request.param == "in_place",
+    )
+
+
+@pytest.fixture(scope="module")
+def in_place(tmp_path_factory):
+    return _load(tmp_path_factory.mktemp("bundle") / "b")
+
+
+def _load(path, **options):
+    return doge_onnx.load(fake_bundle.write(path, with_tokenizer=False, **options))
+
+
+def _ids(count: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(0, VOCAB, count).tolist()
+
+
+def _close(logits, expected) -> None:
+    np.testing.assert_allclose(logits, expected, atol=TOLERANCE, rtol=0)
+
+
+def _addresses(state) -> list[int]:
+    return [tensor.ctypes.data for tensor in state.buffer.tensors]
+
+
+def test_shapes_and_types(model):
+    ids = _ids(5)
+    last, state = model.forward([ids])
+    everything, _ = model.forward(np.array([ids], np.int32), logits="all")
+    assert last.shape == (1, 1, VOCAB)
+    assert everything.shape == (1, 5, VOCAB)
+    assert last.dtype == everything.dtype == np.float32
+    _close(everything[0], reference(ids))
+    _close(last[0, 0], reference(ids)[-1])
+    assert (state.batch_size, state.length, state.num_tokens.tolist()) == (1, 5, [5])
+
+
+@pytest.mark.parametrize("cuts", [[1] * 12, [12], [5, 1, 1, 5], [1, 10, 1]])
+def test_a_text_may_be_cut_anywhere(model, cuts):
+    ids = _ids(12)
+    state, position, rows = None, 0, []
+    for size in cuts:
+        logits, state = model.forward([ids[position : position + size]], state, logits="all")
+        rows.append(logits[0])
+        position += size
+    _close(np.concatenate(rows), reference(ids))
+
+
+def test_logits_belong_to_the_caller(model):
+    first, state = model.forward([_ids(4)])
+    kept = first.copy()
+    first_all, state_all = model.forward([_ids(4)], logits="all")
+    kept_all = first_all.copy()
+    for token in _ids(5, seed=1):
+        _, state = model.forward([[token]], state)
+        _, state_all = model.forward([[token]], state_all, logits="all")
+    np.testing.assert_array_equal(first, kept)
+    np.testing.assert_array_equal(first_all, kept_all)
+
+
+def test_the_ids_of_the_caller_are_only_read(model):
+    ids = np.array([[5]])
+    _, state = model.forward(ids)
+    model.forward([[6]], state)
+    assert ids.tolist() == [[5]]
+
+
+def test_a_state_can_be_continued_more_than_once(model):
+    start = _ids(6)
+    _, state = model.forward([start])
+    ends = [_ids(5, seed) for seed in (1, 2, 3)]
+    # Both branches are continued in turn, so that one would overwrite the other.
+    states = [state, state, state]
+    for step in range(5):
+        for branch, end in enumerate(ends):
+            logits, states[branch] = model.forward([[end[step]]], states[branch])
+            _close(logits[0, 0], reference(start + end[: step + 1])[-1])
+    logits, _ = model.forward([ends[0]], state, logits="all")
+    _close(logits[0], reference(start + ends[0])[6:])
+
+
+def test_a_batch_of_unequal_prompts_with_padding_anywhere(model):
+    a, b, c = _ids(7, 1), _ids(3, 2), _ids(5, 3)
+    ids = [a, [0] * 4 + b, [9] * 2 + c]
+    mask = [[1] * 7, [0] * 4 + [1] * 3, [0] * 2 + [1] * 5]
+    logits, state = model.forward(ids, logits="all", attention_mask=mask)
+    for row, prompt in zip(logits, (a, b, c), strict=True):
+        _close(row[-len(prompt) :], reference(prompt))
+    # A turn of several tokens after a past, again of unequal lengths: padding in the middle.
+    d, e, f = _ids(4, 4), _ids(2, 5), _ids(1, 6)
+    ids = [d, [5, 5, *e], [0, 0, 0, *f]]
+    mask = np.array([[1, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 1]])
+    logits, state = model.forward(ids, state, logits="all", attention_mask=mask)
+    for row, past, new in zip(logits, (a, b, c), (d, e, f), strict=True):
+        _close(row[-len(new) :], reference(past + new)[len(past) :])
+    # One token each, one row taking a rest.
+    last, state = model.forward([[1], [2], [3]], state, attention_mask=[[True], [False], [True]])
+    _close(last[0, 0], reference([*a, *d, 1])[-1])
+    last, state = model.forward([[4], [4], [4]], state)
+    _close(last[1, 0], reference([*b, *e, 4])[-1])
+    _close(last[2, 0], reference([*c, *f, 3, 4])[-1])
+    assert state.num_tokens.tolist() == [13, 6, 8]
+    assert state.length == 13
+
+
+def test_several_tokens_after_a_past_extend_a_batch_in_place(in_place):
+    prompts = [_ids(4, 1), _ids(4, 2)]
+    more = [_ids(3, 3), _ids(3, 4)]
+    _, state = in_place.forward(prompts)
+    last, after = in_place.forward(more, state)
+    assert _addresses(after) == _addresses(state)
+    assert last.shape == (2, 1, VOCAB)
+    for row, prompt, new in zip(last, prompts, more, strict=True):
+        _close(row[0], reference(prompt + new)[-1])
+
+
+def test_nothing_of_the_cache_is_copied_per_token(in_place):
+    ids = _ids(CONTEXT)
+    _, state = in_place.forward([ids[:3]])
+    addresses = [_addresses(state)]
+    for position in range(3, CONTEXT):
+        before = [t[:, :, : state.length].copy() for t in state.buffer.tensors]
+        logits, state = in_place.forward([ids[position : position + 1]], state)
+        if _addresses(state) != addresses[-1]:
+            addresses.append(_addresses(state))
+        for old, tensor in zip(before, state.buffer.tensors, strict=True):
+            np.testing.assert_array_equal(old, tensor[:, :, :position])
+            # The graph itself wrote the new row, and no other.
+            assert tensor[:, :, position].any()
+            assert not tensor[:, :, position + 1 :].any()
+    _close(logits[0, 0], reference(ids)[-1])
+    # 256 rows at first, then as many as the context has.
+    assert len(addresses) == 2
+    assert state.buffer.capacity == CONTEXT
+
+
+def test_an_old_state_outlives_the_growth_of_its_buffer(in_place):
+    ids = _ids(258)
+    _, full = in_place.forward([ids[:256]])
+    grown, after = in_place.forward([ids[256:257]], full)
+    again, _ = in_place.forward([ids[256:257]], full)
+    assert full.buffer.capacity == 256
+    assert after.buffer is not full.buffer
+    np.testing.assert_array_equal(grown, again)
+    _close(grown[0, 0], reference(ids[:257])[-1])
+
+
+@pytest.mark.parametrize(
+    ("rows", "context", "expected"),
+    [
+        (1, 2048, 256),
+        (256, 2048, 256),
+        (257, 2048, 512),
+        (1025, 2048, 2048),
+        (2049, 2048, 4096),
+        (1, 100, 100),
+        (101, 100, 200),
+        (1030, 1100, 1100),
+        (1101, 1100, 2048),
+    ],
+)
+def test_capacity_doubles_up_to_the_context(rows, context, expected):
+    assert grown_capacity(rows, context) == expected
+    assert rows <= expected <= max_rows(context)
+
+
+def test_rows_can_be_claimed_once_and_only_at_the_end():
+    buffer = Buffer([], np.zeros((1, 8), np.int64), rows=2)
+    assert buffer.claim(2, 5)
+    assert not buffer.claim(2, 3)
+    assert not buffer.claim(4, 6)
+    assert not buffer.claim(5, 9)
+    assert buffer.claim(5, 8)
+    buffer.release(5)
+    assert buffer.claim(5, 6)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_step_that_fails_leaves_the_old_state_as_it_was(in_place, monkeypatch, error):
+    start, end = _ids(6), _ids(3, 1)
+    _, state = in_place.forward([start])
+    addresses = _addresses(state)
+    session = in_place._stepper._session
+
+    def fail(binding):
+        # What a run that is interrupted half-way may leave behind.
+        for tensor in state.buffer.tensors:
+            tensor[:, :, 6:9] = 1e9
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "run_with_iobinding", fail)
+        with pytest.raises(error):
+            in_place.forward([end], state)
+    logits, after = in_place.forward([end], state, logits="all")
+    _close(logits[0], reference(start + end)[6:])
+    assert _addresses(after) == addresses
+
+
+def test_a_state_without_tokens_of_a_row_is_finite(model):
+    logits, state = model.forward([_ids(2), [0, 0]], attention_mask=[[1, 1], [0, 0]])
+    assert np.isfinite(logits).all()
+    logits, _ = model.forward([[7], [8]], state)
+    _close(logits[1, 0], reference([8])[-1])
+
+
+def test_a_text_may_fill_the_context_but_no_more(model):
+    ids = _ids(CONTEXT)
+    _, state = model.forward([ids[:-1]])
+    _, state = model.forward([ids[-1:]], state)
+    with pytest.raises(InputError, match="301 tokens, more than the context length of 300"):
+        model.forward([[1]], state)
+    with pytest.raises(InputError, match="row 1 would have 301 tokens"):
+        model.forward([[0] * 301] * 2, attention_mask=[[0] + [1] * 300, [1] * 301])
+    # Padding takes no place in the context, but it is not free either.
+    padding = [[0] * CONTEXT]
+    _, state = model.forward(padding, state, attention_mask=padding)
+    with pytest.raises(InputError, match="601 positions with their padding, more than the 600"):
+        model.forward([[0]], state, attention_mask=[[0]])
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([[1, 2], [3, VOCAB]], f"token id {VOCAB} in row 1, position 1 .* {VOCAB} ids"),
+        ([[1, -1]], "token id -1 in row 0, position 1"),
+        ([[2**70]], "whole numbers"),
+        ([[1.0]], "whole numbers, not float64"),
+        ([[True]], "whole numbers, not bool"),
+        ([["a"]], "whole numbers"),
+        ([1, 2], r"for one sequence pass \[ids\]"),
+        ([[[1]]], r"not of shape \[1, 1, 1\]"),
+        (5, r"not of shape \[\]"),
+        ([], "empty"),
+        ([[]], "empty"),
+        (np.zeros((0, 4), int), "empty"),
+        ([[1], [1, 2]], "unequal"),
+        (None, "whole numbers"),
+    ],
+)
+def test_wrong_ids_are_refused(in_place, ids, message):
+    with pytest.raises(InputError, match=message):
+        in_place.forward(ids)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        ([[1]], r"\[1, 2\], not \[1, 1\]"),
+        ([1, 1], r"\[1, 2\], not \[2\]"),
+        ([[1, 2]], "1 for a token and 0 for padding"),
+        ([[1, -1]], "1 for a token and 0 for padding"),
+        ([[1.0, 0.5]], "whole numbers"),
+    ],
+)
+def test_wrong_masks_are_refused(in_place, mask, message):
+    with pytest.raises(InputError, match=message):
+        in_place.forward([[1, 2]], attention_mask=mask)
+
+
+def test_wrong_states_are_refused(in_place, tmp_path):
+    _, state = in_place.forward([[1], [2]])
+    with pytest.raises(InputError, match="of 2 sequences, but input_ids has 1 rows"):
+        in_place.forward([[1]], state)
+    _, foreign = _load(tmp_path / "b").forward([[1]])
+    with pytest.raises(InputError, match="another model"):
+        in_place.forward([[1]], foreign)
+    with pytest.raises(InputError, match="not be tuple"):
+        in_place.forward([[1]], (1, 2))
+    with pytest.raises(InputError, match="'last' or 'all'"):
+        in_place.forward([[1]], logits="first")
