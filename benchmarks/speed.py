@@ -89,7 +89,7 @@ class Ours:
         self.row_bytes = 8 * state.num_layers * state.num_heads * state.row_size
         # Time inside of ONNX Runtime, so that what Python adds can be told from it.
         self.inside = 0.0
-        session: Any = self.model._stepper._session  # type: ignore[attr-defined]
+        session: Any = self.model._stepper._session
         run = session.run_with_iobinding
 
         def timed(*args: Any) -> None:

@@ -30,7 +30,11 @@ _EXPORT_EXTRA = {
 
 
 def load(
-    bundle: str | Path, device: str = "cpu", threads: int | None = None, verbose: bool = False
+    bundle: str | Path,
+    device: str = "cpu",
+    threads: int | None = None,
+    prefill_chunk: int | None = None,
+    verbose: bool = False,
 ) -> Model:
     """Load a bundle and make it ready to run.
 
@@ -38,6 +42,8 @@ def load(
         bundle: The directory that `export` wrote.
         device: "cpu".
         threads: Threads that one operator may use; None lets ONNX Runtime decide.
+        prefill_chunk: Most tokens of a prompt that go through the graph at once; None is a
+            number that is good for speed and memory. The result does not depend on it.
         verbose: Let the warnings of ONNX Runtime through.
 
     Raises:
@@ -46,7 +52,7 @@ def load(
     """
     from doge_onnx.runtime import model
 
-    return model.load(bundle, device, threads, verbose)
+    return model.load(bundle, device, threads, prefill_chunk, verbose)
 
 
 def export(

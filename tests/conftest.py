@@ -11,8 +11,9 @@ TINY_CHECKPOINT = Path(__file__).parent.parent / "examples" / "doge-tiny"
 
 
 def pytest_configure():
-    # Tests compare what the command line prints, so nobody's settings may colour it.
-    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+    # Tests look at what the command line prints, so nobody's settings may colour it, or hide
+    # that it is buffered.
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "PYTHONUNBUFFERED"):
         os.environ.pop(name, None)
 
 

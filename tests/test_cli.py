@@ -323,10 +323,13 @@ def test_a_prompt_goes_before_what_is_piped_in(tiny_bundle):
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="no pseudo-terminals")
 def test_no_prompt_on_a_terminal_is_wrong_usage(tiny_bundle):
     controller, terminal = os.openpty()
-    with start("generate", str(tiny_bundle), stdin=terminal) as process:
-        assert b"PROMPT" in process.stderr.read()
-    os.close(controller)
+    # Ctrl-D: should the command wait for a text after all, this ends it.
+    os.write(controller, b"\x04")
+    process = start("generate", str(tiny_bundle), stdin=terminal)
+    _, stderr = process.communicate()
     os.close(terminal)
+    os.close(controller)
+    assert b"PROMPT" in stderr
     assert process.returncode == 2
 
 

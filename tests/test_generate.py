@@ -34,7 +34,7 @@ class Script:
         ]
         self.fed: list[tuple[list, list | None]] = []
 
-    def step(self, input_ids, mask, state, last_only):
+    def step(self, input_ids, mask, state, last_only, consume):
         step = len(self.fed)
         self.fed.append((input_ids.tolist(), None if mask is None else mask.tolist()))
         logits = np.ones((len(input_ids), 1, VOCAB), np.float32)

@@ -154,7 +154,8 @@ def _state_layout(state: State, config: DogeConfig, target: Target) -> StateLayo
         head_dim=state.heads.dim,
         dtype="float32",
         keep_window_size=config.keep_window_size,
-        in_place=target.in_place,
+        # A window only overwrites rows, which standard operators do in place as well.
+        in_place=target.in_place or isinstance(state, WindowState),
     )
 
 

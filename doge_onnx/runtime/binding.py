@@ -18,6 +18,7 @@ from doge_onnx.runtime.session import (
     INPUT_IDS,
     LOGITS,
     LOGITS_TO_KEEP,
+    POSITION_IDS,
     has_logits_to_keep,
 )
 
@@ -53,9 +54,23 @@ class InPlaceBinding:
             self._bind_input(LOGITS_TO_KEEP, self._keep)
 
     def run(
-        self, input_ids: NDArray[np.int64], mask: NDArray[np.int64], last_only: bool
+        self,
+        input_ids: NDArray[np.int64],
+        mask: NDArray[np.int64],
+        last_only: bool,
+        position_ids: NDArray[np.int64] | None = None,
     ) -> NDArray[np.float32]:
-        """Run the graph for new tokens `[B, S]` with the mask `[B, T]` of all; see `Stepper`."""
+        """Run the graph for new tokens `[B, S]`.
+
+        Args:
+            input_ids: The tokens.
+            mask: Of all tokens, `[B, T]`; for a window state of the new ones.
+            last_only: Compute logits for the last position only.
+            position_ids: `[B, S]`, for graphs that take it.
+
+        Returns:
+            Logits `[B, 1, V]` or `[B, S, V]`.
+        """
         if input_ids.shape == self._input_ids.shape:
             self._input_ids[...] = input_ids
         else:
@@ -64,6 +79,8 @@ class InPlaceBinding:
         # Of one sequence this is a view; of several, the rows must lie side by side.
         mask = np.ascontiguousarray(mask)
         self._bind_input(ATTENTION_MASK, mask)
+        if position_ids is not None:
+            self._bind_input(POSITION_IDS, position_ids)
         batch, positions = input_ids.shape
         if self._keep is not None:
             self._keep[0] = 1 if last_only else 0

@@ -69,7 +69,7 @@ def generate_steps(stepper: Stepper, rows: Sequence[Row], logprobs: bool = False
     state: State | None = None
     while any(row.running for row in rows):
         started = time.perf_counter()
-        logits, state = stepper.step(ids, mask, state, last_only=True)
+        logits, state = stepper.step(ids, mask, state, last_only=True, consume=True)
         ids = np.full((len(rows), 1), _PADDING_ID, np.int64)
         tokens: list[tuple[int, int, float | None]] = []
         for number, row in enumerate(rows):

@@ -13,17 +13,19 @@ from typing import Any, Literal, overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from doge_onnx.bundle import Bundle, Manifest
+from doge_onnx.bundle import Bundle, Manifest, StateLayout
 from doge_onnx.errors import InputError
 from doge_onnx.runtime.completion import Completion, Piece, Transcript, generate_pieces
 from doge_onnx.runtime.generate import Row
+from doge_onnx.runtime.growing import CopyingStepper, InPlaceStepper
 from doge_onnx.runtime.inputs import check_room, check_state, token_mask, token_matrix
 from doge_onnx.runtime.options import Defaults, Options
 from doge_onnx.runtime.sampling import Sampler, greedy, make_sampler, repetition_penalty
 from doge_onnx.runtime.session import open_session
 from doge_onnx.runtime.state import State
-from doge_onnx.runtime.step import Stepper, make_stepper
+from doge_onnx.runtime.step import DEFAULT_CHUNK, Stepper
 from doge_onnx.runtime.text import Codec, TextStream
+from doge_onnx.runtime.window import WindowStepper
 
 # Lists and tuples rather than any sequence: a str is a sequence of str, too.
 Prompt = str | list[int] | tuple[int, ...] | NDArray[np.integer[Any]]
@@ -31,15 +33,30 @@ Prompts = list[str] | list[list[int]] | tuple[str | list[int], ...]
 
 
 def load(
-    bundle: str | Path, device: str = "cpu", threads: int | None = None, verbose: bool = False
+    bundle: str | Path,
+    device: str = "cpu",
+    threads: int | None = None,
+    prefill_chunk: int | None = None,
+    verbose: bool = False,
 ) -> Model:
     """Load a bundle. See `doge_onnx.load`."""
+    if prefill_chunk is None:
+        prefill_chunk = DEFAULT_CHUNK
+    if isinstance(prefill_chunk, bool) or not isinstance(prefill_chunk, int) or prefill_chunk < 1:
+        raise InputError(f"prefill_chunk must be a positive whole number, not {prefill_chunk!r}")
     opened = Bundle.open(bundle)
     defaults = Defaults.read(opened)
     tokenizer = opened.file("tokenizer.json")
     codec = None if tokenizer is None else Codec(tokenizer)
-    stepper = make_stepper(open_session(opened, device, threads, verbose), opened.manifest)
-    return Model(opened, stepper, defaults, codec)
+    session = open_session(opened, device, threads, verbose)
+    kind = _stepper_class(opened.manifest.state)
+    return Model(opened, kind(session, opened.manifest, prefill_chunk), defaults, codec)
+
+
+def _stepper_class(layout: StateLayout) -> type[Stepper]:
+    if layout.kind == "window":
+        return WindowStepper
+    return InPlaceStepper if layout.in_place else CopyingStepper
 
 
 class Model:
@@ -55,6 +72,8 @@ class Model:
         self._stepper = stepper
         self._defaults = defaults
         self._codec = codec
+        # A state of constant size has no end of the context.
+        self._bounded = bundle.manifest.state.kind != "window"
 
     @property
     def manifest(self) -> Manifest:
@@ -95,7 +114,8 @@ class Model:
         mask = token_mask(attention_mask, ids.shape)
         batch, new = ids.shape
         check_state(state, batch, self._stepper)
-        check_room(new, mask, batch, state, self.manifest.context_length)
+        if self._bounded:
+            check_room(new, mask, batch, state, self.manifest.context_length)
         return self._stepper.step(ids, mask, state, last_only=logits == "last")
 
     @overload
@@ -231,18 +251,24 @@ class Model:
     def _transcript(self, prompt: Any, options: Options, row: int) -> Transcript:
         """Everything that one prompt needs to run."""
         ids = self._prompt_ids(prompt)
-        room = self.manifest.context_length - len(ids)
-        if room < 0:
+        context_length = self.manifest.context_length
+        room = context_length - len(ids)
+        if room < 0 and self._bounded:
             raise InputError(
                 f"the prompt has {len(ids)} tokens, more than the context length of "
-                f"{self.manifest.context_length}"
+                f"{context_length}"
             )
-        wanted = room if options.max_new_tokens is None else options.max_new_tokens
+        wanted = options.max_new_tokens
+        if self._bounded:
+            wanted = room if wanted is None else min(wanted, room)
+        elif wanted is None:
+            # Nothing but an end-of-text token would end the text.
+            wanted = context_length
         penalty = options.repetition_penalty
         return Transcript(
             Row(
                 prompt=ids,
-                max_new_tokens=min(wanted, room),
+                max_new_tokens=wanted,
                 sampler=_sampler(options, row),
                 processors=() if penalty is None else (repetition_penalty(penalty),),
             ),

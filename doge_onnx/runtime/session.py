@@ -16,6 +16,8 @@ from doge_onnx.runtime.external_data import external_files
 
 INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"
+# Of graphs with a window state, which do not see the mask of all tokens.
+POSITION_IDS = "position_ids"
 LOGITS = "logits"
 # How many last positions get logits, 0 for all; a default-valued input that not every graph has.
 LOGITS_TO_KEEP = "logits_to_keep"
@@ -23,7 +25,7 @@ LOGITS_TO_KEEP = "logits_to_keep"
 _PROVIDERS = {"cpu": "CPUExecutionProvider"}
 _WARNING, _ERROR = 2, 3
 # Kinds and element types of a state that this version can keep; names of NumPy and of ONNX Runtime.
-_KINDS = ("growing",)
+_KINDS = ("growing", "window")
 _DTYPES = {"float32": "tensor(float)"}
 
 # Element type and shape of an input or output; None is any size.
@@ -112,6 +114,8 @@ def _check_signature(session: ort.InferenceSession, manifest: Manifest, graph: s
     ids: _Signature = ("tensor(int64)", (None, None))
     logits: _Signature = ("tensor(float)", (None, None, manifest.vocab_size))
     inputs = {INPUT_IDS: ids, ATTENTION_MASK: ids}
+    if state.kind == "window":
+        inputs[POSITION_IDS] = ids
     inputs |= dict.fromkeys(past_names(state.num_layers), cache)
     outputs = {LOGITS: logits} | dict.fromkeys(present_names(state.num_layers), cache)
     for what, expected, entries in (

@@ -68,10 +68,17 @@ class State:
     be kept and continued again later, as often as wanted.
     """
 
-    def __init__(self, buffer: Buffer, length: int, owner: object) -> None:
+    def __init__(
+        self,
+        buffer: Buffer,
+        length: int,
+        owner: object,
+        num_tokens: NDArray[np.int64] | None = None,
+    ) -> None:
         self.buffer = buffer
         self._length = length
         self._owner = owner
+        self._num_tokens = num_tokens
 
     @property
     def batch_size(self) -> int:
@@ -80,17 +87,22 @@ class State:
 
     @property
     def length(self) -> int:
-        """Number of rows that each sequence takes, padding included."""
+        """Number of tokens that each sequence was fed, padding included."""
         return self._length
 
     @property
     def mask(self) -> NDArray[np.int64]:
-        """1 for a token, 0 for padding: int64 `[batch_size, length]`."""
+        """1 for a token, 0 for padding: int64 `[batch_size, length]`.
+
+        A state of constant size does not remember it.
+        """
         return self.buffer.mask[:, : self._length]
 
     @property
     def num_tokens(self) -> NDArray[np.int64]:
         """Tokens of each sequence, padding not counted: int64 `[batch_size]`."""
+        if self._num_tokens is not None:
+            return self._num_tokens
         tokens: NDArray[np.int64] = self.mask.sum(axis=1)
         return tokens
 

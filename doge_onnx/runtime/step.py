@@ -1,36 +1,48 @@
 """One step of the recurrent model: new tokens and a state in, logits and a new state out.
 
-Knows which tensors the graph reads and writes and which state they make. Does not check the
-caller's ids (`inputs.py`) and does not choose tokens (`generate.py`). One class per way in which
-a graph keeps its state.
+Knows how a long step is cut into chunks. How the graph of each kind of bundle is fed is in
+`growing.py` and `window.py`. Does not check the caller's ids (`inputs.py`) and does not
+choose tokens (`generate.py`).
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Sequence
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
 from doge_onnx.bundle import Manifest
-from doge_onnx.runtime.binding import InPlaceBinding, last_position
-from doge_onnx.runtime.session import (
-    ATTENTION_MASK,
-    INPUT_IDS,
-    LOGITS,
-    LOGITS_TO_KEEP,
-    has_logits_to_keep,
-    past_names,
-    present_names,
-)
-from doge_onnx.runtime.state import Buffer, State, grown_capacity
+from doge_onnx.runtime.session import past_names, present_names
+from doge_onnx.runtime.state import State
+
+# Tokens that go through the graph at once. Fewer use the processor less well, more need memory
+# in proportion and are no faster.
+DEFAULT_CHUNK = 256
 
 
-class Stepper(Protocol):
-    """Runs the graph of one model; the states it makes are good for it alone."""
+class Stepper(ABC):
+    """Runs the graph of one model; the states it makes are good for it alone.
+
+    Args:
+        session: With the inputs and outputs that the manifest implies.
+        manifest: Of the bundle.
+        chunk: Most tokens of a sequence that go through the graph at once.
+    """
+
+    def __init__(
+        self, session: ort.InferenceSession, manifest: Manifest, chunk: int = DEFAULT_CHUNK
+    ) -> None:
+        layout = manifest.state
+        self._session = session
+        self._chunk = chunk
+        self._names = list(
+            zip(past_names(layout.num_layers), present_names(layout.num_layers), strict=True)
+        )
+        self._row_shape = (layout.num_heads, layout.row_size)
+        self._dtype = np.dtype(layout.dtype)
+        self._vocab_size = manifest.vocab_size
 
     def step(
         self,
@@ -38,6 +50,7 @@ class Stepper(Protocol):
         mask: NDArray[np.int64] | None,
         state: State | None,
         last_only: bool,
+        consume: bool = False,
     ) -> tuple[NDArray[np.float32], State]:
         """Feed new tokens.
 
@@ -46,134 +59,38 @@ class Stepper(Protocol):
             mask: `[B, S]`, 0 where an id is padding; None if none is.
             state: What came before, or None at the start of the sequences.
             last_only: Compute logits for the last position only.
+            consume: Whether nobody will use `state` again, so that its memory may be
+                overwritten.
 
         Returns:
             Logits `[B, 1, V]` or `[B, S, V]`, not used again by anybody else, and the
-            state after these tokens. If it raises, `state` is as good as before.
+            state after these tokens. If it raises, `state` is as good as before, unless
+            it was given to be consumed.
         """
-
-
-def make_stepper(session: ort.InferenceSession, manifest: Manifest) -> Stepper:
-    """The stepper for the way in which a bundle's graph keeps its state."""
-    kind = InPlaceStepper if manifest.state.in_place else CopyingStepper
-    return kind(session, manifest)
-
-
-class InPlaceStepper:
-    """For graphs whose past and present are one buffer: only the new rows are written."""
-
-    def __init__(self, session: ort.InferenceSession, manifest: Manifest) -> None:
-        layout = manifest.state
-        self._session = session
-        self._names = list(
-            zip(past_names(layout.num_layers), present_names(layout.num_layers), strict=True)
-        )
-        self._row_shape = (layout.num_heads, layout.row_size)
-        self._dtype = np.dtype(layout.dtype)
-        self._vocab_size = manifest.vocab_size
-        self._context_length = manifest.context_length
-        # Binding the state costs more than all else that Python does in a step, so it is done
-        # once per buffer; the binding goes when the buffer does.
-        self._bindings: weakref.WeakKeyDictionary[Buffer, InPlaceBinding] = (
-            weakref.WeakKeyDictionary()
-        )
-
-    def step(
-        self,
-        input_ids: NDArray[np.int64],
-        mask: NDArray[np.int64] | None,
-        state: State | None,
-        last_only: bool,
-    ) -> tuple[NDArray[np.float32], State]:
-        """See `Stepper.step`."""
-        batch, new = input_ids.shape
-        past = 0 if state is None else state.length
-        total = past + new
-        buffer = self._claim(state, batch, total)
-        try:
-            buffer.mask[:, past:total] = 1 if mask is None else mask
-            if batch > 1 and new > 1 and past > 0:
-                # The kernel takes several new tokens after a past for one sequence only.
-                rows = [
-                    self._bind([tensor[b : b + 1] for tensor in buffer.tensors]).run(
-                        input_ids[b : b + 1], buffer.mask[b : b + 1, :total], last_only
-                    )
-                    for b in range(batch)
-                ]
-                logits = np.concatenate(rows)
-            else:
-                binding = self._bindings.get(buffer)
-                if binding is None:
-                    binding = self._bindings[buffer] = self._bind(buffer.tensors)
-                logits = binding.run(input_ids, buffer.mask[:, :total], last_only)
-        except BaseException:
-            buffer.release(past)
-            raise
-        return logits, State(buffer, total, self)
-
-    def _claim(self, state: State | None, batch: int, total: int) -> Buffer:
-        """A buffer that holds the rows of `state` and is the caller's to extend to `total`."""
-        past = 0 if state is None else state.length
-        if state is not None and state.buffer.claim(past, total):
-            return state.buffer
-        capacity = grown_capacity(total, self._context_length)
-        heads, row_size = self._row_shape
-        buffer = Buffer(
-            [np.zeros((batch, heads, capacity, row_size), self._dtype) for _ in self._names],
-            np.zeros((batch, capacity), np.int64),
-            rows=total,
-        )
-        if state is not None:
-            for target, source in zip(buffer.tensors, state.buffer.tensors, strict=True):
-                target[:, :, :past] = source[:, :, :past]
-            buffer.mask[:, :past] = state.mask
-        return buffer
-
-    def _bind(self, tensors: Sequence[NDArray[Any]]) -> InPlaceBinding:
-        return InPlaceBinding(self._session, self._names, tensors, self._vocab_size)
-
-
-class CopyingStepper:
-    """For graphs of standard operators: they return the whole state as new tensors."""
-
-    def __init__(self, session: ort.InferenceSession, manifest: Manifest) -> None:
-        layout = manifest.state
-        self._session = session
-        self._past = past_names(layout.num_layers)
-        self._outputs = [LOGITS, *present_names(layout.num_layers)]
-        self._row_shape = (layout.num_heads, layout.row_size)
-        self._dtype = np.dtype(layout.dtype)
-        self._can_keep = has_logits_to_keep(session)
-
-    def step(
-        self,
-        input_ids: NDArray[np.int64],
-        mask: NDArray[np.int64] | None,
-        state: State | None,
-        last_only: bool,
-    ) -> tuple[NDArray[np.float32], State]:
-        """See `Stepper.step`."""
-        batch = input_ids.shape[0]
-        mask = np.ones_like(input_ids) if mask is None else mask
-        if state is None:
-            heads, row_size = self._row_shape
-            empty = ort.OrtValue.ortvalue_from_numpy(
-                np.zeros((batch, heads, 0, row_size), self._dtype)
+        if input_ids.shape[1] <= self._chunk:
+            return self._run(input_ids, mask, state, last_only, consume)
+        parts = []
+        for start in range(0, input_ids.shape[1], self._chunk):
+            columns = slice(start, start + self._chunk)
+            logits, state = self._run(
+                np.ascontiguousarray(input_ids[:, columns]),
+                None if mask is None else mask[:, columns],
+                state,
+                last_only,
+                # States between two chunks are nobody else's.
+                consume or start > 0,
             )
-            past: Sequence[Any] = [empty] * len(self._past)
-        else:
-            past = state.buffer.tensors
-            mask = np.concatenate([state.mask, mask], axis=1)
-        feeds = {INPUT_IDS: input_ids, ATTENTION_MASK: np.ascontiguousarray(mask)}
-        if self._can_keep:
-            feeds[LOGITS_TO_KEEP] = np.array([1 if last_only else 0], np.int64)
-        values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
-        # The state stays in ONNX Runtime's own memory: as NumPy arrays it would be copied twice.
-        logits, *present = self._session.run_with_ort_values(
-            self._outputs, values | dict(zip(self._past, past, strict=True))
-        )
-        array = logits.numpy()
-        length = mask.shape[1]
-        return last_position(array) if last_only else array, State(
-            Buffer(present, mask, rows=length), length, self
-        )
+            parts.append(logits)
+        assert state is not None
+        return parts[-1] if last_only else np.concatenate(parts, axis=1), state
+
+    @abstractmethod
+    def _run(
+        self,
+        input_ids: NDArray[np.int64],
+        mask: NDArray[np.int64] | None,
+        state: State | None,
+        last_only: bool,
+        consume: bool,
+    ) -> tuple[NDArray[np.float32], State]:
+        """Feed at most a chunk of new tokens; see `step`."""

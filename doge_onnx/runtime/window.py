@@ -1,0 +1,83 @@
+"""Steps of graphs whose state has as many rows as the model's window has keys, and no more.
+
+Knows how many rows a state needs, what a free row looks like, and that the graph overwrites
+rows in place. Which rows it overwrites is the graph's own business.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from doge_onnx.bundle import CLOSED_GATE, Manifest
+from doge_onnx.runtime.binding import InPlaceBinding
+from doge_onnx.runtime.state import Buffer, State, grown_capacity
+from doge_onnx.runtime.step import DEFAULT_CHUNK, Stepper
+
+
+class WindowStepper(Stepper):
+    """For graphs with a state of constant size.
+
+    The graph wants a row for each new token that is free or may be overwritten. So a state
+    starts small and grows like any other until it has all its rows; from then on it stays.
+    """
+
+    def __init__(
+        self, session: ort.InferenceSession, manifest: Manifest, chunk: int = DEFAULT_CHUNK
+    ) -> None:
+        window = manifest.state.keep_window_size
+        assert window is not None
+        super().__init__(session, manifest, min(chunk, window))
+        self._window = window
+        self._gate = manifest.state.head_dim
+        self._bindings: weakref.WeakKeyDictionary[Buffer, InPlaceBinding] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    def _run(
+        self,
+        input_ids: NDArray[np.int64],
+        mask: NDArray[np.int64] | None,
+        state: State | None,
+        last_only: bool,
+        consume: bool,
+    ) -> tuple[NDArray[np.float32], State]:
+        batch, new = input_ids.shape
+        past = 0 if state is None else state.length
+        seen = np.zeros(batch, np.int64) if state is None else state.num_tokens
+        if mask is None:
+            mask = np.ones_like(input_ids)
+        counts = seen[:, None] + mask.cumsum(axis=1)
+        buffer = self._buffer(state, batch, past + new, consume)
+        binding = self._bindings.get(buffer)
+        if binding is None:
+            binding = self._bindings[buffer] = InPlaceBinding(
+                self._session, self._names, buffer.tensors, self._vocab_size
+            )
+        logits = binding.run(input_ids, mask, last_only, np.maximum(counts - 1, 0))
+        return logits, State(buffer, past + new, self, counts[:, -1])
+
+    def _buffer(self, state: State | None, batch: int, total: int, consume: bool) -> Buffer:
+        """A buffer that holds `state`, is the caller's, and has the rows that `total` tokens need.
+
+        A step overwrites rows, so unless the state may be consumed it gets a copy.
+        """
+        rows = 0 if state is None else state.buffer.tensors[0].shape[2]
+        needed = min(total, self._window)
+        if state is not None and consume and needed <= rows:
+            return state.buffer
+        if needed > rows:
+            needed = min(self._window, grown_capacity(total, self._window))
+        heads, row_size = self._row_shape
+        tensors = [
+            np.zeros((batch, heads, max(rows, needed), row_size), self._dtype) for _ in self._names
+        ]
+        for key in tensors[::2]:
+            key[:, :, rows:, self._gate] = CLOSED_GATE
+        if state is not None:
+            for target, source in zip(tensors, state.buffer.tensors, strict=True):
+                target[:, :, :rows] = source
+        return Buffer(tensors, np.empty((batch, 0), np.int64))
