@@ -1,15 +1,15 @@
 """The command line: one thin command per verb.
 
-Knows the options, their help and the exit codes. What a verb does is the library's
-business, how its result looks is `cli_output`'s. Whatever is slow to import is imported
-inside of the commands, so that --help comes at once.
+Knows the verbs and the exit codes. What a verb does is the library's business, what its
+options mean is in `cli_options`, and how its result looks is `cli_output`'s. Whatever is slow
+to import is imported inside of the commands, so that --help comes at once.
 """
 
 from __future__ import annotations
 
 import signal
 import sys
-from enum import StrEnum
+from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
 
@@ -17,19 +17,11 @@ import typer
 from typer.core import TyperGroup
 
 import doge_onnx
-from doge_onnx import cli_output
+from doge_onnx import cli_options, cli_output
+from doge_onnx.bundle import read_manifest
 from doge_onnx.errors import DogeOnnxError, InputError
 
 _INTERRUPTED = 130
-
-
-class _Precision(StrEnum):
-    fp32 = "fp32"
-
-
-class _Target(StrEnum):
-    ort = "ort"
-    portable = "portable"
 
 
 class _Verbs(TyperGroup):
@@ -45,6 +37,7 @@ class _Verbs(TyperGroup):
         # none: typer ends quietly, since whoever read the output has had enough.
         except (DogeOnnxError, OSError) as error:
             cli_output.error(str(error))
+        cli_output.drop_unwritable()
         raise SystemExit(1)
 
     def invoke(self, ctx: Any) -> Any:
@@ -71,19 +64,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_Bundle = Annotated[
-    str,
-    typer.Argument(metavar="BUNDLE", help="Directory that `doge-onnx export` wrote."),
-]
-_Revision = Annotated[
-    str | None,
-    typer.Option(
-        metavar="REV",
-        help="Branch, tag or commit of a model on the Hub. Default: its main branch.",
-        show_default=False,
-    ),
-]
-
 
 def _print_version(asked: bool) -> None:
     if asked:
@@ -105,45 +85,14 @@ def _options(
 
 @app.command()
 def export(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="Checkpoint: a directory, or an id on the Hugging Face Hub such as "
-            "SmallDoge/Doge-160M.",
-        ),
-    ],
-    out: Annotated[
-        str, typer.Argument(metavar="OUT", help="Directory to write; it must not exist yet.")
-    ],
-    revision: _Revision = None,
-    precision: Annotated[
-        _Precision, typer.Option(help="Number format of the weights.")
-    ] = _Precision.fp32,
-    context_length: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Most tokens that a text may have, prompt included. "
-            "Default: what the model was trained for.",
-            show_default=False,
-        ),
-    ] = None,
-    target: Annotated[
-        _Target,
-        typer.Option(
-            help="'ort': ONNX Runtime's fused operators, the fastest. 'portable': standard ONNX "
-            "operators only, for other engines."
-        ),
-    ] = _Target.ort,
-    verify: Annotated[
-        bool,
-        typer.Option(help="Compare the result with transformers, and keep it only if both agree."),
-    ] = True,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace a bundle that is already at OUT.")
-    ] = False,
+    model: cli_options.Model,
+    out: cli_options.Out,
+    revision: cli_options.Revision = None,
+    precision: cli_options.Precision = cli_options.Precisions.fp32,
+    context_length: cli_options.ContextLength = None,
+    target: cli_options.Target = cli_options.Targets.ort,
+    verify: cli_options.Verify = True,
+    force: cli_options.Force = False,
 ) -> None:
     """Turn a checkpoint into a bundle.
 
@@ -167,15 +116,9 @@ def export(
 
 @app.command()
 def verify(
-    bundle: _Bundle,
-    reference: Annotated[
-        str,
-        typer.Option(
-            metavar="MODEL",
-            help="The checkpoint that the bundle was made from: a directory or a Hub id.",
-        ),
-    ],
-    revision: _Revision = None,
+    bundle: cli_options.Bundle,
+    reference: cli_options.Reference,
+    revision: cli_options.Revision = None,
 ) -> None:
     """Compare a bundle with its checkpoint.
 
@@ -193,132 +136,34 @@ def verify(
 
 @app.command()
 def generate(
-    bundle: _Bundle,
-    prompt: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="PROMPT",
-            help="Text to continue. '-', or no PROMPT when something is piped in, reads standard "
-            "input, without the newline at its end.",
-            show_default=False,
-        ),
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            metavar="N",
-            help="Most tokens to generate. Default: up to the end of the context.",
-            show_default=False,
-        ),
-    ] = None,
-    temperature: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            metavar="T",
-            help="0 always takes the most likely token (greedy); higher is more varied. Default: "
-            "what the bundle recommends, else greedy.",
-            show_default=False,
-        ),
-    ] = None,
-    top_k: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="K",
-            help="Sample from the K most likely tokens. Default: no limit.",
-            show_default=False,
-        ),
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            max=1,
-            metavar="P",
-            help="Sample from the most likely tokens that have probability P together, above 0 "
-            "and at most 1. Default: all.",
-            show_default=False,
-        ),
-    ] = None,
-    min_p: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            max=1,
-            metavar="P",
-            help="Sample from tokens at least P times as likely as the best one, 0 to 1. "
-            "Default: all.",
-            show_default=False,
-        ),
-    ] = None,
-    repetition_penalty: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            metavar="R",
-            help="Above 1 makes tokens that already occurred less likely; 1.1 is mild. "
-            "Default: none.",
-            show_default=False,
-        ),
-    ] = None,
-    seed: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            metavar="N",
-            help="The same seed gives the same text. Default: another text each time.",
-            show_default=False,
-        ),
-    ] = None,
-    stop: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="TEXT",
-            help="End before this text appears; may be given several times.",
-            show_default=False,
-        ),
-    ] = None,
-    logprobs: Annotated[
-        bool,
-        typer.Option(
-            "--logprobs", help="With --json: add the natural log-probability of every token."
-        ),
-    ] = False,
-    json: Annotated[
-        bool,
-        typer.Option("--json", help="Print one JSON object at the end instead of streaming text."),
-    ] = False,
-    stats: Annotated[
-        bool,
-        typer.Option(
-            "--stats", help="Add prefill and decode tokens per second; without --json on stderr."
-        ),
-    ] = False,
-    threads: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="CPU threads to use. Default: ONNX Runtime decides.",
-            show_default=False,
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option(metavar="NAME", help="Where to run: 'cpu'.")] = "cpu",
-    verbose: Annotated[
-        bool, typer.Option("--verbose", help="Let ONNX Runtime's warnings through.")
-    ] = False,
+    bundle: cli_options.Bundle,
+    prompt: cli_options.Prompt = None,
+    max_new_tokens: cli_options.MaxNewTokens = None,
+    temperature: cli_options.Temperature = None,
+    top_k: cli_options.TopK = None,
+    top_p: cli_options.TopP = None,
+    min_p: cli_options.MinP = None,
+    repetition_penalty: cli_options.RepetitionPenalty = None,
+    seed: cli_options.Seed = None,
+    stop: cli_options.Stop = None,
+    logprobs: cli_options.Logprobs = False,
+    json: cli_options.JsonCompletion = False,
+    stats: cli_options.Stats = False,
+    threads: cli_options.Threads = None,
+    device: cli_options.Device = "cpu",
+    verbose: cli_options.Verbose = False,
 ) -> None:
     """Continue a text.
 
-    The text appears on standard output as it is generated, and nothing else does.
+    The text appears on standard output as it is generated, and nothing else does. Sampling
+    options that are not given follow the bundle's generation_config.json, or else the defaults
+    below.
     """
     if logprobs and not json:
         raise typer.BadParameter("it needs --json", param_hint="--logprobs")
     text = _prompt(prompt)
     model = doge_onnx.load(bundle, device=device, threads=threads, verbose=verbose)
-    options: dict[str, Any] = {
+    sampling: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "top_k": top_k,
@@ -330,10 +175,10 @@ def generate(
         "logprobs": logprobs,
     }
     if json:
-        cli_output.completion_json(model.generate(text, **options), stats)
+        cli_output.completion_json(model.generate(text, **sampling), stats)
         return
-    pieces = model.stream(text, **options)
     timings = None
+    pieces = model.stream(text, **sampling)
     try:
         for piece in pieces:
             sys.stdout.write(piece)
@@ -349,16 +194,10 @@ def generate(
 
 @app.command()
 def info(
-    bundle: _Bundle,
-    json: Annotated[
-        bool, typer.Option("--json", help="Print the manifest as it is, for a program.")
-    ] = False,
+    bundle: cli_options.Bundle,
+    json: cli_options.JsonManifest = False,
 ) -> None:
     """Show what a bundle holds."""
-    from pathlib import Path
-
-    from doge_onnx.bundle import read_manifest
-
     manifest = read_manifest(Path(bundle))
     if json:
         cli_output.json_text(manifest.to_json())

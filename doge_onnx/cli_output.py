@@ -44,6 +44,14 @@ def prepare_streams() -> None:
             stream.reconfigure(encoding=encoding, errors="backslashreplace")
 
 
+def drop_unwritable() -> None:
+    """Forget output that cannot be written, or Python would report it again as it exits."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def note(words: str) -> None:
     """Say on stderr what is going on."""
     _stderr.print(Text(words, style="dim"), soft_wrap=True)

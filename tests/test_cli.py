@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 from conftest import TINY_CHECKPOINT
@@ -15,7 +16,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import doge_onnx
-from doge_onnx import cli
+from doge_onnx import cli, cli_options
 from doge_onnx.bundle import MANIFEST_NAME, read_manifest
 from doge_onnx.export import exporter, lowering
 from doge_onnx.runtime.model import Model
@@ -34,8 +35,8 @@ def start(*arguments, env=None, **options):
     """The command as a process of its own, with its output in pipes."""
     return subprocess.Popen(
         [*COMMAND, *arguments],
-        stdout=options.pop("stdout", subprocess.PIPE),
-        stderr=subprocess.PIPE,
+        stdout=options.pop("stdout", PIPE),
+        stderr=PIPE,
         env=os.environ | (env or {}),
         **options,
     )
@@ -78,8 +79,8 @@ def test_every_option_of_every_verb_is_explained():
 
 
 def test_choices_are_those_of_the_library():
-    assert tuple(cli._Precision) == exporter.PRECISIONS
-    assert tuple(cli._Target) == tuple(lowering.TARGETS)
+    assert tuple(cli_options.Precisions) == exporter.PRECISIONS
+    assert tuple(cli_options.Targets) == tuple(lowering.TARGETS)
 
 
 def test_help_imports_nothing_slow():
@@ -369,17 +370,18 @@ def test_generate_interrupted_ends_the_line_and_says_so(tiny_bundle, monkeypatch
     assert (result.stdout, result.stderr) == (f"{piece}\n", "error: interrupted\n")
 
 
-def test_piped_text_is_utf8_whatever_the_locale(tiny_bundle):
+def test_pipes_carry_utf8_whatever_the_locale(tiny_bundle):
+    prompt = "“Où est-il”"
     options = {"temperature": 100.0, "seed": 1, "max_new_tokens": 200}
-    expected = doge_onnx.load(tiny_bundle).generate(PROMPT, **options).text
+    expected = doge_onnx.load(tiny_bundle).generate(prompt, **options).text
     assert not expected.isascii()
     given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     for more in ([], ["--json"]):
-        with start("generate", str(tiny_bundle), PROMPT, *given, *more, env=ASCII) as process:
-            shown = process.stdout.read().decode("utf-8")
-            assert process.stderr.read() == b""
-        assert process.returncode == 0
-        assert expected in (json.loads(shown)["text"] if more else shown)
+        process = start("generate", str(tiny_bundle), *given, *more, env=ASCII, stdin=PIPE)
+        stdout, stderr = process.communicate(prompt.encode("utf-8"))
+        assert (process.returncode, stderr) == (0, b"")
+        shown = stdout.decode("utf-8")
+        assert (json.loads(shown)["text"] if more else shown.removesuffix("\n")) == expected
 
 
 def test_a_closed_pipe_ends_quietly(tiny_bundle):
@@ -396,7 +398,7 @@ def test_a_full_disk_behind_the_output_is_an_error(tiny_bundle, arguments):
     verb, *rest = arguments
     with (
         Path("/dev/full").open("w") as full,
-        start(verb, str(tiny_bundle), *rest, stdout=full, stdin=subprocess.PIPE) as process,
+        start(verb, str(tiny_bundle), *rest, stdout=full, stdin=PIPE) as process,
     ):
         _, stderr = process.communicate(b"x")
     assert process.returncode == 1

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import doge_onnx
-from doge_onnx.bundle import read_manifest, seal
+from doge_onnx.bundle import MANIFEST_NAME, read_manifest, seal
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 PROMPT = "It was a dark and stormy night"
@@ -54,6 +54,17 @@ def declare_end_of_text(bundle, token_id):
     path = bundle / "generation_config.json"
     path.write_text(f'{{"eos_token_id": [{token_id}]}}', encoding="utf-8")
     seal(bundle, read_manifest(bundle))
+
+
+def test_bare_loop_refuses_a_state_of_another_kind(tiny_bundle, tmp_path):
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    text = (bundle / MANIFEST_NAME).read_text(encoding="utf-8")
+    other = text.replace('"kind": "growing"', '"kind": "window"')
+    assert other != text
+    (bundle / MANIFEST_NAME).write_text(other, encoding="utf-8")
+    result = run("bare_loop.py", bundle, PROMPT)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == "this loop is for the state that grows with the text\n"
 
 
 @pytest.mark.parametrize("script", ["generate.py", "bare_loop.py"])

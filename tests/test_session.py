@@ -130,7 +130,7 @@ def test_a_graph_that_onnx_runtime_refuses_gives_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "window"}, "does not know the state kind 'window'"),
+        ({"kind": "spiral"}, "does not know the state kind 'spiral'"),
         ({"dtype": "float8"}, "does not know the state dtype 'float8'"),
         ({"num_layers": 3}, r"lacks the input 'past_key_values\.2\.key'"),
         ({"num_layers": 1}, r"has the input 'past_key_values\.1\.key'"),

@@ -1,0 +1,170 @@
+"""The arguments and options of the commands: type, limits and help of each.
+
+Does not know what they do. What is checked here is wrong usage, with an exit code of its own;
+the library checks all that it is given once more.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+
+class Precisions(StrEnum):
+    """What --precision takes."""
+
+    fp32 = "fp32"
+
+
+class Targets(StrEnum):
+    """What --target takes."""
+
+    ort = "ort"
+    portable = "portable"
+
+
+Bundle = Annotated[
+    str,
+    typer.Argument(metavar="BUNDLE", help="Directory that `doge-onnx export` wrote."),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option(
+        metavar="REV", help="Branch, tag or commit of a model on the Hub. Default: its main branch."
+    ),
+]
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="Checkpoint: a directory, or an id on the Hugging Face Hub such as "
+        "SmallDoge/Doge-160M.",
+    ),
+]
+Out = Annotated[
+    str, typer.Argument(metavar="OUT", help="Directory to write; it must not exist yet.")
+]
+Precision = Annotated[Precisions, typer.Option(help="Number format of the weights.")]
+ContextLength = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Most tokens that a text may have, prompt included. "
+        "Default: what the model was trained for.",
+    ),
+]
+Target = Annotated[
+    Targets,
+    typer.Option(
+        help="'ort': ONNX Runtime's fused operators, the fastest. 'portable': standard ONNX "
+        "operators only, for other engines."
+    ),
+]
+Verify = Annotated[
+    bool,
+    typer.Option(help="Compare the result with transformers, and keep it only if both agree."),
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace a bundle that is already at OUT.")]
+Reference = Annotated[
+    str,
+    typer.Option(
+        metavar="MODEL",
+        help="The checkpoint that the bundle was made from: a directory or a Hub id.",
+    ),
+]
+Prompt = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="PROMPT",
+        help="Text to continue. '-', or no PROMPT when something is piped in, reads standard "
+        "input, without the newline at its end.",
+    ),
+]
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        metavar="N",
+        help="Most tokens to generate. Default: up to the end of the context.",
+    ),
+]
+Temperature = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        metavar="T",
+        help="0 always takes the most likely token (greedy); higher is more varied. Default: "
+        "what the bundle recommends, else greedy.",
+    ),
+]
+TopK = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="K", help="Sample from the K most likely tokens. Default: no limit."
+    ),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        max=1,
+        metavar="P",
+        help="Sample from the most likely tokens that have probability P together, above 0 "
+        "and at most 1. Default: all.",
+    ),
+]
+MinP = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        max=1,
+        metavar="P",
+        help="Sample from tokens at least P times as likely as the best one, 0 to 1. Default: all.",
+    ),
+]
+RepetitionPenalty = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        metavar="R",
+        help="Above 1 makes tokens that already occurred less likely; 1.1 is mild. Default: none.",
+    ),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        metavar="N",
+        help="The same seed gives the same text. Default: another text each time.",
+    ),
+]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(metavar="TEXT", help="End before this text appears; may be given several times."),
+]
+Logprobs = Annotated[
+    bool,
+    typer.Option("--logprobs", help="With --json: add the natural log-probability of every token."),
+]
+JsonCompletion = Annotated[
+    bool,
+    typer.Option("--json", help="Print one JSON object at the end instead of streaming text."),
+]
+Stats = Annotated[
+    bool,
+    typer.Option(
+        "--stats", help="Add prefill and decode tokens per second; without --json on stderr."
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="CPU threads to use. Default: ONNX Runtime decides."),
+]
+Device = Annotated[str, typer.Option(metavar="NAME", help="Where to run: 'cpu'.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Let ONNX Runtime's warnings through.")]
+JsonManifest = Annotated[
+    bool, typer.Option("--json", help="Print the manifest as it is, for a program.")
+]
