@@ -234,6 +234,10 @@ def check_destination(out: Path, force: bool) -> None:
         BundleError: `out` exists and `force` is not set, or it is not something that a
             bundle may replace, or its parent is not a directory.
     """
+    try:
+        str(out.resolve()).encode()
+    except UnicodeEncodeError:
+        raise BundleError(f"{str(out)!r} is not a path that ONNX can write: not UTF-8") from None
     if not out.parent.is_dir():
         raise BundleError(f"{out.parent} is not a directory; create it first")
     if not (out.exists() or out.is_symlink()):

@@ -91,6 +91,7 @@ def export(
     precision: cli_options.Precision = cli_options.Precisions.fp32,
     context_length: cli_options.ContextLength = None,
     target: cli_options.Target = cli_options.Targets.ort,
+    state: cli_options.State = cli_options.States.growing,
     verify: cli_options.Verify = True,
     force: cli_options.Force = False,
 ) -> None:
@@ -106,6 +107,7 @@ def export(
             precision=precision.value,
             context_length=context_length,
             target=target.value,
+            state=state.value,
             verify=verify,
             revision=revision,
             force=force,
@@ -150,6 +152,7 @@ def generate(
     json: cli_options.JsonCompletion = False,
     stats: cli_options.Stats = False,
     threads: cli_options.Threads = None,
+    prefill_chunk: cli_options.PrefillChunk = None,
     device: cli_options.Device = "cpu",
     verbose: cli_options.Verbose = False,
 ) -> None:
@@ -162,7 +165,9 @@ def generate(
     if logprobs and not json:
         raise typer.BadParameter("it needs --json", param_hint="--logprobs")
     text = _prompt(prompt)
-    model = doge_onnx.load(bundle, device=device, threads=threads, verbose=verbose)
+    model = doge_onnx.load(
+        bundle, device=device, threads=threads, prefill_chunk=prefill_chunk, verbose=verbose
+    )
     sampling: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,

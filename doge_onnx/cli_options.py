@@ -25,6 +25,13 @@ class Targets(StrEnum):
     portable = "portable"
 
 
+class States(StrEnum):
+    """What --state takes."""
+
+    growing = "growing"
+    window = "window"
+
+
 Bundle = Annotated[
     str,
     typer.Argument(metavar="BUNDLE", help="Directory that `doge-onnx export` wrote."),
@@ -61,6 +68,13 @@ Target = Annotated[
     typer.Option(
         help="'ort': ONNX Runtime's fused operators, the fastest. 'portable': standard ONNX "
         "operators only, for other engines."
+    ),
+]
+State = Annotated[
+    States,
+    typer.Option(
+        help="'growing': one row for each token, up to the context length. 'window': as many rows "
+        "as the model's keep window has keys, for texts of any length."
     ),
 ]
 Verify = Annotated[
@@ -162,6 +176,15 @@ Stats = Annotated[
 Threads = Annotated[
     int | None,
     typer.Option(min=1, metavar="N", help="CPU threads to use. Default: ONNX Runtime decides."),
+]
+PrefillChunk = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Prompt tokens that go through the model at once: fewer need less memory. The text "
+        "does not depend on it. Default: a number that is fast.",
+    ),
 ]
 Device = Annotated[str, typer.Option(metavar="NAME", help="Where to run: 'cpu'.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Let ONNX Runtime's warnings through.")]

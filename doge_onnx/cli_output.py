@@ -95,7 +95,7 @@ def export_summary(out: str, report: ExportReport) -> None:
         "bundle": out,
         "size": _megabytes(report.size),
         "parameters": report.manifest.parameters,
-        "context": f"{report.manifest.context_length:,} tokens",
+        "context": _context(report.manifest),
         "parity": "not checked",
         "took": f"{report.seconds:.1f} s",
     }
@@ -105,6 +105,12 @@ def export_summary(out: str, report: ExportReport) -> None:
             f"{report.parity.tolerance:.1e}; greedy match {_greedy(report.parity)}"
         )
     _print_rows(rows)
+
+
+def _context(shown: Manifest) -> str:
+    if shown.state.kind == "window":
+        return "no end"
+    return f"{shown.context_length:,} tokens"
 
 
 def parity(report: ParityReport) -> None:
@@ -133,7 +139,7 @@ def manifest(shown: Manifest) -> None:
             "revision": shown.source.get("revision"),
             "parameters": shown.parameters,
             "vocabulary": f"{shown.vocab_size:,} tokens",
-            "context": f"{shown.context_length:,} tokens",
+            "context": _context(shown),
         },
     )
     _print_section(

@@ -34,6 +34,8 @@ STATES = ("growing", "window")
 # Larger graphs keep their weights in a file of their own: a protobuf file ends at 2 GB, and
 # a separate one can be mapped into memory.
 MAX_EMBEDDED_BYTES = 100 * 2**20
+# The graph holds the rotation of every position up to the context length.
+MAX_CONTEXT_LENGTH = 2**20
 # What one bundle needs on the disk beside its weights: graph, tokenizer, tables.
 _SMALL_FILES_BYTES = 32 * 2**20
 
@@ -132,6 +134,10 @@ def _context_length(asked: int | None, config: DogeConfig) -> int:
     length = config.max_position_embeddings if asked is None else asked
     if length < 1:
         raise DogeOnnxError(f"context length {length} is not a positive number")
+    if length > MAX_CONTEXT_LENGTH:
+        raise DogeOnnxError(
+            f"context length {length} is more than {MAX_CONTEXT_LENGTH}; a window state has no end"
+        )
     return length
 
 
