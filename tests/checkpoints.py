@@ -15,6 +15,10 @@ import torch
 import transformers
 from torch import Tensor
 
+# These models are so small that a second thread only waits for the first, and on a machine
+# with other work to do, waits for long: the tests take up to six times as long with two.
+torch.set_num_threads(1)
+
 # Small, but with nothing square: a swapped axis cannot go unnoticed.
 SMALL = {
     "vocab_size": 97,

@@ -451,7 +451,7 @@ def test_a_gated_model(hub, where):
 def test_a_refused_token(hub, where):
     setattr(hub, where, (401, ""))
     message = hub_refusal()
-    assert message.startswith(f"the Hub refused {MODEL}: ")
+    assert message.startswith(f"the Hub at {hub.endpoint} refused {MODEL}: ")
     assert "401" in message
 
 
@@ -461,6 +461,7 @@ def test_other_refusals_name_model_and_endpoint(hub, status):
     message = hub_refusal(revision="main")
     assert f"{MODEL} at revision main" in message
     assert hub.endpoint in message
+    assert str(status) in message
 
 
 def test_a_model_that_is_in_the_cache_survives_a_refusal(hub):
@@ -513,3 +514,15 @@ def test_a_directory_comes_before_the_hub(hub, original, tmp_path, monkeypatch):
 
 def test_a_directory_has_no_revisions(original):
     assert "--revision is for models of the Hub" in hub_refusal(str(original), "main")
+
+
+def test_a_tensor_in_two_shards_is_refused(sharded):
+    first, *_, last = sorted(sharded.glob("model-*.safetensors"))
+    name, tensor = next(iter(load_file(first).items()))
+    save_file(load_file(last) | {name: tensor}, last)
+    assert f"{last}: tensor {name} is in {first.name} too" in refusal(sharded)
+
+
+def test_a_billion_layers_fail_at_the_first_that_is_missing(directory):
+    checkpoints.edit_config(directory, num_hidden_layers=10**9)
+    assert "lacks the tensor layers.2." in refusal(directory)

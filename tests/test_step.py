@@ -14,43 +14,15 @@ import pytest
 import torch
 import transformers
 from checkpoints import SHAPES, assert_close, random_ids, reference_logits, rope
+from stepping import OPERATORS, Growing, row
 from torch import Tensor
 
 from doge_onnx.export import checkpoint as checkpoint_reader
-from doge_onnx.export.operators import FUSED, STANDARD, Operators
+from doge_onnx.export.operators import STANDARD
 from doge_onnx.export.state import GrowingState
 from doge_onnx.export.step import RecurrentStep
 
 CONTEXT = 64
-OPERATORS = {"fused": FUSED, "standard": STANDARD}
-
-State = list[tuple[Tensor, Tensor]]
-
-
-class Eager:
-    """A step with the state that it begins from."""
-
-    def __init__(self, directory: Path, operators: Operators, context_length: int = CONTEXT):
-        checkpoint = checkpoint_reader.read(directory)
-        self.layers = checkpoint.config.num_hidden_layers
-        self.state = GrowingState(checkpoint, context_length, operators)
-        self.step = RecurrentStep(checkpoint, self.state, operators).eval()
-
-    def empty_state(self, batch: int = 1) -> State:
-        heads = self.state.heads
-        return [(torch.zeros(batch, heads.num_keys, 0, heads.row),) * 2 for _ in range(self.layers)]
-
-    @torch.no_grad()
-    def run(self, ids: Tensor, mask: Tensor | None = None, cuts: list[int] | None = None) -> Tensor:
-        """Logits `[B, S, V]` of `ids`, fed in pieces that end at `cuts`."""
-        mask = torch.ones_like(ids) if mask is None else mask
-        state = self.empty_state(len(ids))
-        pieces, start = [], 0
-        for end in [*(cuts or []), ids.shape[1]]:
-            logits, state = self.step((ids[:, start:end], mask[:, :end]), state)
-            pieces.append(logits)
-            start = end
-        return torch.cat(pieces, dim=1)
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +39,14 @@ def make(tmp_path_factory):
     return get
 
 
-@pytest.fixture(params=OPERATORS.values(), ids=OPERATORS.keys())
+@pytest.fixture(params=OPERATORS)
 def eager(request):
-    return partial(Eager, operators=request.param)
+    return partial(Growing, operators=request.param, context_length=CONTEXT)
+
+
+def empty_state(step: Growing) -> list[tuple[Tensor, Tensor]]:
+    heads = step.state.heads
+    return [(torch.zeros(1, heads.num_keys, 0, heads.row),) * 2 for _ in range(step.layers)]
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +61,6 @@ def truth_of():
         return known[key]
 
     return get
-
-
-def row(ids: list[int]) -> Tensor:
-    return torch.tensor([ids])
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -136,14 +109,14 @@ def test_a_state_can_be_continued_more_than_once(make, truth_of, eager):
     shared, *endings = (random_ids(n, seed=n) for n in (9, 3, 5))
     with torch.no_grad():
         ones = torch.ones(1, 9, dtype=torch.long)
-        _, state = step.step((row(shared), ones), step.empty_state())
+        _, state = step.step((row(shared), ones), empty_state(step))
         for ending in endings:
             mask = torch.ones(1, 9 + len(ending), dtype=torch.long)
             logits, _ = step.step((row(ending), mask), state)
             assert_close(logits[0], truth_of(directory, shared + ending)[9:])
 
 
-@pytest.mark.parametrize("cuts", [None, [7, 8, 19], list(range(1, 20))], ids=["one", "few", "each"])
+@pytest.mark.parametrize("cuts", [[], [7, 8, 19], list(range(1, 20))], ids=["one", "few", "each"])
 def test_a_left_padded_batch_gives_each_row_what_it_gives_alone(cuts, make, truth_of, eager):
     directory = make(**SHAPES["biases"])
     prompts = [random_ids(n, seed=n) for n in (20, 1, 13)]
@@ -156,7 +129,7 @@ def test_a_left_padded_batch_gives_each_row_what_it_gives_alone(cuts, make, trut
         assert_close(got[-len(prompt) :], truth_of(directory, prompt))
 
 
-@pytest.mark.parametrize("cuts", [None, [5, 6, 12, 15]], ids=["one", "few"])
+@pytest.mark.parametrize("cuts", [[], [5, 6, 12, 15]], ids=["one", "few"])
 def test_padding_in_the_middle_is_as_if_it_were_not_there(cuts, make, truth_of, eager):
     # Past the trained context too, where RoPE no longer depends on differences only.
     directory = make(max_position_embeddings=10, **rope("dynamic", 2.0))
@@ -169,9 +142,9 @@ def test_padding_in_the_middle_is_as_if_it_were_not_there(cuts, make, truth_of, 
 
 
 def test_only_the_last_logits_can_be_asked_for(make):
-    step = Eager(make(**SHAPES["untied"]), FUSED)
+    step = Growing(make(**SHAPES["untied"]))
     ids = row(random_ids(9))
-    args = ((ids, torch.ones_like(ids)), step.empty_state())
+    args = ((ids, torch.ones_like(ids)), empty_state(step))
     with torch.no_grad():
         everything, state = step.step(*args)
         for count, kept in ((1, 1), (4, 4), (9, 9), (0, 9)):
@@ -219,5 +192,5 @@ def test_rope_at_the_positions_of_a_real_model(tmp_path):
         rows += [
             model(ids[:, i : i + 1], past_key_values=cache).logits[0] for i in range(2040, 2100)
         ]
-    logits = Eager(directory, STANDARD, context_length=2100).run(ids)[0]
+    logits = Growing(directory, context_length=2100).run(ids)[0]
     assert_close(logits, torch.cat(rows))

@@ -154,21 +154,32 @@ def _hub_errors(model: str, revision: str | None) -> Iterator[None]:
         ) from None
     except RevisionNotFoundError:
         raise CheckpointError(f"{model} has no revision {revision} on the Hub") from None
-    except LocalEntryNotFoundError:
+    except LocalEntryNotFoundError as error:
+        # The Hub's client falls back to its cache, whatever the Hub's answer was.
+        if isinstance(error.__cause__, HfHubHTTPError):
+            raise _refusal(model + at, error.__cause__) from None
+        if constants.is_offline_mode():
+            why = "offline mode (HF_HUB_OFFLINE) is on"
+        else:
+            why = f"the Hub at {constants.ENDPOINT} cannot be reached"
         raise CheckpointError(
-            f"{model}{at} is neither a directory here nor in the Hub's cache, and the Hub at "
-            f"{constants.ENDPOINT} cannot be reached; check the connection or name a directory"
+            f"{model}{at} is neither a directory here nor in the Hub's cache, and {why}; check the "
+            "connection or name a directory"
         ) from None
     except HFValidationError as error:
         raise CheckpointError(f"{model} cannot be the id of a model: {error}") from None
     except HfHubHTTPError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"the Hub refused {model}{at}: {reason}") from None
+        raise _refusal(model + at, error) from None
     # The Hub's client raises its HTTP library's errors as they are, and those are not OSErrors.
     except Exception as error:
         raise CheckpointError(
             f"cannot fetch {model}{at} from the Hub: {type(error).__name__}: {error}"
         ) from None
+
+
+def _refusal(what: str, error: HfHubHTTPError) -> CheckpointError:
+    reason = str(error).strip().splitlines()[0]
+    return CheckpointError(f"the Hub at {constants.ENDPOINT} refused {what}: {reason}")
 
 
 def read(directory: Path, progress: Callable[[str], None] = lambda _: None) -> Checkpoint:
@@ -180,9 +191,12 @@ def read(directory: Path, progress: Callable[[str], None] = lambda _: None) -> C
             corrupted, or a tensor is missing, unknown, of the wrong shape or not finite.
     """
     config = DogeConfig.from_file(directory / CONFIG_NAME)
-    headers = {}
+    headers: dict[str, _Header] = {}
     for path in _weight_files(directory):
-        headers.update(_read_header(path))
+        for name, header in _read_header(path).items():
+            if name in headers:
+                raise CheckpointError(f"{path}: tensor {name} is in {headers[name].path.name} too")
+            headers[name] = header
     _refuse_retrieval_moe(headers)
     entries: dict[str, _Header] = {}
     for name, header in headers.items():
@@ -200,7 +214,7 @@ def read(directory: Path, progress: Callable[[str], None] = lambda _: None) -> C
     gate_heads = config.num_key_value_heads
     if gates is not None and gates.shape == (config.num_attention_heads,):
         gate_heads = config.num_attention_heads
-    _check_shapes(entries, expected_shapes(config, gate_heads, qk_norm), directory)
+    _check_shapes(entries, _expected_shapes(config, gate_heads, qk_norm), directory)
 
     tensors = {}
     by_file: dict[Path, list[str]] = {}
@@ -223,13 +237,19 @@ def canonical_name(name: str) -> str | None:
     return None if _IGNORED_NAMES.search(name) else name
 
 
-def expected_shapes(config: DogeConfig, gate_heads: int, qk_norm: bool) -> dict[str, list[int]]:
-    """The shape of every tensor of a checkpoint, by canonical name."""
+def _expected_shapes(
+    config: DogeConfig, gate_heads: int, qk_norm: bool
+) -> Iterator[tuple[str, list[int]]]:
+    """Canonical name and shape of every tensor of a checkpoint.
+
+    One after another, so that a config of a billion layers fails at the first missing one.
+    """
     hidden, middle, dim = config.hidden_size, config.intermediate_size, config.head_dim
     queries, keys = config.num_attention_heads * dim, config.num_key_value_heads * dim
-    shapes = {"embed_tokens.weight": [config.vocab_size, hidden], "norm.weight": [hidden]}
+    yield "embed_tokens.weight", [config.vocab_size, hidden]
+    yield "norm.weight", [hidden]
     if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = [config.vocab_size, hidden]
+        yield "lm_head.weight", [config.vocab_size, hidden]
     linears = [
         ("self_attn.q_proj", queries, hidden, config.attention_bias),
         ("self_attn.k_proj", keys, hidden, config.attention_bias),
@@ -243,22 +263,21 @@ def expected_shapes(config: DogeConfig, gate_heads: int, qk_norm: bool) -> dict[
     for layer in range(config.num_hidden_layers):
         prefix = f"layers.{layer}."
         for norm in ("input_layernorm.weight", "post_attention_layernorm.weight"):
-            shapes[prefix + norm] = [hidden]
+            yield prefix + norm, [hidden]
         for residual in ("input_residual", "post_attention_residual"):
-            shapes[prefix + residual] = [hidden]
+            yield prefix + residual, [hidden]
         for name, outputs, inputs, bias in linears:
-            shapes[f"{prefix}{name}.weight"] = [outputs, inputs]
+            yield f"{prefix}{name}.weight", [outputs, inputs]
             if bias:
-                shapes[f"{prefix}{name}.bias"] = [outputs]
-        shapes[prefix + "self_attn.A"] = [gate_heads]
+                yield f"{prefix}{name}.bias", [outputs]
+        yield prefix + "self_attn.A", [gate_heads]
         if config.is_moe:
-            shapes[prefix + "mlp.router_gate.weight"] = [2 * math.isqrt(config.num_experts), hidden]
-            shapes[prefix + "mlp.down_embed.weight"] = [config.num_experts, hidden]
-            shapes[prefix + "mlp.up_embed.weight"] = [config.num_experts, hidden]
+            yield prefix + "mlp.router_gate.weight", [2 * math.isqrt(config.num_experts), hidden]
+            yield prefix + "mlp.down_embed.weight", [config.num_experts, hidden]
+            yield prefix + "mlp.up_embed.weight", [config.num_experts, hidden]
         if qk_norm:
-            shapes[prefix + "self_attn.q_norm.weight"] = [dim]
-            shapes[prefix + "self_attn.k_norm.weight"] = [dim]
-    return shapes
+            yield prefix + "self_attn.q_norm.weight", [dim]
+            yield prefix + "self_attn.k_norm.weight", [dim]
 
 
 @dataclass(frozen=True)
@@ -329,9 +348,11 @@ def _refuse_retrieval_moe(headers: dict[str, _Header]) -> None:
 
 
 def _check_shapes(
-    entries: dict[str, _Header], expected: dict[str, list[int]], directory: Path
+    entries: dict[str, _Header], expected: Iterator[tuple[str, list[int]]], directory: Path
 ) -> None:
-    for name, shape in expected.items():
+    known = set()
+    for name, shape in expected:
+        known.add(name)
         if name not in entries:
             raise CheckpointError(f"{directory} lacks the tensor {name} of shape {shape}")
         header = entries[name]
@@ -340,7 +361,7 @@ def _check_shapes(
                 f"{header.path}: tensor {header.name} has shape {list(header.shape)}, but the "
                 f"config asks for {shape}"
             )
-    unknown = [entry for name, entry in entries.items() if name not in expected]
+    unknown = [entry for name, entry in entries.items() if name not in known]
     if unknown:
         raise CheckpointError(
             f"{unknown[0].path}: tensor {unknown[0].name} has no place in the model that "

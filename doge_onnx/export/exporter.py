@@ -102,6 +102,7 @@ def export(
         )
     bundle.check_destination(out, force)
     source = checkpoints.find(model, revision)
+    sidecar.check(source)
     checkpoint = checkpoints.read(source.directory, report)
     length = _context_length(context_length, checkpoint.config)
     built = _build_state(state, checkpoint, length, chosen)

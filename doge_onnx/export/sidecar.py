@@ -10,12 +10,42 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import tokenizers
+
 from doge_onnx.bundle import GRAPH_NAME, MANIFEST_NAME, Manifest
-from doge_onnx.config import DogeConfig
+from doge_onnx.config import CONFIG_NAME, DogeConfig
+from doge_onnx.errors import CheckpointError
 from doge_onnx.export.checkpoint import SIDE_FILES, Source
 
+GENERATION_CONFIG_NAME = "generation_config.json"
+TOKENIZER_NAME = "tokenizer.json"
 GENAI_CONFIG_NAME = "genai_config.json"
 CARD_NAME = "README.md"
+
+
+def check(source: Source) -> None:
+    """Read the side files that the runtime will need, before any work is done.
+
+    Raises:
+        CheckpointError: One of them cannot be read.
+    """
+    for name in (CONFIG_NAME, GENERATION_CONFIG_NAME):
+        path = source.directory / name
+        if not path.is_file():
+            continue
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise CheckpointError(f"cannot read {path}: {error}") from None
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{path} does not hold a JSON object")
+    tokenizer = source.directory / TOKENIZER_NAME
+    if tokenizer.is_file():
+        try:
+            tokenizers.Tokenizer.from_file(str(tokenizer))
+        # The library raises nothing more special.
+        except Exception as error:
+            raise CheckpointError(f"cannot read {tokenizer}: {error}") from None
 
 
 def write(source: Source, config: DogeConfig, manifest: Manifest, directory: Path) -> None:

@@ -96,8 +96,12 @@ class ParityReport:
             )
 
     def as_dict(self) -> dict[str, Any]:
-        """The figures as they stand in the manifest."""
-        return {"passed": self.passed, "max_abs_diff": self.max_abs_diff, **asdict(self)}
+        """The figures as they stand in the manifest; None for one that is not a number."""
+        figures = {"passed": self.passed, "max_abs_diff": self.max_abs_diff, **asdict(self)}
+        return {
+            name: None if isinstance(value, float) and not np.isfinite(value) else value
+            for name, value in figures.items()
+        }
 
 
 def verify(
@@ -237,14 +241,17 @@ class _Transformers:
     description = f"transformers {transformers.__version__}, float32, eager"
 
     def __init__(self, directory: Path) -> None:
-        with _quiet_transformers():
-            self._model = transformers.DogeForCausalLM.from_pretrained(
-                directory,
-                attn_implementation="eager",
-                dtype=torch.float32,
-                local_files_only=True,
-                use_safetensors=True,
-            ).eval()
+        try:
+            with _quiet_transformers():
+                self._model = transformers.DogeForCausalLM.from_pretrained(
+                    directory,
+                    attn_implementation="eager",
+                    dtype=torch.float32,
+                    local_files_only=True,
+                    use_safetensors=True,
+                ).eval()
+        except OSError as error:
+            raise CheckpointError(f"transformers cannot read {directory}: {error}") from None
 
     @torch.no_grad()
     def start(self) -> None:
