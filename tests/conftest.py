@@ -7,6 +7,8 @@ import pytest
 
 import doge_onnx
 
+pytest_plugins = ["exported"]
+
 TINY_CHECKPOINT = Path(__file__).parent.parent / "examples" / "doge-tiny"
 
 

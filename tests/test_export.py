@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,11 +17,11 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from checkpoints import SHAPES, assert_close, random_ids, reference_logits, rope
+from checkpoints import SHAPES, assert_close, random_ids, reference_logits
+from exported import CONTEXT, TOKENIZER_FILES, token_by_token, tree
 from onnx import numpy_helper
 
 import doge_onnx
-from doge_onnx import bundle as bundles
 from doge_onnx.bundle import GRAPH_NAME, MANIFEST_NAME, WEIGHTS_NAME, Bundle
 from doge_onnx.errors import (
     BundleError,
@@ -30,109 +29,9 @@ from doge_onnx.errors import (
     ConfigError,
     DogeOnnxError,
     InputError,
-    ParityError,
 )
 from doge_onnx.export import exporter
-from doge_onnx.export import verify as verifier
 from doge_onnx.export.exporter import export
-
-TARGETS = ("ort", "portable")
-# Grows past its trained context, has a group of three query heads, and ties its head.
-MAIN = {"num_hidden_layers": 2, "max_position_embeddings": 32, **rope("dynamic", 4.0)}
-CONTEXT = 60
-SECOND = {**SHAPES["everything at once"], "num_hidden_layers": 3, **rope("linear", 2.0)}
-TOKENIZER_FILES = {
-    "tokenizer.json": b'{"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}} ',
-    "tokenizer_config.json": b'{ "x": 1 }',
-    "special_tokens_map.json": b"{}",
-    "chat_template.jinja": b"{{ messages }}\n",
-}
-
-
-@dataclass(frozen=True)
-class Exported:
-    checkpoint: Path
-    path: Path
-    report: exporter.ExportReport
-
-    @property
-    def manifest(self) -> bundles.Manifest:
-        return self.report.manifest
-
-    def graph(self) -> onnx.ModelProto:
-        return onnx.load(self.path / GRAPH_NAME)
-
-
-@pytest.fixture(scope="module")
-def main_checkpoint(tmp_path_factory) -> Path:
-    directory = checkpoints.make(tmp_path_factory.mktemp("main") / "tiny-doge", **MAIN)
-    for name, content in TOKENIZER_FILES.items():
-        (directory / name).write_bytes(content)
-    (directory / "modeling_doge.py").write_text("raise SystemExit")
-    return directory
-
-
-@pytest.fixture(scope="module")
-def second_checkpoint(tmp_path_factory) -> Path:
-    return checkpoints.make(tmp_path_factory.mktemp("second") / "checkpoint", **SECOND)
-
-
-@pytest.fixture(scope="module")
-def make_bundle(tmp_path_factory):
-    """Export a checkpoint, each combination once."""
-    made: dict[tuple, Exported] = {}
-
-    def get(checkpoint: Path, **options) -> Exported:
-        key = (checkpoint, *sorted(options.items()))
-        if key not in made:
-            out = tmp_path_factory.mktemp("out") / "bundle"
-            made[key] = Exported(checkpoint, out, export(checkpoint, out, **options))
-        return made[key]
-
-    return get
-
-
-@pytest.fixture(scope="module")
-def main(make_bundle, main_checkpoint) -> Exported:
-    """For ONNX Runtime, compared with the reference, longer than the trained context."""
-    return make_bundle(main_checkpoint, context_length=CONTEXT)
-
-
-@pytest.fixture(scope="module", params=TARGETS)
-def second(request, second_checkpoint, make_bundle) -> Exported:
-    """As different from the main one as can be; for both targets."""
-    return make_bundle(second_checkpoint, target=request.param, verify=False)
-
-
-@pytest.fixture(scope="module", params=["main", "main portable", "second", "second portable"])
-def each(request, main, second_checkpoint, make_bundle) -> Exported:
-    """Two models, each for both targets."""
-    target = "portable" if "portable" in request.param else "ort"
-    if "second" in request.param:
-        return make_bundle(second_checkpoint, target=target, verify=False)
-    if target == "ort":
-        return main
-    return make_bundle(main.checkpoint, target=target, context_length=CONTEXT, verify=False)
-
-
-@pytest.fixture(scope="module")
-def one_layer(tmp_path_factory) -> Path:
-    """What is quickest to export."""
-    return checkpoints.make(tmp_path_factory.mktemp("one") / "checkpoint", num_hidden_layers=1)
-
-
-def tree(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
-
-
-def token_by_token(path: Path, ids: list[int]) -> np.ndarray:
-    model = doge_onnx.load(path)
-    rows, state = [], None
-    for token in ids:
-        logits, state = model.forward([[token]], state)
-        rows.append(logits[0, 0])
-    return np.stack(rows)
-
 
 # The graph.
 
@@ -439,120 +338,6 @@ def test_an_export_can_be_repeated_bit_by_bit(one_layer, tmp_path):
         tree(export(one_layer, tmp_path / name, verify=False).path) for name in ("a", "b")
     )
     assert first == again
-
-
-# Verification.
-
-
-def test_an_export_is_compared_with_the_reference(main):
-    parity = main.report.parity
-    assert parity is not None
-    assert parity.passed
-    assert parity.greedy_matched == parity.greedy_total > 20
-    assert max(parity.prefill, parity.decode, parity.batch) == parity.max_abs_diff
-    assert 0 < parity.max_abs_diff <= parity.tolerance < 1e-3 * parity.logit_scale
-    assert main.manifest.parity == parity.as_dict()
-    assert main.manifest.parity["passed"] is True
-    assert main.manifest.parity["reference"].startswith("transformers ")
-
-
-def test_an_export_without_comparison_says_so(second):
-    assert second.report.parity is None
-    assert second.manifest.parity is None
-
-
-@pytest.fixture
-def copy(main, tmp_path) -> Path:
-    return Path(shutil.copytree(main.path, tmp_path / "copy"))
-
-
-def test_verify_writes_its_figures_and_nothing_else(copy, main):
-    bundles.write_parity(copy, {})
-    before = tree(copy)
-    said: list[str] = []
-    report = doge_onnx.verify(copy, main.checkpoint, progress=said.append)
-    assert report.passed
-    report.require("it")
-    assert Bundle.open(copy).manifest.parity == report.as_dict()
-    after = tree(copy)
-    assert after.pop(MANIFEST_NAME) != before.pop(MANIFEST_NAME)
-    assert after == before
-    assert len(said) > 2
-
-
-def _reseeded(directory: Path, out: Path) -> Path:
-    return checkpoints.make(out, seed=1, **MAIN)
-
-
-def _without_gates(directory: Path, out: Path) -> Path:
-    model = checkpoints.reference(directory)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.A.zero_()
-    model.save_pretrained(out)
-    return out
-
-
-def _other_stretch(directory: Path, out: Path) -> Path:
-    shutil.copytree(directory, out)
-    checkpoints.edit_config(out, **rope("dynamic", 2.0))
-    return out
-
-
-@pytest.mark.parametrize("change", [_reseeded, _without_gates, _other_stretch])
-def test_verify_finds_a_model_that_differs(copy, main, change, tmp_path):
-    other = change(main.checkpoint, tmp_path / "other")
-    report = doge_onnx.verify(copy, other)
-    assert not report.passed
-    assert report.max_abs_diff > report.tolerance
-    with pytest.raises(ParityError) as error:
-        report.require("some/bundle")
-    assert "some/bundle differs from transformers" in str(error.value)
-    assert f"{report.max_abs_diff:.2e}" in str(error.value)
-    assert Bundle.open(copy).manifest.parity["passed"] is False
-    assert tree(copy)[GRAPH_NAME] == tree(main.path)[GRAPH_NAME]
-
-
-def test_greedy_tokens_count_even_where_logits_are_close():
-    figures = {
-        "prefill": 1e-6,
-        "decode": 1e-6,
-        "batch": 1e-6,
-        "greedy_matched": 24,
-        "greedy_total": 24,
-        "logit_scale": 10.0,
-        "tolerance": 1e-3,
-        "tokens": 10,
-        "reference": "transformers",
-    }
-    assert verifier.ParityReport(**figures).passed
-    for name in ("prefill", "decode", "batch"):
-        assert not verifier.ParityReport(**{**figures, name: 2e-3}).passed
-        assert not verifier.ParityReport(**{**figures, name: float("nan")}).passed
-    assert not verifier.ParityReport(**{**figures, "greedy_matched": 23}).passed
-
-
-def test_verify_refuses_another_shape(copy, second_checkpoint, one_layer):
-    before = tree(copy)
-    for other, difference in ((second_checkpoint, "vocabulary of 101"), (one_layer, "1 layers")):
-        with pytest.raises(CheckpointError, match=difference):
-            doge_onnx.verify(copy, other)
-    assert tree(copy) == before
-
-
-def test_verify_refuses_an_altered_bundle(copy, main):
-    (copy / GRAPH_NAME).write_bytes(b"x" + (copy / GRAPH_NAME).read_bytes()[1:])
-    with pytest.raises(BundleError, match="differs from the checksum"):
-        doge_onnx.verify(copy, main.checkpoint)
-
-
-def test_an_export_that_differs_from_the_reference_is_not_put_in_place(
-    one_layer, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(verifier, "RELATIVE_TOLERANCE", 0.0)
-    with pytest.raises(ParityError, match="bundle differs from transformers"):
-        export(one_layer, tmp_path / "bundle")
-    assert not list(tmp_path.iterdir())
 
 
 # What goes wrong.
