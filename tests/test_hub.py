@@ -29,6 +29,7 @@ def sharded_original(tmp_path_factory) -> Path:
     return checkpoints.make(directory, num_hidden_layers=2, max_shard_size="60KB")
 
 
+WEIGHTS = "model.safetensors"
 MODEL = "SmallDoge/Doge-20M"
 FILES = {
     "config.json",
@@ -194,8 +195,8 @@ def test_what_can_be_no_model_is_never_asked_for(hub, model):
     assert hub.requests == 0
 
 
-def test_a_file_is_no_model(hub, directory):
-    assert "neither a directory nor the id" in hub_refusal(str(directory / WEIGHTS))
+def test_a_file_is_no_model(hub, original):
+    assert "neither a directory nor the id" in hub_refusal(str(original / WEIGHTS))
     assert hub.requests == 0
 
 
