@@ -45,6 +45,19 @@ class Exported:
 
 
 @pytest.fixture(scope="session")
+def original(tmp_path_factory) -> Path:
+    """A good checkpoint, not to be changed."""
+    return checkpoints.make(tmp_path_factory.mktemp("original"), num_hidden_layers=2)
+
+
+@pytest.fixture(scope="session")
+def sharded_original(tmp_path_factory) -> Path:
+    """The same in several files."""
+    directory = tmp_path_factory.mktemp("sharded")
+    return checkpoints.make(directory, num_hidden_layers=2, max_shard_size="60KB")
+
+
+@pytest.fixture(scope="session")
 def main_checkpoint(tmp_path_factory) -> Path:
     directory = checkpoints.make(tmp_path_factory.mktemp("main") / "tiny-doge", **MAIN)
     for name, content in TOKENIZER_FILES.items():

@@ -19,19 +19,6 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory) -> Path:
-    """A good checkpoint, not to be changed."""
-    return checkpoints.make(tmp_path_factory.mktemp("original"), num_hidden_layers=2)
-
-
-@pytest.fixture(scope="module")
-def sharded_original(tmp_path_factory) -> Path:
-    """The same in several files."""
-    directory = tmp_path_factory.mktemp("sharded")
-    return checkpoints.make(directory, num_hidden_layers=2, max_shard_size="60KB")
-
-
 @pytest.fixture
 def directory(original, tmp_path) -> Path:
     """A good checkpoint to break."""

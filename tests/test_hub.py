@@ -7,27 +7,12 @@ import shutil
 import socket
 from pathlib import Path
 
-import checkpoints
 import huggingface_hub
 import pytest
 from hub import FakeHub
 
 from doge_onnx.errors import CheckpointError
 from doge_onnx.export.checkpoint import find, read
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory) -> Path:
-    """A good checkpoint, not to be changed."""
-    return checkpoints.make(tmp_path_factory.mktemp("original"), num_hidden_layers=2)
-
-
-@pytest.fixture(scope="module")
-def sharded_original(tmp_path_factory) -> Path:
-    """The same in several files."""
-    directory = tmp_path_factory.mktemp("sharded")
-    return checkpoints.make(directory, num_hidden_layers=2, max_shard_size="60KB")
-
 
 WEIGHTS = "model.safetensors"
 MODEL = "SmallDoge/Doge-20M"

@@ -6,6 +6,7 @@ and does as little as it can of that at each step. Does not know who owns the me
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from doge_onnx.runtime.session import (
     POSITION_IDS,
     has_logits_to_keep,
 )
+from doge_onnx.runtime.state import Buffer
 
 _DEVICE = ("cpu", 0)
 
@@ -92,6 +94,34 @@ class InPlaceBinding:
 
     def _bind_input(self, name: str, array: NDArray[np.int64]) -> None:
         self._binding.bind_input(name, *_DEVICE, np.int64, array.shape, array.ctypes.data)
+
+
+class Bindings:
+    """One binding for each buffer, for as long as the buffer lives.
+
+    Binding the state costs more than all else that Python does in a step.
+    """
+
+    def __init__(
+        self, session: ort.InferenceSession, names: Sequence[tuple[str, str]], vocab_size: int
+    ) -> None:
+        self._session = session
+        self._names = names
+        self._vocab_size = vocab_size
+        self._of_buffer: weakref.WeakKeyDictionary[Buffer, InPlaceBinding] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    def of(self, buffer: Buffer) -> InPlaceBinding:
+        """The binding of a buffer's tensors."""
+        binding = self._of_buffer.get(buffer)
+        if binding is None:
+            binding = self._of_buffer[buffer] = self.new(buffer.tensors)
+        return binding
+
+    def new(self, tensors: Sequence[NDArray[Any]]) -> InPlaceBinding:
+        """A binding of tensors that are no buffer of their own."""
+        return InPlaceBinding(self._session, self._names, tensors, self._vocab_size)
 
 
 def last_position(logits: NDArray[np.float32]) -> NDArray[np.float32]:

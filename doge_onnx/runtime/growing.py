@@ -6,7 +6,6 @@ for graphs of standard operators, in new tensors.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from doge_onnx.bundle import Manifest
-from doge_onnx.runtime.binding import InPlaceBinding, last_position
+from doge_onnx.runtime.binding import Bindings, last_position
 from doge_onnx.runtime.session import (
     ATTENTION_MASK,
     INPUT_IDS,
@@ -35,11 +34,7 @@ class InPlaceStepper(Stepper):
     ) -> None:
         super().__init__(session, manifest, chunk)
         self._context_length = manifest.context_length
-        # Binding the state costs more than all else that Python does in a step, so it is done
-        # once per buffer; the binding goes when the buffer does.
-        self._bindings: weakref.WeakKeyDictionary[Buffer, InPlaceBinding] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._bindings = Bindings(session, self._names, self._vocab_size)
 
     def _run(
         self,
@@ -58,16 +53,14 @@ class InPlaceStepper(Stepper):
             if batch > 1 and new > 1 and past > 0:
                 # The kernel takes several new tokens after a past for one sequence only.
                 rows = [
-                    self._bind([tensor[b : b + 1] for tensor in buffer.tensors]).run(
+                    self._bindings.new([tensor[b : b + 1] for tensor in buffer.tensors]).run(
                         input_ids[b : b + 1], buffer.mask[b : b + 1, :total], last_only
                     )
                     for b in range(batch)
                 ]
                 logits = np.concatenate(rows)
             else:
-                binding = self._bindings.get(buffer)
-                if binding is None:
-                    binding = self._bindings[buffer] = self._bind(buffer.tensors)
+                binding = self._bindings.of(buffer)
                 logits = binding.run(input_ids, buffer.mask[:, :total], last_only)
         except BaseException:
             buffer.release(past)
@@ -91,9 +84,6 @@ class InPlaceStepper(Stepper):
                 target[:, :, :past] = source[:, :, :past]
             buffer.mask[:, :past] = state.mask
         return buffer
-
-    def _bind(self, tensors: Sequence[NDArray[Any]]) -> InPlaceBinding:
-        return InPlaceBinding(self._session, self._names, tensors, self._vocab_size)
 
 
 class CopyingStepper(Stepper):

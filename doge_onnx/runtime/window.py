@@ -6,14 +6,12 @@ rows in place. Which rows it overwrites is the graph's own business.
 
 from __future__ import annotations
 
-import weakref
-
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
 from doge_onnx.bundle import CLOSED_GATE, Manifest
-from doge_onnx.runtime.binding import InPlaceBinding
+from doge_onnx.runtime.binding import Bindings
 from doge_onnx.runtime.state import Buffer, State, grown_capacity
 from doge_onnx.runtime.step import DEFAULT_CHUNK, Stepper
 
@@ -33,9 +31,7 @@ class WindowStepper(Stepper):
         super().__init__(session, manifest, min(chunk, window))
         self._window = window
         self._gate = manifest.state.head_dim
-        self._bindings: weakref.WeakKeyDictionary[Buffer, InPlaceBinding] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._bindings = Bindings(session, self._names, self._vocab_size)
 
     def _run(
         self,
@@ -52,12 +48,9 @@ class WindowStepper(Stepper):
             mask = np.ones_like(input_ids)
         counts = seen[:, None] + mask.cumsum(axis=1)
         buffer = self._buffer(state, batch, past + new, consume)
-        binding = self._bindings.get(buffer)
-        if binding is None:
-            binding = self._bindings[buffer] = InPlaceBinding(
-                self._session, self._names, buffer.tensors, self._vocab_size
-            )
-        logits = binding.run(input_ids, mask, last_only, np.maximum(counts - 1, 0))
+        logits = self._bindings.of(buffer).run(
+            input_ids, mask, last_only, np.maximum(counts - 1, 0)
+        )
         return logits, State(buffer, past + new, self, counts[:, -1])
 
     def _buffer(self, state: State | None, batch: int, total: int, consume: bool) -> Buffer:
