@@ -12,8 +12,8 @@ import contextlib
 import errno
 import hashlib
 import json
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -120,7 +120,17 @@ class Manifest:
             )
         values = _typed_fields(cls, raw, origin)
         values["state"] = StateLayout(**_typed_fields(StateLayout, values["state"], origin))
-        return cls(**values)
+        manifest = cls(**values)
+        for owner, name in (
+            (manifest, "context_length"),
+            (manifest, "vocab_size"),
+            (manifest.state, "num_layers"),
+            (manifest.state, "num_heads"),
+            (manifest.state, "row_size"),
+        ):
+            if getattr(owner, name) < 1:
+                raise BundleError(f"{origin}: field {name!r} is not positive; export again")
+        return manifest
 
 
 # Annotations are strings here (`from __future__ import annotations`), and these are all of them.
@@ -235,17 +245,21 @@ def check_destination(out: Path, force: bool) -> None:
             bundle may replace, or its parent is not a directory.
     """
     try:
-        str(out.resolve()).encode()
-    except UnicodeEncodeError:
-        raise BundleError(f"{str(out)!r} is not a path that ONNX can write: not UTF-8") from None
+        str(out.absolute()).encode()
+        exists = out.exists() or out.is_symlink()
+    # Not UTF-8, which ONNX cannot write; or a name that the system does not take.
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{str(out)!r} cannot be the name of a bundle: {error}") from None
     if not out.parent.is_dir():
         raise BundleError(f"{out.parent} is not a directory; create it first")
-    if not (out.exists() or out.is_symlink()):
+    if not exists:
         return
     if not force:
         raise BundleError(f"{out} exists; choose another place, or replace it with --force")
     if out.is_symlink() or not out.is_dir():
         raise BundleError(f"{out} is not a directory; --force replaces bundles only")
+    if out.is_mount():
+        raise BundleError(f"{out} is a mount point; name a directory inside of it")
     # --force must not be a way to lose a directory that happens to have this name.
     if any(out.iterdir()) and not (out / MANIFEST_NAME).is_file():
         raise BundleError(f"{out} holds no bundle; --force replaces bundles only")
@@ -263,10 +277,10 @@ def writing(out: Path, force: bool = False) -> Iterator[Path]:
     """
     check_destination(out, force)
     with _disk_errors(out):
-        scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
+        scratch = _beside(out, "part")
         try:
+            scratch.mkdir()
             yield scratch
-            scratch.chmod(0o755)
             _replace_directory(scratch, out)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -322,15 +336,20 @@ def _replace_directory(scratch: Path, out: Path) -> None:
     if not out.exists():
         scratch.rename(out)
         return
-    retired = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
-    out.rename(retired / out.name)
+    retired = _beside(out, "old")
     try:
+        out.rename(retired)
         scratch.rename(out)
     except BaseException:
-        (retired / out.name).rename(out)
+        if retired.exists() and not out.exists():
+            retired.rename(out)
         raise
-    finally:
-        shutil.rmtree(retired, ignore_errors=True)
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+def _beside(out: Path, suffix: str) -> Path:
+    """A name that is free, on the same disk as `out`."""
+    return out.parent / f".{out.name}.{secrets.token_hex(4)}.{suffix}"
 
 
 @contextlib.contextmanager

@@ -376,7 +376,7 @@ def test_a_disk_that_cannot_be_written(tmp_path, monkeypatch):
     def refuse(*_: Any, **__: Any) -> str:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(bundle.tempfile, "mkdtemp", refuse)
+    monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(BundleError, match=r"cannot write .*bundle: .*Permission denied"):
         write(tmp_path / "bundle")
     assert tree(tmp_path) == {}
@@ -416,3 +416,24 @@ def test_room_is_checked_before_work_is_done(tmp_path, monkeypatch):
     bundle.check_free_space(tmp_path, 3_000_000)
     with pytest.raises(BundleError, match="about 4 MB are needed, 3 MB are free"):
         bundle.check_free_space(tmp_path, 4_000_000)
+
+
+@pytest.mark.parametrize(
+    "field", ["context_length", "vocab_size", "num_layers", "num_heads", "row_size"]
+)
+def test_sizes_of_a_manifest_are_positive(field):
+    raw = json.loads(MANIFEST.to_json())
+    (raw if field in raw else raw["state"])[field] = 0
+    with pytest.raises(BundleError, match=f"field '{field}' is not positive"):
+        Manifest.from_json(json.dumps(raw), Path("m"))
+
+
+def test_a_mount_point_is_not_replaced(path, monkeypatch):
+    monkeypatch.setattr(Path, "is_mount", lambda self: True)
+    with pytest.raises(BundleError, match="is a mount point"):
+        bundle.check_destination(path, force=True)
+
+
+def test_a_bundle_has_the_permissions_that_any_new_directory_gets(path, tmp_path):
+    (tmp_path / "other").mkdir()
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode

@@ -326,3 +326,18 @@ def test_a_tensor_in_two_shards_is_refused(sharded):
 def test_a_billion_layers_fail_at_the_first_that_is_missing(directory):
     checkpoints.edit_config(directory, num_hidden_layers=10**9)
     assert "lacks the tensor layers.2." in refusal(directory)
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_head_beside_a_tied_embedding_must_equal_it(equal, tmp_path):
+    directory = checkpoints.make(tmp_path / "c", num_hidden_layers=1, tie_word_embeddings=True)
+
+    def add_head(tensors):
+        embedding = tensors["model.embed_tokens.weight"]
+        tensors["lm_head.weight"] = embedding.clone() if equal else embedding + 1
+
+    edit(directory, add_head)
+    if equal:
+        assert "lm_head.weight" not in read(directory).tensors
+    else:
+        assert "lm_head.weight differs from the embedding" in refusal(directory)

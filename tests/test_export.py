@@ -348,7 +348,7 @@ def test_an_export_can_be_repeated_bit_by_bit(one_layer, tmp_path):
     [
         ({"target": "tensorrt"}, "target 'tensorrt' is not known; choose from ort, portable"),
         ({"precision": "int3"}, "precision 'int3' is not known; choose from fp32"),
-        ({"context_length": 0}, "context length 0 is not a positive number"),
+        ({"context_length": 0}, "context length 0 is not a positive whole number"),
         ({"context_length": -5}, "context length -5"),
         ({"context_length": 10**9}, "context length 1000000000 is more than"),
         ({"state": "frozen"}, "state 'frozen' is not known; choose from growing, window"),
@@ -438,3 +438,26 @@ def test_an_export_takes_the_place_of_another(main, one_layer, tmp_path):
     ]
     assert announced == sorted(announced)
     assert report.seconds > 0
+
+
+def test_an_interrupt_that_the_tracer_wraps_is_still_an_interrupt(one_layer, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise RuntimeError("the tracer failed") from error
+
+    monkeypatch.setattr(torch.onnx, "export", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export(one_layer, tmp_path / "bundle")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_window_bundle_describes_its_own_graph(one_layer, tmp_path):
+    path = export(one_layer, tmp_path / "bundle", state="window", verify=False).path
+    inputs = {entry.name for entry in onnx.load(path / GRAPH_NAME).graph.input}
+    card = (path / "README.md").read_text()
+    assert "position_ids" in inputs
+    assert "`position_ids` | int64 |" in card
+    assert "total_sequence_length" not in card
+    assert not (path / "genai_config.json").exists()

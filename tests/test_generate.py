@@ -393,3 +393,16 @@ def test_sampling_that_is_not_recommended_is_not_done(tmp_path):
 def test_recommendations_that_make_no_sense_are_refused(tmp_path, generation, message):
     with pytest.raises(BundleError, match=message):
         _defaults(tmp_path, generation)
+
+
+def test_a_bad_prompt_of_a_batch_is_named(model):
+    with pytest.raises(InputError, match=r"^prompt 1: token id 999999 "):
+        model.generate([[4, 100], [5, 999_999]])
+    with pytest.raises(InputError, match=r"^prompt 2: the prompt is empty"):
+        model.generate([[4], [5], []])
+
+
+def test_a_tiny_temperature_is_greedy_and_quiet(model, recwarn):
+    cold = model.generate([4, 100, 33], max_new_tokens=5, temperature=1e-310, seed=3)
+    assert cold.token_ids == model.generate([4, 100, 33], max_new_tokens=5).token_ids
+    assert not list(recwarn)

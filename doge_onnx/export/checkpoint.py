@@ -45,7 +45,7 @@ SIDE_FILES = (
 )
 
 _DTYPES = ("BF16", "F16", "F32")
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_PICKLES = ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt")
 
 # The remote-code layout's names, as (pattern, canonical name).
 _OLDER_NAMES = (
@@ -119,12 +119,14 @@ def find(model: str | Path, revision: str | None = None) -> Source:
         CheckpointError: There is no such directory or model, or the Hub cannot be reached
             or refuses.
     """
+    if not str(model):
+        raise CheckpointError("no model is named: give a directory or the id of one on the Hub")
     path = Path(model)
-    if path.is_dir():
+    if _is_dir(path):
         if revision is not None:
             raise CheckpointError(f"{path} is a directory: --revision is for models of the Hub")
         return Source(path, path.resolve().name, None)
-    if not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", str(model)) or path.exists():
+    if not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", str(model)) or path.is_file():
         raise CheckpointError(f"{model} is neither a directory nor the id of a model on the Hub")
     with _hub_errors(str(model), revision):
         snapshot = snapshot_download(
@@ -135,6 +137,14 @@ def find(model: str | Path, revision: str | None = None) -> Source:
             ignore_patterns=["*/*"],
         )
     return Source(Path(snapshot), str(model), Path(snapshot).name)
+
+
+def _is_dir(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    # A name that the system does not take, for its length or its characters.
+    except (OSError, ValueError):
+        return False
 
 
 @contextmanager
@@ -201,7 +211,7 @@ def read(directory: Path, progress: Callable[[str], None] = lambda _: None) -> C
     entries: dict[str, _Header] = {}
     for name, header in headers.items():
         canonical = canonical_name(name)
-        if canonical is None or (config.tie_word_embeddings and canonical == "lm_head.weight"):
+        if canonical is None:
             continue
         if canonical in entries:
             raise CheckpointError(
@@ -209,6 +219,7 @@ def read(directory: Path, progress: Callable[[str], None] = lambda _: None) -> C
             )
         entries[canonical] = header
 
+    head = entries.pop("lm_head.weight", None) if config.tie_word_embeddings else None
     qk_norm = any(name.endswith(".self_attn.q_norm.weight") for name in entries)
     gates = entries.get("layers.0.self_attn.A")
     gate_heads = config.num_key_value_heads
@@ -223,6 +234,13 @@ def read(directory: Path, progress: Callable[[str], None] = lambda _: None) -> C
     for path, names in by_file.items():
         progress(f"reading {path.name}")
         tensors.update(_read_tensors(path, {name: entries[name].name for name in names}))
+    if head is not None:
+        copy = _read_tensors(head.path, {"lm_head.weight": head.name})["lm_head.weight"]
+        if not torch.equal(copy, tensors["embed_tokens.weight"]):
+            raise CheckpointError(
+                f"{head.path}: tensor {head.name} differs from the embedding, but the config says "
+                "that they are tied (tie_word_embeddings)"
+            )
     native_names = all(
         header.name.removeprefix("model.") == name for name, header in entries.items()
     )
@@ -299,7 +317,10 @@ def _weight_files(directory: Path) -> list[Path]:
                 f"{directory} has pickled weights only, which can run code when they are read; "
                 "convert them to safetensors first"
             )
-        raise CheckpointError(f"{directory} has neither {WEIGHTS_NAME} nor {INDEX_NAME}")
+        raise CheckpointError(
+            f"{directory} has no safetensors, neither {WEIGHTS_NAME} nor {INDEX_NAME}; pickled "
+            "weights are not read, nor fetched from the Hub"
+        )
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -7,6 +7,7 @@ own. Whatever fails on the way leaves the destination as it was.
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -93,7 +94,8 @@ def export(
             checkpoint, the destination, or the result; nothing is left behind.
     """
     started = time.perf_counter()
-    out = Path(out)
+    # Absolute, so that "." and "x/.." have a name and a parent.
+    out = Path(os.path.abspath(out))
     report = progress or (lambda _: None)
     chosen = find_target(target)
     if precision not in PRECISIONS:
@@ -102,11 +104,12 @@ def export(
         )
     bundle.check_destination(out, force)
     source = checkpoints.find(model, revision)
-    sidecar.check(source)
+    sidecar.check(source, report)
     checkpoint = checkpoints.read(source.directory, report)
     length = _context_length(context_length, checkpoint.config)
     built = _build_state(state, checkpoint, length, chosen)
-    bundle.check_free_space(out.parent, 4 * checkpoint.parameters + _SMALL_FILES_BYTES)
+    size = 4 * (checkpoint.parameters + built.table_size)
+    bundle.check_free_space(out.parent, size + _SMALL_FILES_BYTES)
     manifest = Manifest(
         target=target,
         precision=precision,
@@ -119,13 +122,14 @@ def export(
     )
     parity = None
     with bundle.writing(out, force) as directory:
-        _write_graph(checkpoint, built, chosen, directory, report)
+        _write_graph(checkpoint, built, chosen, directory, size <= MAX_EMBEDDED_BYTES, report)
         sidecar.write(source, checkpoint.config, manifest, directory)
         manifest = bundle.seal(directory, manifest)
         if verify:
             parity = compare(directory, source.directory, progress=report)
             parity.require(str(out))
-            bundle.write_parity(directory, parity.as_dict())
+            compared = {"checkpoint": source.model, "revision": source.revision}
+            bundle.write_parity(directory, parity.as_dict() | compared)
             manifest = bundle.read_manifest(directory)
         size = sum(path.stat().st_size for path in directory.iterdir())
     return ExportReport(out, manifest, parity, size, time.perf_counter() - started)
@@ -133,8 +137,8 @@ def export(
 
 def _context_length(asked: int | None, config: DogeConfig) -> int:
     length = config.max_position_embeddings if asked is None else asked
-    if length < 1:
-        raise DogeOnnxError(f"context length {length} is not a positive number")
+    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+        raise DogeOnnxError(f"context length {length!r} is not a positive whole number")
     if length > MAX_CONTEXT_LENGTH:
         raise DogeOnnxError(
             f"context length {length} is more than {MAX_CONTEXT_LENGTH}; a window state has no end"
@@ -171,9 +175,9 @@ def _write_graph(
     state: State,
     target: Target,
     directory: Path,
+    embedded: bool,
     report: Callable[[str], None],
 ) -> None:
-    embedded = 4 * checkpoint.parameters <= MAX_EMBEDDED_BYTES
     report("building the recurrent step")
     step = RecurrentStep(checkpoint, state, target.operators)
     report("tracing the graph")

@@ -15,6 +15,10 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_ir as ir
 import torch
+
+# torch.onnx imports this inside of a `try` whose handler imports it again: an interrupt in
+# between would come out as an error of torch's.
+import torch._dynamo
 from torch.export import Dim
 
 from doge_onnx.export.lowering import MICROSOFT, Target
@@ -70,7 +74,7 @@ def trace(step: RecurrentStep, target: Target) -> ir.Model:
         args.append(torch.zeros(1, dtype=torch.int64))
         axes.append({})
         names.append("logits_to_keep")
-    with _quiet():
+    with _quiet(), _interruptible():
         program = torch.onnx.export(
             step.eval(),
             tuple(args),
@@ -132,6 +136,20 @@ def _drop_traces(model: ir.Model) -> None:
         value.metadata_props.clear()
     model.graph.metadata_props.clear()
     model.metadata_props.clear()
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let Ctrl-C out: the exporter takes it for a failure of its own and wraps it."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, KeyboardInterrupt):
+                raise KeyboardInterrupt from None
+            cause = cause.__cause__ or cause.__context__
+        raise
 
 
 @contextlib.contextmanager

@@ -7,45 +7,50 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from doge_onnx.bundle import GRAPH_NAME, MANIFEST_NAME, Manifest
-from doge_onnx.config import CONFIG_NAME, DogeConfig
-from doge_onnx.errors import CheckpointError
+from doge_onnx.bundle import CLOSED_GATE, GRAPH_NAME, MANIFEST_NAME, Manifest
+from doge_onnx.config import DogeConfig
+from doge_onnx.errors import BundleError, CheckpointError
 from doge_onnx.export.checkpoint import SIDE_FILES, Source
+from doge_onnx.runtime.options import GENERATION_CONFIG_NAME, Defaults
 
-GENERATION_CONFIG_NAME = "generation_config.json"
 TOKENIZER_NAME = "tokenizer.json"
 GENAI_CONFIG_NAME = "genai_config.json"
 CARD_NAME = "README.md"
 
 
-def check(source: Source) -> None:
+def check(source: Source, progress: Callable[[str], None]) -> None:
     """Read the side files that the runtime will need, before any work is done.
 
     Raises:
-        CheckpointError: One of them cannot be read.
+        CheckpointError: One of them cannot be read, or makes no sense.
     """
-    for name in (CONFIG_NAME, GENERATION_CONFIG_NAME):
-        path = source.directory / name
-        if not path.is_file():
-            continue
+    path = source.directory / GENERATION_CONFIG_NAME
+    if path.is_file():
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"cannot read {path}: {error}") from None
         if not isinstance(content, dict):
             raise CheckpointError(f"{path} does not hold a JSON object")
-    tokenizer = source.directory / TOKENIZER_NAME
-    if tokenizer.is_file():
         try:
-            tokenizers.Tokenizer.from_file(str(tokenizer))
-        # The library raises nothing more special.
-        except Exception as error:
-            raise CheckpointError(f"cannot read {tokenizer}: {error}") from None
+            Defaults.parse(content, {}, source.directory)
+        except BundleError as error:
+            raise CheckpointError(str(error)) from None
+    tokenizer = source.directory / TOKENIZER_NAME
+    if not tokenizer.is_file():
+        progress(f"no {TOKENIZER_NAME}: the bundle will take token ids only")
+        return
+    try:
+        tokenizers.Tokenizer.from_file(str(tokenizer))
+    # The library raises nothing more special.
+    except Exception as error:
+        raise CheckpointError(f"cannot read {tokenizer}: {error}") from None
 
 
 def write(source: Source, config: DogeConfig, manifest: Manifest, directory: Path) -> None:
@@ -54,8 +59,10 @@ def write(source: Source, config: DogeConfig, manifest: Manifest, directory: Pat
         path = source.directory / name
         if path.is_file():
             shutil.copyfile(path, directory / name)
-    genai = json.dumps(genai_config(config, manifest), indent=2)
-    (directory / GENAI_CONFIG_NAME).write_text(genai + "\n", encoding="utf-8")
+    # It feeds a state that grows, and no position_ids that go on for ever.
+    if manifest.state.kind == "growing":
+        genai = json.dumps(genai_config(config, manifest), indent=2)
+        (directory / GENAI_CONFIG_NAME).write_text(genai + "\n", encoding="utf-8")
     (directory / CARD_NAME).write_text(card(source, config, manifest), encoding="utf-8")
 
 
@@ -113,14 +120,37 @@ def card(source: Source, config: DogeConfig, manifest: Manifest) -> str:
     """The model card of a bundle."""
     state = manifest.state
     at = f" at revision `{source.revision}`" if source.revision else ""
+    engine = "ONNX Runtime" if manifest.target == "ort" else "any engine that runs standard ONNX"
+    if state.kind == "window":
+        extent = f"The state has at most {state.keep_window_size} rows, and texts have no end."
+        mask = "`[batch_size, sequence_length]`, 0 for padding"
+        positions = "| `position_ids` | int64 | `[batch_size, sequence_length]` |\n"
+        past = present = "past_sequence_length"
+        rest = (
+            "the next holds its gate, which Dynamic Mask Attention adds to the key's score, "
+            "and the one after that its position plus one. A free row is zero but for a gate of "
+            f"{CLOSED_GATE:g}. There must be a row for each token of a step that is free, or "
+            f"{state.keep_window_size} rows."
+        )
+    else:
+        extent = f"The context length is {manifest.context_length} tokens."
+        mask = "`[batch_size, total_sequence_length]`, 0 for padding"
+        positions = ""
+        past, present = "past_sequence_length", "total_sequence_length"
+        rest = (
+            "then comes its gate, which Dynamic Mask Attention adds to the key's score (one "
+            "for each query head, where the checkpoint has them)."
+        )
+
+    def rows(length: str) -> str:
+        return f"`[batch_size, {state.num_heads}, {length}, {state.row_size}]`"
+
     return f"""# {source.model}, exported to ONNX
 
 `{source.model}`{at}, a Doge language model of {manifest.parameters:,} parameters, exported by
-[doge-onnx](https://pypi.org/project/doge-onnx/) {manifest.versions["doge-onnx"]} in
-recurrent-step form: one graph takes new tokens and a state, and returns logits and the next
-state. Weights are {manifest.precision}, the graph is made for
-{"ONNX Runtime" if manifest.target == "ort" else "any engine that runs standard ONNX"}, the
-context length is {manifest.context_length} tokens.
+doge-onnx {manifest.versions["doge-onnx"]} in recurrent-step form: one graph takes new tokens and a
+state, and returns logits and the next state. Weights are {manifest.precision}, the graph is made
+for {engine}. {extent}
 
 ```python
 import doge_onnx
@@ -134,19 +164,16 @@ print(model.generate("Hey how are you doing?", max_new_tokens=100).text)
 | input | type | shape |
 |---|---|---|
 | `input_ids` | int64 | `[batch_size, sequence_length]` |
-| `attention_mask` | int64 | `[batch_size, total_sequence_length]`, 0 for padding |
-| `past_key_values.{{i}}.key`, `.value` | {state.dtype} | `[batch_size, {state.num_heads}, \
-past_sequence_length, {state.row_size}]` |
+| `attention_mask` | int64 | {mask} |
+{positions}| `past_key_values.{{i}}.key`, `.value` | {state.dtype} | {rows(past)} |
 
 | output | type | shape |
 |---|---|---|
 | `logits` | float32 | `[batch_size, sequence_length, {config.vocab_size}]` |
-| `present.{{i}}.key`, `.value` | {state.dtype} | `[batch_size, {state.num_heads}, \
-total_sequence_length, {state.row_size}]` |
+| `present.{{i}}.key`, `.value` | {state.dtype} | {rows(present)} |
 
-There is one key/value pair for each of the {state.num_layers} layers. The first
-{state.head_dim} channels of a key are the key itself; the next holds its gate, the term that
-Dynamic Mask Attention adds to the key's score.
+There is one key/value pair for each of the {state.num_layers} layers. The first {state.head_dim}
+channels of a key are the key itself; {rest}
 
 `{MANIFEST_NAME}` holds the versions, checksums and the figures of the comparison with the
 original model; `doge-onnx info` prints it.

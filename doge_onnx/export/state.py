@@ -106,6 +106,11 @@ class GrowingState(nn.Module):
         window = config.keep_window_size
         self.window = window if window is not None and context_length > window else None
 
+    @property
+    def table_size(self) -> int:
+        """Number of values that the graph holds beside the weights."""
+        return self.cos.numel() + self.sin.numel()
+
     def tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tokens:
         """Positions, padding and lengths of a step's tokens.
 
@@ -202,6 +207,11 @@ class WindowState(nn.Module):
         # A tensor, because the exporter passes numbers through float32.
         self.lift = nn.Buffer(torch.tensor(2.0**160, dtype=torch.float64))
         self.is_key = nn.Buffer(_is_key(self.heads))
+
+    @property
+    def table_size(self) -> int:
+        """Number of values that the graph holds beside the weights: it computes rotations."""
+        return 0
 
     def tokens(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tokens:
         """Positions and padding of a step's tokens.

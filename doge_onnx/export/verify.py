@@ -33,9 +33,9 @@ from doge_onnx.export.step import RecurrentStep
 from doge_onnx.runtime.model import Model, load
 
 # Of the largest logit. fp32 kernels differ from the reference in the order of their sums: seen
-# are 1e-6 of it on trained weights and 1e-4 on 24 layers of random ones; a wrong gate, mask or
-# position shows from 1e-2.
-RELATIVE_TOLERANCE = 5e-4
+# are 1e-6 of it on trained weights and 8e-5 on 24 layers of random ones; a gate's A that is wrong
+# by one percent in one layer of a trained model shows with 4e-4.
+RELATIVE_TOLERANCE = 2e-4
 # Long enough to fill several tiles of every kernel, short enough for a 320M model on two cores.
 _PROMPT = 96
 # Where the trained context is short, the rotation past it is checked too.
@@ -128,7 +128,8 @@ def verify(
     """
     source = checkpoints.find(reference, revision)
     report = compare(Path(bundle_path), source.directory, progress or (lambda _: None))
-    bundle.write_parity(Path(bundle_path), report.as_dict())
+    compared = {"checkpoint": source.model, "revision": source.revision}
+    bundle.write_parity(Path(bundle_path), report.as_dict() | compared)
     return report
 
 

@@ -19,8 +19,6 @@ from doge_onnx.runtime.session import (
     ATTENTION_MASK,
     INPUT_IDS,
     LOGITS,
-    LOGITS_TO_KEEP,
-    has_logits_to_keep,
 )
 from doge_onnx.runtime.state import Buffer, State, grown_capacity
 from doge_onnx.runtime.step import DEFAULT_CHUNK, Stepper
@@ -95,7 +93,6 @@ class CopyingStepper(Stepper):
         super().__init__(session, manifest, chunk)
         self._past, present = zip(*self._names, strict=True)
         self._outputs = [LOGITS, *present]
-        self._can_keep = has_logits_to_keep(session)
 
     def _run(
         self,
@@ -117,8 +114,6 @@ class CopyingStepper(Stepper):
             past = state.buffer.tensors
             mask = np.concatenate([state.mask, mask], axis=1)
         feeds = {INPUT_IDS: input_ids, ATTENTION_MASK: np.ascontiguousarray(mask)}
-        if self._can_keep:
-            feeds[LOGITS_TO_KEEP] = np.array([1 if last_only else 0], np.int64)
         values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
         # The state stays in ONNX Runtime's own memory: as NumPy arrays it would be copied twice.
         logits, *present = self._session.run_with_ort_values(

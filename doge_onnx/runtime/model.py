@@ -202,7 +202,12 @@ class Model:
         )
         batch = _is_batch(prompt)
         prompts: Sequence[Any] = prompt if batch else [prompt]  # type: ignore[assignment]
-        transcripts = [self._transcript(p, options, row) for row, p in enumerate(prompts)]
+        transcripts = []
+        for row, one in enumerate(prompts):
+            try:
+                transcripts.append(self._transcript(one, options, row))
+            except InputError as error:
+                raise InputError(f"prompt {row}: {error}" if batch else str(error)) from None
         pieces: list[list[Piece]] = [[] for _ in prompts]
         for row, piece in generate_pieces(self._stepper, transcripts, options.logprobs):
             pieces[row].append(piece)

@@ -10,12 +10,13 @@ import math
 import numbers
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from doge_onnx.bundle import Bundle
 from doge_onnx.errors import BundleError, InputError
 
-_GENERATION_CONFIG = "generation_config.json"
+GENERATION_CONFIG_NAME = "generation_config.json"
 
 
 def _whole(value: Any, least: int) -> bool:
@@ -92,13 +93,22 @@ class Defaults:
         Raises:
             BundleError: One of the files holds an option that makes no sense.
         """
-        config = bundle.read_json(_GENERATION_CONFIG)
+        generation = bundle.read_json(GENERATION_CONFIG_NAME)
+        return cls.parse(generation, bundle.read_json("config.json"), bundle.path)
+
+    @classmethod
+    def parse(cls, config: dict[str, Any], model_config: dict[str, Any], origin: Path) -> Defaults:
+        """Take them from the contents of both files; `origin` is their directory.
+
+        Raises:
+            BundleError: An option makes no sense.
+        """
         eos = config.get("eos_token_id")
         if eos is None:
-            eos = bundle.read_json("config.json").get("eos_token_id")
+            eos = model_config.get("eos_token_id")
         eos_ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
         if not all(_whole(token_id, 0) for token_id in eos_ids):
-            raise BundleError(f"{bundle.path}: eos_token_id cannot be {eos!r}")
+            raise BundleError(f"{origin}: eos_token_id cannot be {eos!r}")
         values = {name: config[name] for name in _IN_FILE if config.get(name) is not None}
         # Files say 0 where they mean no limit, which as an argument is more likely a mistake.
         if values.get("top_k") == 0:
@@ -107,7 +117,7 @@ class Defaults:
             del values["repetition_penalty"]
         for name, value in values.items():
             if problem := _problem(name, value):
-                raise BundleError(f"{bundle.path / _GENERATION_CONFIG}: {problem}")
+                raise BundleError(f"{origin / GENERATION_CONFIG_NAME}: {problem}")
         return cls(frozenset(eos_ids), config.get("do_sample") is True, values)
 
     def resolve(

@@ -60,9 +60,10 @@ def make_sampler(
     """
 
     def sample(logits: NDArray[np.float32]) -> int:
-        # Candidates are ids and scores; each filter leaves fewer. The best score is 0, so that
-        # no temperature, however small, overflows.
-        scores = (logits.astype(np.float64) - logits.max()) / temperature
+        # Candidates are ids and scores; each filter leaves fewer. The best score is 0, and what
+        # a tiny temperature makes of the others, minus infinity at worst, is right.
+        with np.errstate(over="ignore"):
+            scores = (logits.astype(np.float64) - logits.max()) / temperature
         ids: NDArray[np.int64] = np.arange(len(scores))
         if top_k is not None:
             kept = keep_top_k(scores, top_k)

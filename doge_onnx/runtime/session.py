@@ -110,6 +110,8 @@ def has_logits_to_keep(session: ort.InferenceSession) -> bool:
 def _check_signature(session: ort.InferenceSession, manifest: Manifest, graph: str) -> None:
     """Raise BundleError unless inputs and outputs are those that the manifest implies."""
     state = manifest.state
+    if 2 * state.num_layers > len(session.get_inputs()):
+        raise BundleError(f"{graph} has fewer than the {state.num_layers} layers of its manifest")
     cache: _Signature = (_DTYPES[state.dtype], (None, state.num_heads, None, state.row_size))
     ids: _Signature = ("tensor(int64)", (None, None))
     logits: _Signature = ("tensor(float)", (None, None, manifest.vocab_size))
