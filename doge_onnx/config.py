@@ -18,6 +18,7 @@ from typing import Any
 from doge_onnx.errors import ConfigError
 
 CONFIG_NAME = "config.json"
+DEFAULT_WINDOW = 2048
 ROPE_TYPES = ("default", "linear", "dynamic")
 # Names on the left as in checkpoints; "swish" is the older name of the same function.
 ACTIVATIONS = {
@@ -157,6 +158,13 @@ class _Reader:
     def _refuse_unsupported(self) -> None:
         if self._raw.get("sliding_window") is not None:
             raise self._error("sliding_window", "is not supported: it must be null")
+        for field in ("num_cdmoe_experts", "num_cdmmoe_experts", "expert_retrieval_size"):
+            if self._raw.get("is_moe") and field in self._raw:
+                raise self._error(
+                    field,
+                    "belongs to the first retrieval-style mixture of experts; that is not "
+                    "supported, later ones route with router_gate",
+                )
         if self._raw.get("dynamic_mask_ratio", 0.0) not in (0, None):
             raise self._error("dynamic_mask_ratio", "is not supported: it must be 0")
 
@@ -164,7 +172,7 @@ class _Reader:
         # The first checkpoints had dynamic_mask_ratio instead, and with 0 drop no key at all.
         if "keep_window_size" not in self._raw and "dynamic_mask_ratio" in self._raw:
             return None
-        return self._positive_int("keep_window_size", default=2048)
+        return self._positive_int("keep_window_size", default=DEFAULT_WINDOW)
 
     def _head_dim(self, heads: int) -> int:
         if self._raw.get("head_dim") is not None:

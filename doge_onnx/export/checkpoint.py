@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from doge_onnx.config import CONFIG_NAME, DogeConfig
+from doge_onnx.config import CONFIG_NAME, DEFAULT_WINDOW, DogeConfig
 from doge_onnx.errors import CheckpointError
 
 WEIGHTS_NAME = "model.safetensors"
@@ -244,6 +244,9 @@ def read(directory: Path, progress: Callable[[str], None] = lambda _: None) -> C
     native_names = all(
         header.name.removeprefix("model.") == name for name, header in entries.items()
     )
+    if native_names and config.keep_window_size is None:
+        # A field of the older layout that was left over; transformers knows the window only.
+        config = replace(config, keep_window_size=DEFAULT_WINDOW)
     return Checkpoint(config, tensors, gate_heads, qk_norm, native_names)
 
 
@@ -361,7 +364,7 @@ def _read_header(path: Path) -> dict[str, _Header]:
 
 def _refuse_retrieval_moe(headers: dict[str, _Header]) -> None:
     for name, header in headers.items():
-        if re.search(r"\.feed_forward\.(queries|keys)(\.|$)", name):
+        if re.search(r"\.(feed_forward|mlp)\.(queries|queries_proj|keys)(\.|$)", name):
             raise CheckpointError(
                 f"{header.path}: tensor {name} is of the first retrieval-style mixture of experts, "
                 "which is not supported; later ones route with router_gate"

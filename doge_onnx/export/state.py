@@ -190,6 +190,8 @@ class WindowState(nn.Module):
     Each head chooses rows for itself. Where gates belong to query heads, each of them keeps
     its own copy of the keys of its group: H is then Hq.
 
+    Positions are exact up to 2^24 tokens, where float32 ends to count.
+
     R is W, or less as long as there are S free rows in every head for S new tokens; it is
     the caller who adds free rows. S never exceeds R.
 
@@ -204,6 +206,9 @@ class WindowState(nn.Module):
         self.config = config
         self.window = config.keep_window_size
         self.heads = _heads(config, checkpoint.gate_heads, gates=1, extra=1)
+        # Computed here, because the exporter rounds differently when it folds constants.
+        fixed = config.rope.kind != "dynamic"
+        self.frequencies = nn.Buffer(inverse_wavelengths(config, torch.zeros(1))) if fixed else None
         # A tensor, because the exporter passes numbers through float32.
         self.lift = nn.Buffer(torch.tensor(2.0**160, dtype=torch.float64))
         self.is_key = nn.Buffer(_is_key(self.heads))
@@ -223,7 +228,12 @@ class WindowState(nn.Module):
         """
         batch, length = input_ids.shape
         # There is no last position, so the rotation is computed and not looked up.
-        angles = position_ids.unsqueeze(-1).float() * inverse_wavelengths(self.config, position_ids)
+        frequencies: Tensor = (
+            inverse_wavelengths(self.config, position_ids)
+            if self.frequencies is None
+            else self.frequencies
+        )
+        angles = position_ids.unsqueeze(-1).float() * frequencies
         half = self.heads.dim // 2
         stamps = (position_ids + 1).unsqueeze(-1).float() * self.is_key
         rest = torch.nn.functional.pad(stamps.unsqueeze(-1), (0, self.heads.rest - 1))
@@ -271,7 +281,8 @@ class WindowState(nn.Module):
         sees = key[..., dim + 1].unsqueeze(2) <= now
         sees_lost = lost_key[..., dim + 1].unsqueeze(2) <= now
         # A loser has this many keys before it: all the winners that are visible, and the
-        # visible losers of higher rank.
+        # visible losers of higher rank. A closed row counts like any other, but it can only be
+        # among the winners if every loser is closed, too.
         above = (lost_rank.unsqueeze(-1) > lost_rank.unsqueeze(-2)).float()
         before = sees.float().sum(-1, keepdim=True) + sees_lost.float() @ above
         keeps_lost = sees_lost & (before < self.window)
@@ -295,7 +306,8 @@ class WindowState(nn.Module):
     def _rank(self, key: Tensor) -> Tensor:
         """Order of keys `[B, H, R, row]` by gate, equal ones by position: float64 `[B, H, R]`.
 
-        A gate has 24 bits of mantissa, so in float64 there is room below it for the position.
+        A gate has 24 bits of mantissa, so in float64 there is room below it for the position:
+        1 + stamp · 2^-52 is exact, and with stamp < 2^24 it does not reach the next gate.
         The summand gives gates that underflowed to 0 an order too. It is far below the
         smallest other gate, but no tiny number itself: the exporter takes those for 0.
         """

@@ -146,6 +146,8 @@ class Attention(nn.Module):
         self.heads = state.heads
         # Not a submodule: it is shared by all layers, and its tables belong to the step.
         self.attend = state.attend
+        # Only where keys compete for a window does the last bit of a gate matter.
+        self.softplus = F.softplus if state.window is None else steady_softplus
         # A state whose heads are the query heads holds a copy of the keys for each of them.
         self.copies = self.heads.num_keys // config.num_key_value_heads
 
@@ -183,7 +185,7 @@ class Attention(nn.Module):
         qk = qk.view(batch, length, rotated, dim)
         if self.qk_norm is not None:
             qk = self.ops.rms_norm(qk, self.qk_norm, self.eps)
-        gates = torch.exp(self.A * F.softplus(self.gate(h)))
+        gates = torch.exp(self.A * self.softplus(self.gate(h)))
         gates = torch.minimum(gates, tokens.gate_limit)
         gates = gates.view(batch, length, rotated, self.heads.gates)
         qk = torch.cat([qk, gates, tokens.rest], dim=-1).view(batch, length, rotated * row)
@@ -284,6 +286,17 @@ class CDMoE(nn.Module):
         routed = (neurons.unsqueeze(-2) @ F.embedding(experts, self.up)).squeeze(-2)
         output: Tensor = self.shared(h) + routed
         return output
+
+
+def steady_softplus(x: Tensor) -> Tensor:
+    """log(1 + e^x), the same to the last bit wherever in a tensor x stands.
+
+    ONNX Runtime's Softplus and Log compute four elements at once and the odd ones at the end
+    by another formula; equal tokens would get unequal gates, and the wrong one of them would
+    fall out of the window. A row of LogSoftmax depends on nothing but itself.
+    """
+    pair = torch.stack([torch.zeros_like(x), x], dim=-1)
+    return -torch.log_softmax(pair, dim=-1)[..., 0]
 
 
 def activate(name: str, x: Tensor) -> Tensor:

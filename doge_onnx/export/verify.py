@@ -38,8 +38,8 @@ from doge_onnx.runtime.model import Model, load
 RELATIVE_TOLERANCE = 2e-4
 # Long enough to fill several tiles of every kernel, short enough for a 320M model on two cores.
 _PROMPT = 96
-# Where the trained context is short, the rotation past it is checked too.
-_PAST_TRAINED = 16
+# Where the trained context or the window is short, what is past it is checked too.
+_PAST_LIMIT = 16
 _MAX_PROMPT = 300
 _GREEDY = 24
 _SEED = 20250117
@@ -137,12 +137,11 @@ def compare(directory: Path, checkpoint: Path, progress: Callable[[str], None]) 
     """Compare the bundle in `directory` with the checkpoint; see `verify`."""
     model = load(directory)
     progress("loading the reference")
-    reference, config = _open_reference(checkpoint, model.manifest)
+    reference, config, room = _open_reference(checkpoint, model.manifest)
     progress("running the reference")
-    room = model.manifest.context_length
     truths = [
         _run_reference(reference, prompt, min(_GREEDY, room - len(prompt) + 1), config)
-        for prompt in _prompts(model.manifest, config)
+        for prompt in _prompts(config, room)
     ]
     longest = truths[0]
     scale = float(np.abs(longest.logits).max())
@@ -220,7 +219,8 @@ class _Reference(Protocol):
         """Logits `[V]` after one more token."""
 
 
-def _open_reference(directory: Path, manifest: Manifest) -> tuple[_Reference, DogeConfig]:
+def _open_reference(directory: Path, manifest: Manifest) -> tuple[_Reference, DogeConfig, int]:
+    """The reference, its config, and how many tokens a text of the comparison may have."""
     checkpoint = checkpoints.read(directory)
     config = checkpoint.config
     asked = (config.vocab_size, config.num_hidden_layers)
@@ -230,10 +230,22 @@ def _open_reference(directory: Path, manifest: Manifest) -> tuple[_Reference, Do
             f"{directory} has a vocabulary of {asked[0]} and {asked[1]} layers, the bundle "
             f"{got[0]} and {got[1]}: they are not the same model"
         )
-    if checkpoint.is_native:
-        del checkpoint
-        return _Transformers(directory), config
-    return _Step(checkpoint, manifest.context_length), config
+    room = _MAX_PROMPT + _GREEDY
+    if manifest.state.kind != "window":
+        room = manifest.context_length
+    if not checkpoint.is_native:
+        return _Step(checkpoint, room), config, room
+    if config.keep_window_size is not None and _has_equal_gates(checkpoint):
+        # Which of equal gates falls out of the window is arbitrary in transformers.
+        room = min(room, config.keep_window_size)
+    del checkpoint
+    return _Transformers(directory), config, room
+
+
+def _has_equal_gates(checkpoint: Checkpoint) -> bool:
+    """Whether a layer's gates are all 1, as before training, or may underflow to 0."""
+    decays = [value for name, value in checkpoint.tensors.items() if name.endswith(".A")]
+    return any(bool(((decay == 0) | (decay < -30)).any()) for decay in decays)
 
 
 class _Transformers:
@@ -294,19 +306,20 @@ class _Step:
         return row
 
 
-def _prompts(manifest: Manifest, config: DogeConfig) -> list[list[int]]:
+def _prompts(config: DogeConfig, room: int) -> list[list[int]]:
     """Three random prompts of unequal length; the longest leaves room for what follows it.
 
     No token stands twice in a prompt: in the first layer equal tokens have equal gates, and
     which of them falls out of the window is arbitrary in the reference.
     """
     longest = _PROMPT
-    if config.max_position_embeddings + _PAST_TRAINED <= _MAX_PROMPT:
-        longest = max(longest, config.max_position_embeddings + _PAST_TRAINED)
-    longest = max(1, min(longest, manifest.context_length - _GREEDY, manifest.vocab_size))
+    for limit in (config.max_position_embeddings, config.keep_window_size):
+        if limit is not None and limit + _PAST_LIMIT <= _MAX_PROMPT:
+            longest = max(longest, limit + _PAST_LIMIT)
+    longest = max(1, min(longest, room - _GREEDY, config.vocab_size))
     rng = np.random.default_rng(_SEED)
     lengths = [longest, max(1, longest // 2), max(1, longest // 5)]
-    return [rng.permutation(manifest.vocab_size)[:length].tolist() for length in lengths]
+    return [rng.permutation(config.vocab_size)[:length].tolist() for length in lengths]
 
 
 def _decode(model: Model, ids: Sequence[int]) -> Array:

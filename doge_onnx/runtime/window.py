@@ -11,9 +11,12 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from doge_onnx.bundle import CLOSED_GATE, Manifest
+from doge_onnx.errors import InputError
 from doge_onnx.runtime.binding import Bindings
 from doge_onnx.runtime.state import Buffer, State, grown_capacity
 from doge_onnx.runtime.step import DEFAULT_CHUNK, Stepper
+
+_MAX_TOKENS = 2**24
 
 
 class WindowStepper(Stepper):
@@ -47,6 +50,11 @@ class WindowStepper(Stepper):
         if mask is None:
             mask = np.ones_like(input_ids)
         counts = seen[:, None] + mask.cumsum(axis=1)
+        if counts.max() >= _MAX_TOKENS:
+            raise InputError(
+                f"a text of more than {_MAX_TOKENS} tokens is too long for this state: it tells "
+                "tokens apart by their positions, in float32"
+            )
         buffer = self._buffer(state, batch, past + new, consume)
         logits = self._bindings.of(buffer).run(
             input_ids, mask, last_only, np.maximum(counts - 1, 0)
