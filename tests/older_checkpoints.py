@@ -105,6 +105,7 @@ def make(
     *,
     seed: int = 0,
     A: float | None = None,
+    dt_scale: float = 1.0,
     router_bias: bool = False,
     extra_config: dict[str, Any] | None = None,
     **overrides: Any,
@@ -116,6 +117,7 @@ def make(
         layout: One of `LAYOUTS`, or its name.
         seed: Of the weights.
         A: The same for all heads, in place of random ones.
+        dt_scale: By how much the gates' projection is larger than others.
         router_bias: Give routers a bias, which has to be dropped.
         extra_config: Fields that go into config.json as they are.
         overrides: Native fields of the config.
@@ -123,10 +125,11 @@ def make(
     layout = LAYOUTS[layout] if isinstance(layout, str) else layout
     config = {**SMALL, **overrides}
     tensors = _draw(config, layout, seed)
-    if A is not None:
-        for name in tensors:
-            if name.endswith(".A"):
-                tensors[name][:] = A
+    for name, tensor in tensors.items():
+        if A is not None and name.endswith(".A"):
+            tensor[:] = A
+        elif name.endswith(".dt_proj.weight"):
+            tensor *= dt_scale
     directory.mkdir(parents=True, exist_ok=True)
     marker = directory / "code-was-executed"
     saved = {_saved_name(name, layout): tensor for name, tensor in tensors.items()}

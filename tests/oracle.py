@@ -77,7 +77,7 @@ class Oracle:
         q = self.rotate(q)
         keys, values = np.array(self.keys[layer]), np.array(self.values[layer])
         gates = Gate.stack(self.gates[layer])
-        kept = self.window(gates)
+        kept = self.window(gates, layer)
         out = np.empty_like(q)
         for head in range(self.heads):
             kv = head // (self.heads // self.kv_heads)
@@ -87,7 +87,7 @@ class Oracle:
             out[head] = softmax(scores) @ values[rows, kv]
         return self.linear(out.reshape(-1), name + "o_proj")
 
-    def window(self, gates: Gate) -> list[NDArray[np.intp]]:
+    def window(self, gates: Gate, layer: int) -> list[NDArray[np.intp]]:
         """Of each gate head, the keys that take part: the W largest, of equals the latest."""
         total, heads = gates.value.shape
         size = self.config.get("keep_window_size")
@@ -95,8 +95,12 @@ class Oracle:
             return [np.arange(total)] * heads
         # Ascending and stable: equals are in order of their position, and the last ones stay.
         orders = np.argsort(gates.value, axis=0, kind="stable").T
+        # In the first layer a gate depends on the token alone; in others, equality of gates that
+        # are neither 0 nor 1 is an accident of rounding.
+        equal = layer == 0
         for head, order in enumerate(orders):
-            self.margin = min(self.margin, gates.gap(order[-size], order[: total - size], head))
+            gap = gates.gap(order[-size], order[: total - size], head, equal)
+            self.margin = min(self.margin, gap)
         return [order[-size:] for order in orders]
 
     def rotate(self, heads: Array) -> Array:
@@ -184,11 +188,18 @@ class Gate:
         )
         return every
 
-    def gap(self, kept: int, dropped: NDArray[np.intp], head: int) -> float:
-        """By how much dt must be wrong before another key than `kept` is the smallest kept."""
+    def gap(self, kept: int, dropped: NDArray[np.intp], head: int, equal: bool) -> float:
+        """By how much dt must be wrong before another key than `kept` is the smallest kept.
+
+        Args:
+            kept: The smallest that is kept.
+            dropped: Those that are not.
+            head: Of which head.
+            equal: Whether those with the same value are equals whatever it is.
+        """
         log, slope = self.log[:, head], self.slope[:, head]
-        # Equals: the same token or A = 0, or both so small that they are 0.
-        same = (log[dropped] == log[kept]) | (np.maximum(log[dropped], log[kept]) < _LOG_ZERO)
+        same = (log[dropped] == log[kept]) & (equal or log[kept] == 0)
+        same |= np.maximum(log[dropped], log[kept]) < _LOG_ZERO
         others = dropped[~same]
         if not len(others):
             return math.inf

@@ -92,7 +92,7 @@ def kept(gates, window):
     head = oracle.Gate.stack([oracle.Gate(np.array([gate]), np.ones(1)) for gate in gates])
     reader = oracle.Oracle.__new__(oracle.Oracle)
     reader.config, reader.margin = {"keep_window_size": window}, np.inf
-    return sorted(reader.window(head)[0].tolist()), reader.margin
+    return sorted(reader.window(head, 0)[0].tolist()), reader.margin
 
 
 def test_of_equal_gates_the_latest_stay():
@@ -113,7 +113,8 @@ def test_a_decision_too_close_for_float32_is_refused(tmp_path):
     )
     table = tensors["embed_tokens.weight"]
     table[3] = table[4] * (1 + 1e-9)
+    texts = [[3, 4, third] for third in range(5, 20)]
+    # In some of these the third token is kept, and it is either the first or the second that is
+    # dropped.
     with pytest.raises(AssertionError, match="another seed"):
-        # Whatever the gates are, the second of three comes just behind the first or is dropped.
-        for third in range(5, 40):
-            oracle.logits(config, tensors, [3, 4, third])
+        [oracle.logits(config, tensors, text) for text in texts]
