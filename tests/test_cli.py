@@ -252,11 +252,13 @@ def test_generate_passes_every_option_on(tiny_bundle, monkeypatch, way, more):
     monkeypatch.setattr(doge_onnx, "load", recording_load)
     monkeypatch.setattr(Model, way, recording_run)
     given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    given += ["--stop=one", "--stop=two", "--threads=1", "--device=cpu", "--verbose"]
+    given += ["--stop=one", "--stop=two", "--threads=1", "--prefill-chunk=4"]
+    given += ["--device=cpu", "--verbose"]
     result = invoke("generate", tiny_bundle, PROMPT, *given, *more)
     assert result.exit_code == 0, result.output
+    loading = {"device": "cpu", "threads": 1, "prefill_chunk": 4, "verbose": True}
     assert calls == [
-        ((str(tiny_bundle),), {"device": "cpu", "threads": 1, "verbose": True}),
+        ((str(tiny_bundle),), loading),
         ((PROMPT,), options | {"stop": ["one", "two"], "logprobs": bool(more)}),
     ]
 

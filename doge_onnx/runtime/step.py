@@ -19,7 +19,7 @@ from doge_onnx.runtime.state import State
 
 # Tokens that go through the graph at once. Fewer use the processor less well, more need memory
 # in proportion and are no faster.
-DEFAULT_CHUNK = 256
+DEFAULT_CHUNK = 512
 
 
 class Stepper(ABC):
