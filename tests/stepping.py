@@ -9,15 +9,41 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from doge_onnx.bundle import CLOSED_GATE
 from doge_onnx.export import checkpoint as checkpoint_reader
+from doge_onnx.export.checkpoint import Checkpoint
 from doge_onnx.export.operators import FUSED, STANDARD
 from doge_onnx.export.state import GrowingState, WindowState
-from doge_onnx.export.step import RecurrentStep
+from doge_onnx.export.step import RecurrentStep, State
 
 OPERATORS = {"fused": FUSED, "standard": STANDARD}
+
+
+class RowByRow(nn.Module):
+    """A linear map, applied to one token after the other.
+
+    How PyTorch rounds a row of a matrix product depends on how many rows there are, so equal
+    tokens would get gates that differ in the last bit, and the wrong one would fall out of the
+    window. ONNX Runtime's product does not do that.
+    """
+
+    def __init__(self, linear: nn.Module):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = [self.linear(row) for row in x.flatten(0, 1).split(1)]
+        return torch.cat(rows).unflatten(0, x.shape[:2])
+
+
+def build(checkpoint: Checkpoint, state: State, operators: str) -> RecurrentStep:
+    """The step, with gates that do not depend on the length of a piece."""
+    step = RecurrentStep(checkpoint, state, OPERATORS[operators]).eval()
+    for layer in step.layers:
+        layer.attention.gate = RowByRow(layer.attention.gate)
+    return step
 
 
 class Growing:
@@ -27,7 +53,7 @@ class Growing:
         checkpoint = checkpoint_reader.read(directory)
         self.layers = checkpoint.config.num_hidden_layers
         self.state = GrowingState(checkpoint, context_length, OPERATORS[operators])
-        self.step = RecurrentStep(checkpoint, self.state, OPERATORS[operators]).eval()
+        self.step = build(checkpoint, self.state, operators)
 
     @torch.no_grad()
     def run(self, ids: Tensor, mask: Tensor | None = None, cuts: Iterable[int] = ()) -> Tensor:
@@ -58,7 +84,7 @@ class Window:
         self.layers = checkpoint.config.num_hidden_layers
         self.state = WindowState(checkpoint)
         self.rows = self.state.window if first_rows is None else first_rows
-        self.step = RecurrentStep(checkpoint, self.state, OPERATORS[operators]).eval()
+        self.step = build(checkpoint, self.state, operators)
 
     @torch.no_grad()
     def run(self, ids: Tensor, mask: Tensor | None = None, cuts: Iterable[int] = ()) -> Tensor:

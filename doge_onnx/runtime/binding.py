@@ -6,6 +6,7 @@ and does as little as it can of that at each step. Does not know who owns the me
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -50,6 +51,7 @@ class InPlaceBinding:
             self._binding.bind_input(past, *where)
             self._binding.bind_output(present, *where)
         self._input_ids = np.empty((0, 0), np.int64)
+        self._logits = np.empty((0, 0, 0), np.float32)
         self._keep: NDArray[np.int64] | None = None
         if has_logits_to_keep(session):
             self._keep = np.zeros(1, np.int64)
@@ -87,9 +89,16 @@ class InPlaceBinding:
         if self._keep is not None:
             self._keep[0] = 1 if last_only else 0
             positions = 1 if last_only else positions
-        logits = np.empty((batch, positions, self._vocab_size), np.float32)
-        self._binding.bind_output(LOGITS, *_DEVICE, np.float32, logits.shape, logits.ctypes.data)
+        shape = (batch, positions, self._vocab_size)
+        # Memory of this size comes from the system and goes back to it, which costs more than
+        # all else here. It is used again if nobody else has it: its references are then this
+        # attribute and the argument of getrefcount.
+        if self._logits.shape != shape or sys.getrefcount(self._logits) > 2:
+            self._logits = np.empty(shape, np.float32)
+            where = (*_DEVICE, np.float32, shape, self._logits.ctypes.data)
+            self._binding.bind_output(LOGITS, *where)
         self._session.run_with_iobinding(self._binding)
+        logits = self._logits
         return last_position(logits) if last_only else logits
 
     def _bind_input(self, name: str, array: NDArray[np.int64]) -> None:

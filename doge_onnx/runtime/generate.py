@@ -69,6 +69,7 @@ def generate_steps(stepper: Stepper, rows: Sequence[Row], logprobs: bool = False
     state: State | None = None
     while any(row.running for row in rows):
         started = time.perf_counter()
+        scores = None
         logits, state = stepper.step(ids, mask, state, last_only=True, consume=True)
         ids = np.full((len(rows), 1), _PADDING_ID, np.int64)
         tokens: list[tuple[int, int, float | None]] = []
@@ -82,6 +83,8 @@ def generate_steps(stepper: Stepper, rows: Sequence[Row], logprobs: bool = False
             ids[number, 0] = token_id
             tokens.append((number, token_id, logprob))
             row.running = history.new < row.max_new_tokens
+        # Their memory serves the next step if nothing refers to it.
+        del logits, scores
         yield Step(tokens, time.perf_counter() - started)
         running = [row.running for row in rows]
         mask = None if all(running) else np.array(running, np.int64)[:, None]
