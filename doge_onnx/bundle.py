@@ -12,6 +12,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -21,7 +22,7 @@ from typing import Any
 
 from doge_onnx.errors import BundleError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "doge_onnx.json"
 GRAPH_NAME = "model.onnx"
 # The gate of a key that must never be attended to (padding, a free row): exp() of it is 0
@@ -76,6 +77,7 @@ class Manifest:
         versions: Versions of this package and of the libraries that made the bundle.
         parity: Figures of the comparison with the reference, or None if none was made.
         files: Size and SHA-256 of every file of the bundle but the manifest itself.
+        quality: Figures of the evaluation of a quantized bundle, or None if none was made.
         format_version: Version of this format.
     """
 
@@ -89,6 +91,8 @@ class Manifest:
     versions: dict[str, str]
     parity: dict[str, Any] | None = None
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    # "since" is the first format version with the field; older ones mean its default.
+    quality: dict[str, Any] | None = field(default=None, metadata={"since": 2})
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> str:
@@ -118,8 +122,9 @@ class Manifest:
                 f"{origin} has format version {version}, newer than the {FORMAT_VERSION} that "
                 "this doge-onnx reads; upgrade doge-onnx"
             )
-        values = _typed_fields(cls, raw, origin)
-        values["state"] = StateLayout(**_typed_fields(StateLayout, values["state"], origin))
+        values = _typed_fields(cls, raw, version, origin)
+        state = _typed_fields(StateLayout, values["state"], version, origin)
+        values["state"] = StateLayout(**state)
         manifest = cls(**values)
         for owner, name in (
             (manifest, "context_length"),
@@ -147,11 +152,16 @@ _FIELD_TYPES: dict[str, type | tuple[type, ...]] = {
 }
 
 
-def _typed_fields(cls: type, raw: Mapping[str, Any], origin: Path) -> dict[str, Any]:
-    """The values of a dataclass's fields out of parsed JSON, each checked for its type."""
+def _typed_fields(cls: type, raw: Mapping[str, Any], version: int, origin: Path) -> dict[str, Any]:
+    """The values of a dataclass's fields out of parsed JSON, each checked for its type.
+
+    A field that is newer than the format `version` of the JSON may be left out.
+    """
     values = {}
     for entry in fields(cls):
         if entry.name not in raw:
+            if version < entry.metadata.get("since", 1):
+                continue
             raise BundleError(f"{origin} lacks the field {entry.name!r}; export again")
         value = raw[entry.name]
         expected = _FIELD_TYPES[str(entry.type)]
@@ -207,6 +217,12 @@ class Bundle:
         return value
 
 
+def is_bundle(path: str | Path) -> bool:
+    """Whether there is a bundle at `path`, be it a good one or not; any text may be asked for."""
+    # Not Path.is_file, which raises for names that the system does not take.
+    return os.path.isfile(os.path.join(path, MANIFEST_NAME))
+
+
 def read_manifest(path: Path) -> Manifest:
     """Read the manifest of the bundle at `path` without looking at its other files.
 
@@ -227,7 +243,31 @@ def read_manifest(path: Path) -> Manifest:
 
 def write_parity(path: Path, parity: dict[str, Any]) -> None:
     """Put the figures of a comparison into the manifest of the bundle at `path`."""
-    manifest = replace(read_manifest(path), parity=parity)
+    _write_manifest(path, replace(read_manifest(path), parity=parity))
+
+
+def write_quality(path: Path, quality: dict[str, Any]) -> None:
+    """Put the figures of an evaluation into the manifest of the bundle at `path`."""
+    _write_manifest(path, replace(read_manifest(path), quality=quality))
+
+
+def replace_file(path: Path, name: str, text: str) -> None:
+    """Replace a text file of the bundle at `path`, and its checksum in the manifest.
+
+    In between, the bundle is one that `Bundle.open` refuses: use it where nobody reads yet.
+
+    Raises:
+        BundleError: There is no readable manifest, or the file cannot be written.
+    """
+    manifest = read_manifest(path)
+    with _disk_errors(path):
+        (path / name).write_text(text, encoding="utf-8")
+        entry = _file_entry(path / name)
+    _write_manifest(path, replace(manifest, files={**manifest.files, name: entry}))
+
+
+def _write_manifest(path: Path, manifest: Manifest) -> None:
+    """Replace the manifest of the bundle at `path`; a failure leaves the one that is there."""
     with _disk_errors(path):
         scratch = path / f".{MANIFEST_NAME}.tmp"
         try:
@@ -289,7 +329,7 @@ def writing(out: Path, force: bool = False) -> Iterator[Path]:
 def seal(directory: Path, manifest: Manifest) -> Manifest:
     """Write the manifest of a finished directory, with the checksum of each of its files."""
     files = {
-        path.name: {"size": path.stat().st_size, "sha256": sha256(path)}
+        path.name: _file_entry(path)
         for path in sorted(directory.iterdir())
         if path.name != MANIFEST_NAME
     }
@@ -312,6 +352,11 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _file_entry(path: Path) -> dict[str, Any]:
+    """What a manifest says of a file."""
+    return {"size": path.stat().st_size, "sha256": sha256(path)}
 
 
 def _check_file(directory: Path, name: str, entry: Any) -> None:

@@ -32,5 +32,9 @@ class ParityError(DogeOnnxError):
     """An exported graph whose results differ from the reference beyond the tolerance."""
 
 
+class QualityError(DogeOnnxError):
+    """A bundle that is further from its reference than it may be, or cannot be evaluated."""
+
+
 class MissingExtraError(DogeOnnxError):
     """A part of the package that needs an optional dependency which is not installed."""

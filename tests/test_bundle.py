@@ -213,6 +213,37 @@ def test_fields_of_a_later_version_do_not_matter(path):
     assert replace(Bundle.open(path).manifest, files={}) == MANIFEST
 
 
+def test_a_bundle_of_the_first_format_is_read(path):
+    def age(raw):
+        del raw["quality"]
+        raw["format_version"] = 1
+
+    edit_manifest(path, age)
+    expected = replace(MANIFEST, format_version=1)
+    assert replace(Bundle.open(path).manifest, files={}) == expected
+    # What is written into it keeps what it had.
+    bundle.write_quality(path, {"mean_kl": 0.5})
+    expected = replace(expected, quality={"mean_kl": 0.5})
+    assert replace(Bundle.open(path).manifest, files={}) == expected
+
+
+@pytest.mark.parametrize("field", sorted(set(FIELDS) - {"quality"}))
+def test_the_first_format_had_all_other_fields(path, field):
+    def age(raw):
+        del raw["quality"], raw[field]
+        raw["format_version"] = 1
+
+    edit_manifest(path, age)
+    assert f"lacks the field {field!r}" in refusal(path)
+
+
+def test_is_bundle(path, tmp_path):
+    assert bundle.is_bundle(path)
+    assert bundle.is_bundle(str(path))
+    for name in (str(tmp_path), "nowhere", "a/b", "x" * 5000, "nul\0byte", ""):
+        assert not bundle.is_bundle(name)
+
+
 def test_the_graph_must_be_listed(path):
     edit_manifest(path, lambda raw: raw["files"].pop(GRAPH_NAME))
     assert f"lists no {GRAPH_NAME}" in refusal(path)
@@ -281,6 +312,33 @@ def test_parity_figures_are_added_without_touching_the_rest(path):
     assert replace(opened.manifest, parity=None, files={}) == MANIFEST
     after = tree(path)
     assert after.pop(MANIFEST_NAME) != before.pop(MANIFEST_NAME)
+    assert after == before
+
+
+def test_quality_figures_are_added_beside_those_of_parity(path):
+    bundle.write_parity(path, {"passed": True})
+    before = tree(path)
+    bundle.write_quality(path, {"mean_kl": 0.5})
+    opened = Bundle.open(path)
+    assert (opened.manifest.parity, opened.manifest.quality) == ({"passed": True}, {"mean_kl": 0.5})
+    assert replace(opened.manifest, parity=None, quality=None, files={}) == MANIFEST
+    after = tree(path)
+    assert after.pop(MANIFEST_NAME) != before.pop(MANIFEST_NAME)
+    assert after == before
+
+
+def test_a_file_is_replaced_together_with_its_checksum(path):
+    before = tree(path)
+    files = Bundle.open(path).manifest.files
+    bundle.replace_file(path, "README.md", "größer\n")
+    opened = Bundle.open(path)
+    assert opened.manifest.files.keys() == files.keys()
+    assert replace(opened.manifest, files={}) == MANIFEST
+    after = tree(path)
+    assert after.pop("README.md") == "größer\n".encode()
+    for changed in ("README.md", MANIFEST_NAME):
+        before.pop(changed)
+    after.pop(MANIFEST_NAME)
     assert after == before
 
 

@@ -10,28 +10,32 @@ import importlib.metadata
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
+import torch
 
 from doge_onnx import bundle
 from doge_onnx.bundle import Manifest, StateLayout
 from doge_onnx.config import DogeConfig
 from doge_onnx.errors import BundleError, DogeOnnxError
 from doge_onnx.export import checkpoint as checkpoints
-from doge_onnx.export import sidecar
+from doge_onnx.export import quality, sidecar
 from doge_onnx.export.checkpoint import Checkpoint
+from doge_onnx.export.eager import EagerModel
 from doge_onnx.export.graph import trace
 from doge_onnx.export.lowering import Target
 from doge_onnx.export.lowering import target as find_target
+from doge_onnx.export.quantize import Recipe, find_recipe, quantize
 from doge_onnx.export.state import GrowingState, WindowState
 from doge_onnx.export.step import RecurrentStep, State
 from doge_onnx.export.verify import ParityReport, compare
+from doge_onnx.runtime.evaluate import QualityReport
 
-PRECISIONS = ("fp32",)
 STATES = ("growing", "window")
+KV_CACHES = {"fp32": "float32", "int8": "int8"}
 # Larger graphs keep their weights in a file of their own: a protobuf file ends at 2 GB, and
 # a separate one can be mapped into memory.
 MAX_EMBEDDED_BYTES = 100 * 2**20
@@ -39,6 +43,14 @@ MAX_EMBEDDED_BYTES = 100 * 2**20
 MAX_CONTEXT_LENGTH = 2**20
 # What one bundle needs on the disk beside its weights: graph, tokenizer, tables.
 _SMALL_FILES_BYTES = 32 * 2**20
+# A bundle further from its checkpoint than this, in nats, comes with a warning.
+_NOTABLE_KL = 0.05
+# Of the text that the model writes for its own calibration: not that of the evaluation.
+_CALIBRATION_SEED = 8
+_CALIBRATION_LENGTH = 256
+# Sequences for small and for large models: more change little, and take longer than the rest.
+_CALIBRATION_ROWS = (64, 32)
+_LARGE = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -48,7 +60,9 @@ class ExportReport:
     Attributes:
         path: The bundle.
         manifest: Its manifest.
-        parity: Result of the comparison with the reference, or None if not asked for.
+        parity: Result of the comparison with the reference, or None if not asked for, or if
+            weights or state are quantized.
+        quality: What quantization lost, or None if not asked for, or if nothing is quantized.
         size: Bytes of all files of the bundle.
         seconds: Wall time of the whole export.
     """
@@ -56,6 +70,7 @@ class ExportReport:
     path: Path
     manifest: Manifest
     parity: ParityReport | None
+    quality: QualityReport | None
     size: int
     seconds: float
 
@@ -65,10 +80,14 @@ def export(
     out: str | Path,
     *,
     precision: str = "fp32",
+    kv_cache: str = "fp32",
     context_length: int | None = None,
     target: str = "ort",
     state: str = "growing",
+    block_size: int | None = None,
+    rounding: str | None = None,
     verify: bool = True,
+    max_kl: float | None = None,
     revision: str | None = None,
     force: bool = False,
     progress: Callable[[str], None] | None = None,
@@ -78,13 +97,18 @@ def export(
     Args:
         model: A directory, or the id of a model on the Hub.
         out: Where the bundle goes; must not exist unless `force`.
-        precision: Of the weights; "fp32".
+        precision: Of the weights; "fp32", "int8" or "int4".
+        kv_cache: Of the state; "fp32" or "int8".
         context_length: Most tokens that a sequence may have; None for the length that the
             model was trained for.
         target: "ort" for ONNX Runtime's fused kernels, "portable" for standard ONNX.
         state: "growing" for a state with a row for every token, "window" for one that has as
             many rows as the model's window has keys, however long the text gets.
-        verify: Compare the result with transformers before it is put in place.
+        block_size: Of quantized weights: how many share a scale. None for what is best.
+        rounding: Of quantized weights: "gptq" or "nearest". None for what is best.
+        verify: Check the result before it is put in place: compare it with transformers, or,
+            where something is quantized, measure what that lost.
+        max_kl: Most that quantization may lose, in nats per token; None for no limit.
         revision: Branch, tag or commit of a model on the Hub.
         force: Replace a bundle that stands at `out`.
         progress: Called with a few words whenever a step begins.
@@ -98,17 +122,16 @@ def export(
     out = Path(os.path.abspath(out))
     report = progress or (lambda _: None)
     chosen = find_target(target)
-    if precision not in PRECISIONS:
-        raise DogeOnnxError(
-            f"precision {precision!r} is not known; choose from {', '.join(PRECISIONS)}"
-        )
     bundle.check_destination(out, force)
     source = checkpoints.find(model, revision)
     sidecar.check(source, report)
     checkpoint = checkpoints.read(source.directory, report)
     length = _context_length(context_length, checkpoint.config)
-    built = _build_state(state, checkpoint, length, chosen)
-    size = 4 * (checkpoint.parameters + built.table_size)
+    recipe = find_recipe(precision, block_size, rounding, checkpoint.config)
+    quantized = recipe is not None or kv_cache != "fp32"
+    _check_combination(chosen, quantized, verify, max_kl)
+    built = _build_state(state, kv_cache, checkpoint, length, chosen)
+    size = round(_bytes_per_weight(recipe) * checkpoint.parameters) + 4 * built.table_size
     bundle.check_free_space(out.parent, size + _SMALL_FILES_BYTES)
     manifest = Manifest(
         target=target,
@@ -120,19 +143,68 @@ def export(
         source={"model": source.model, "revision": source.revision},
         versions=_versions(),
     )
-    parity = None
+    parity, lost = None, None
     with bundle.writing(out, force) as directory:
-        _write_graph(checkpoint, built, chosen, directory, size <= MAX_EMBEDDED_BYTES, report)
+        # The step takes the tensors, so that there are never two copies of a large model; but
+        # what a quantized one is compared with has to stay.
+        own = replace(checkpoint, tensors=dict(checkpoint.tensors)) if quantized else checkpoint
+        text = _calibration_text(checkpoint, length, report) if quantized else None
+        report("building the recurrent step")
+        step = RecurrentStep(own, built, chosen.operators)
+        if text is not None:
+            quantize(step, recipe, text, report)
+        _write_graph(step, chosen, directory, size <= MAX_EMBEDDED_BYTES, report)
         sidecar.write(source, checkpoint.config, manifest, directory)
         manifest = bundle.seal(directory, manifest)
-        if verify:
+        if verify and quantized:
+            del step
+            lost = quality.measure(directory, checkpoint, progress=report)
+            if max_kl is not None:
+                lost.require(max_kl, str(out))
+            elif lost.mean_kl is not None and lost.mean_kl > _NOTABLE_KL:
+                report(f"this lost much: {lost.mean_kl:.3f} nats per token; try int8, or fp32")
+            bundle.write_quality(directory, lost.as_dict())
+            sidecar.rewrite_card(source, checkpoint.config, directory)
+            manifest = bundle.read_manifest(directory)
+        elif verify:
             parity = compare(directory, source.directory, progress=report)
             parity.require(str(out))
             compared = {"checkpoint": source.model, "revision": source.revision}
             bundle.write_parity(directory, parity.as_dict() | compared)
             manifest = bundle.read_manifest(directory)
         size = sum(path.stat().st_size for path in directory.iterdir())
-    return ExportReport(out, manifest, parity, size, time.perf_counter() - started)
+    return ExportReport(out, manifest, parity, lost, size, time.perf_counter() - started)
+
+
+def _check_combination(target: Target, quantized: bool, verify: bool, max_kl: float | None) -> None:
+    if quantized and not target.quantized:
+        raise DogeOnnxError(
+            "standard ONNX has no fast operators for quantized weights or states; choose the "
+            "target ort, or fp32 for both"
+        )
+    if max_kl is not None and not quantized:
+        raise DogeOnnxError("a limit of the loss is for quantized bundles; nothing is quantized")
+    if max_kl is not None and not verify:
+        raise DogeOnnxError("the loss is not measured when verification is off: drop one of both")
+    if max_kl is not None and not max_kl >= 0:
+        raise DogeOnnxError(f"the limit of the loss must be 0 or more nats, not {max_kl!r}")
+
+
+def _bytes_per_weight(recipe: Recipe | None) -> float:
+    """About how large a weight is in the file, with its share of scales."""
+    if recipe is None:
+        return 4.0
+    return max(recipe.body.bits / 8 + 4 / recipe.body.block_size, 1.0)
+
+
+def _calibration_text(
+    checkpoint: Checkpoint, context_length: int, report: Callable[[str], None]
+) -> torch.Tensor:
+    """Token ids `[N, S]` such as the model sees: what it writes itself."""
+    report("writing a text for calibration")
+    length = min(_CALIBRATION_LENGTH, context_length)
+    rows = _CALIBRATION_ROWS[checkpoint.parameters >= _LARGE]
+    return torch.from_numpy(EagerModel(checkpoint, length).sample(_CALIBRATION_SEED, rows, length))
 
 
 def _context_length(asked: int | None, config: DogeConfig) -> int:
@@ -146,11 +218,25 @@ def _context_length(asked: int | None, config: DogeConfig) -> int:
     return length
 
 
-def _build_state(name: str, checkpoint: Checkpoint, length: int, target: Target) -> State:
-    if name == "growing":
-        return GrowingState(checkpoint, length, target.operators)
-    if name != "window":
+def _build_state(
+    name: str, kv_cache: str, checkpoint: Checkpoint, length: int, target: Target
+) -> State:
+    if name not in STATES:
         raise DogeOnnxError(f"state {name!r} is not known; choose from {', '.join(STATES)}")
+    if kv_cache not in KV_CACHES:
+        raise DogeOnnxError(
+            f"KV cache {kv_cache!r} is not known; choose from {', '.join(KV_CACHES)}"
+        )
+    if name == "growing":
+        state = GrowingState(checkpoint, length, target.operators, KV_CACHES[kv_cache])
+        if kv_cache != "fp32" and state.window is not None:
+            raise DogeOnnxError(
+                f"past the window of {state.window} keys an int8 state cannot tell which gates "
+                f"are largest; choose a context length of at most {state.window}, or fp32"
+            )
+        return state
+    if kv_cache != "fp32":
+        raise DogeOnnxError("a window state is fp32: what drops out of it is decided by its gates")
     if checkpoint.config.keep_window_size is None:
         raise DogeOnnxError("this model has no window (keep_window_size): its state has to grow")
     return WindowState(checkpoint)
@@ -163,7 +249,7 @@ def _state_layout(state: State, config: DogeConfig, target: Target) -> StateLayo
         num_heads=state.heads.num_keys,
         row_size=state.heads.row,
         head_dim=state.heads.dim,
-        dtype="float32",
+        dtype=state.dtype if isinstance(state, GrowingState) else "float32",
         keep_window_size=config.keep_window_size,
         # A window only overwrites rows, which standard operators do in place as well.
         in_place=target.in_place or isinstance(state, WindowState),
@@ -171,15 +257,12 @@ def _state_layout(state: State, config: DogeConfig, target: Target) -> StateLayo
 
 
 def _write_graph(
-    checkpoint: Checkpoint,
-    state: State,
+    step: RecurrentStep,
     target: Target,
     directory: Path,
     embedded: bool,
     report: Callable[[str], None],
 ) -> None:
-    report("building the recurrent step")
-    step = RecurrentStep(checkpoint, state, target.operators)
     report("tracing the graph")
     model = trace(step, target)
     model.producer_name = "doge-onnx"

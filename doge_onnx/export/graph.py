@@ -19,6 +19,8 @@ import torch
 # torch.onnx imports this inside of a `try` whose handler imports it again: an interrupt in
 # between would come out as an error of torch's.
 import torch._dynamo
+from numpy.typing import NDArray
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch.export import Dim
 
 from doge_onnx.export.lowering import MICROSOFT, Target
@@ -59,7 +61,8 @@ def trace(step: RecurrentStep, target: Target) -> ir.Model:
         # One tensor for two inputs would become one input.
         inputs["position_ids"] = (tokens.clone(), token_axes)
     heads = step.state.heads
-    state = torch.zeros(_BATCH, heads.num_keys, _PAST, heads.row)
+    dtype = torch.int8 if grows and step.state.dtype == "int8" else torch.float32
+    state = torch.zeros(_BATCH, heads.num_keys, _PAST, heads.row, dtype=dtype)
     state_axes = {0: batch, 2: past}
     args: list[object] = [
         tuple(value for value, _ in inputs.values()),
@@ -93,6 +96,9 @@ def trace(step: RecurrentStep, target: Target) -> ir.Model:
     if target.logits_to_keep:
         _make_default(model, "logits_to_keep", np.zeros(1, np.int64))
     _drop_training_statistics(model)
+    _fix_shapes(model)
+    if isinstance(step.state, GrowingState) and step.state.frequencies is not None:
+        _compute_rotations(model, step.state.frequencies.numpy())
     _drop_traces(model)
     model.ir_version = IR_VERSION
     return model
@@ -123,6 +129,72 @@ def _drop_training_statistics(model: ir.Model) -> None:
             for output in node.outputs:
                 if not output.uses() and not output.is_graph_output():
                     output.name = ""
+
+
+def _fix_shapes(model: ir.Model) -> None:
+    """Let reshapes keep batch and sequence as they are, rather than put a shape together.
+
+    The tracer spells every shape out as [batch, sequence, ...]; 0 means the same without the
+    nodes that look both up. It means the axis at the same place, so both have to be there.
+    """
+    ids = next(value for value in model.graph.inputs if value.name == "input_ids")
+    assert ids.shape is not None
+    batch, length = ids.shape
+    zeros: dict[tuple[int, ...], ir.Value] = {}
+    for node in list(model.graph):
+        if node.op_type != "Reshape":
+            continue
+        data, shape = node.inputs
+        parts = None if shape is None else shape.producer()
+        if data is None or data.shape is None or parts is None or parts.op_type != "Concat":
+            continue
+        result = node.outputs[0].shape
+        if result is None or len(data.shape) < 2 or list(data.shape[:2]) != [batch, length]:
+            continue
+        rest = [dim for dim in result[2:] if isinstance(dim, int)]
+        if list(result[:2]) != [batch, length] or len(rest) + 2 != len(result):
+            continue
+        sizes = (0, 0, *rest)
+        if sizes not in zeros:
+            name = "_".join(["shape", *map(str, rest)])
+            zeros[sizes] = ir.Value(name=name, const_value=ir.tensor(np.array(sizes), name=name))
+            model.graph.register_initializer(zeros[sizes])
+        node.replace_input_with(1, zeros[sizes])
+        # The tracer asks for 0 to mean a size of none.
+        node.attributes.pop("allowzero", None)
+    RemoveUnusedNodesPass()(model)
+
+
+def _compute_rotations(model: ir.Model, frequencies: NDArray[np.float32]) -> None:
+    """Replace the tables of cosines and sines by the few operators that compute them.
+
+    ONNX Runtime does that once, as it loads the graph. In the file of a 20M model in 4 bits the
+    tables would be a tenth of all.
+
+    Args:
+        model: With the initializers `state.cos` and `state.sin`, `[T, D / 2]`.
+        frequencies: `[D / 2]`, radians per position.
+    """
+    cos = model.graph.initializers["state.cos"]
+    assert cos.shape is not None
+    length = cos.shape[0]
+    assert isinstance(length, int)
+    positions, wavelengths = (
+        ir.Value(name=f"rotation.{name}", const_value=ir.tensor(table, name=f"rotation.{name}"))
+        for name, table in (
+            ("positions", np.arange(length, dtype=np.float32)[:, np.newaxis]),
+            ("frequencies", frequencies[np.newaxis]),
+        )
+    )
+    angles = ir.node("Mul", [positions, wavelengths])
+    nodes = [angles]
+    for kind in ("Cos", "Sin"):
+        table = model.graph.initializers.pop(f"state.{kind.lower()}")
+        nodes.append(ir.node(kind, [angles.outputs[0]]))
+        table.replace_all_uses_with(nodes[-1].outputs[0])
+    for value in (positions, wavelengths):
+        model.graph.register_initializer(value)
+    model.graph.insert_before(model.graph[0], nodes)
 
 
 def _drop_traces(model: ir.Model) -> None:

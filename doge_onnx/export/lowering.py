@@ -36,6 +36,7 @@ class Target:
         lowerings: ONNX functions of the custom operators, as `torch.onnx.export` takes them.
         in_place: Whether past and present may share a buffer.
         logits_to_keep: Whether the graph can be asked for the last logits only.
+        quantized: Whether it has operators for weights and states of few bits.
     """
 
     operators: Operators
@@ -43,6 +44,7 @@ class Target:
     lowerings: dict[Any, Callable[..., Any]]
     in_place: bool
     logits_to_keep: bool
+    quantized: bool
 
 
 def target(name: str) -> Target:
@@ -66,7 +68,7 @@ def _contrib(name: str, inputs: int, outputs: int, **attributes: onnx.defs.OpSch
     optional = onnx.defs.OpSchema.FormalParameterOption.Optional
     # A type variable for each: shared ones would make onnxscript cast inputs to one type.
     types = [f"T{index}" for index in range(inputs + outputs)]
-    every_type = ["tensor(float)", "tensor(int32)", "tensor(int64)"]
+    every_type = [f"tensor({kind})" for kind in ("float", "int32", "int64", "int8", "uint8")]
     schema = onnx.defs.OpSchema(
         name,
         MICROSOFT,
@@ -84,11 +86,30 @@ def _contrib(name: str, inputs: int, outputs: int, **attributes: onnx.defs.OpSch
 
 _INT = onnx.defs.OpSchema.AttrType.INT
 _FLOAT = onnx.defs.OpSchema.AttrType.FLOAT
+_STRING = onnx.defs.OpSchema.AttrType.STRING
+# Of MatMulNBits: the kernels that round activations to 8 bits, block by block. Those that do
+# not are many times slower at one row.
+_INT8_ACTIVATIONS = 4
 
 _skip_norm = _contrib("SkipSimplifiedLayerNormalization", 3, 4, epsilon=_FLOAT)
 _rotary = _contrib("RotaryEmbedding", 4, 1, num_heads=_INT, rotary_embedding_dim=_INT)
 _group_query_attention = _contrib(
-    "GroupQueryAttention", 11, 3, num_heads=_INT, kv_num_heads=_INT, scale=_FLOAT
+    "GroupQueryAttention",
+    14,
+    3,
+    num_heads=_INT,
+    kv_num_heads=_INT,
+    scale=_FLOAT,
+    k_quant_type=_STRING,
+    v_quant_type=_STRING,
+    kv_cache_bit_width=_INT,
+)
+_matmul_nbits = _contrib(
+    "MatMulNBits", 6, 1, K=_INT, N=_INT, bits=_INT, block_size=_INT, accuracy_level=_INT
+)
+_quick_gelu = _contrib("QuickGelu", 1, 1, alpha=_FLOAT)
+_gather_block_quantized = _contrib(
+    "GatherBlockQuantized", 3, 1, bits=_INT, block_size=_INT, gather_axis=_INT, quantize_axis=_INT
 )
 _fused_matmul = _contrib("FusedMatMul", 2, 1, transB=_INT)
 
@@ -120,9 +141,20 @@ def _lower_causal_attention(
     num_heads: int,
     num_kv_heads: int,
     bias: Any = None,
+    key_scale: Any = None,
+    value_scale: Any = None,
 ) -> Any:
     # Between the lengths and the bias are rotary tables and positions; the step has rotated.
-    optional = () if bias is None else (None, None, None, bias)
+    optional: tuple[Any, ...] = () if bias is None else (None, None, None, bias)
+    quantization: dict[str, Any] = {}
+    if key_scale is not None:
+        # Between the bias and the scales is a head sink.
+        optional = (None, None, None, bias, None, key_scale, value_scale)
+        quantization = {
+            "k_quant_type": "PER_CHANNEL",
+            "v_quant_type": "PER_CHANNEL",
+            "kv_cache_bit_width": 8,
+        }
     return _group_query_attention(
         query,
         key,
@@ -136,6 +168,7 @@ def _lower_causal_attention(
         kv_num_heads=num_kv_heads,
         # The step has scaled the queries already; the default would scale them again.
         scale=1.0,
+        **quantization,
     )
 
 
@@ -173,6 +206,61 @@ def _lower_keep_last(x: Any, count: Any) -> Any:
     return op.Slice(x, op.Neg(count), end, axis)
 
 
+def _lower_new_columns(mask: Any, input_ids: Any) -> Any:
+    axis = op.Constant(value_ints=[1])
+    end = op.Shape(mask, start=1, end=2)
+    start = op.Sub(end, op.Shape(input_ids, start=1, end=2))
+    before = op.CumSum(mask, op.Constant(value_int=1), exclusive=1)
+    return op.Slice(before, start, end, axis), op.Slice(mask, start, end, axis)
+
+
+def _lower_lengths(mask: Any) -> Any:
+    total = op.Cast(op.Shape(mask, start=1, end=2), to=onnx.TensorProto.INT32)
+    one = op.Constant(value=onnx.helper.make_tensor("one", onnx.TensorProto.INT32, [1], [1]))
+    return op.Expand(op.Sub(total, one), op.Shape(mask, start=0, end=1)), op.Squeeze(total)
+
+
+def _lower_quantized_linear(
+    x: Any, codes: Any, scales: Any, bias: Any, in_features: int, bits: int
+) -> Any:
+    outputs, _, blob = codes.shape
+    # Between the scales and the bias are zero points and an index that is out of use.
+    optional = () if bias is None else (None, None, bias)
+    return _matmul_nbits(
+        x,
+        codes,
+        scales,
+        *optional,
+        K=in_features,
+        N=outputs,
+        bits=bits,
+        block_size=blob * 8 // bits,
+        accuracy_level=_INT8_ACTIVATIONS,
+    )
+
+
+def _lower_quantized_rows(codes: Any, scales: Any, indices: Any, bits: int) -> Any:
+    _, blocks, blob = codes.shape
+    size = blob * 8 // bits
+    # As three axes, the codes are the very tensor that MatMulNBits takes.
+    rows = _gather_block_quantized(
+        codes,
+        indices,
+        op.Unsqueeze(scales, [2]),
+        bits=bits,
+        block_size=size,
+        gather_axis=0,
+        quantize_axis=2,
+    )
+    kept = [0] * len(indices.shape)
+    return op.Reshape(rows, op.Constant(value_ints=[*kept, blocks * size]))
+
+
+def _lower_silu(x: Any) -> Any:
+    # x · sigmoid(1 · x) in one node.
+    return _quick_gelu(x, alpha=1.0)
+
+
 def _lower_softplus(x: Any, beta: float = 1.0, threshold: float = 20.0) -> Any:
     # PyTorch's threshold only changes what rounding hides; the default lowering of it costs
     # two more nodes per layer.
@@ -196,6 +284,7 @@ TARGETS = {
         opset=23,
         lowerings={
             **_PLAIN_LOWERINGS,
+            torch.ops.aten.silu.default: _lower_silu,
             torch.ops.doge_onnx.rms_norm.default: _lower_rms_norm,
             torch.ops.doge_onnx.skip_rms_norm.default: _lower_skip_rms_norm,
             torch.ops.doge_onnx.rotary_embedding.default: _lower_rotary_embedding,
@@ -203,9 +292,14 @@ TARGETS = {
             torch.ops.doge_onnx.all_gates.default: _lower_all_gates,
             torch.ops.doge_onnx.project_to_vocabulary.default: _lower_project_to_vocabulary,
             torch.ops.doge_onnx.keep_last.default: _lower_keep_last,
+            torch.ops.doge_onnx.new_columns.default: _lower_new_columns,
+            torch.ops.doge_onnx.lengths.default: _lower_lengths,
+            torch.ops.doge_onnx.quantized_linear.default: _lower_quantized_linear,
+            torch.ops.doge_onnx.quantized_rows.default: _lower_quantized_rows,
         },
         in_place=True,
         logits_to_keep=True,
+        quantized=True,
     ),
     "portable": Target(
         operators=replace(STANDARD, project_to_vocabulary=FUSED.project_to_vocabulary),
@@ -218,5 +312,6 @@ TARGETS = {
         },
         in_place=False,
         logits_to_keep=False,
+        quantized=False,
     ),
 }

@@ -86,6 +86,8 @@ def _causal_attention(
     num_heads: int,
     num_kv_heads: int,
     bias: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Grouped-query attention over the past and the new tokens, without scaling.
 
@@ -104,6 +106,9 @@ def _causal_attention(
         num_heads: Number of query heads.
         num_kv_heads: Number of key/value heads.
         bias: `[B, num_heads, S, P + S]`, added to the scores.
+        key_scale: `[1, num_kv_heads, 1, W]`; the past and the present are then int8, in
+            steps of this for each channel.
+        value_scale: Likewise.
 
     Returns:
         The attention output `[B, S, num_heads * W]`, and the present key and value
@@ -111,16 +116,22 @@ def _causal_attention(
     """
     batch, length, _ = query.shape
     group = num_heads // num_kv_heads
-    present_key = torch.cat([past_key, _split_heads(key, num_kv_heads)], dim=2)
-    present_value = torch.cat([past_value, _split_heads(value, num_kv_heads)], dim=2)
+    new_key, new_value = _split_heads(key, num_kv_heads), _split_heads(value, num_kv_heads)
+    if key_scale is not None and value_scale is not None:
+        new_key, new_value = _to_int8(new_key, key_scale), _to_int8(new_value, value_scale)
+    present_key = torch.cat([past_key, new_key], dim=2)
+    present_value = torch.cat([past_value, new_value], dim=2)
+    keys, values = present_key, present_value
+    if key_scale is not None and value_scale is not None:
+        keys, values = keys * key_scale, values * value_scale
     queries = _split_heads(query, num_heads).unflatten(1, (num_kv_heads, group))
-    scores = queries @ present_key.unsqueeze(2).transpose(-1, -2)
+    scores = queries @ keys.unsqueeze(2).transpose(-1, -2)
     if bias is not None:
         scores = scores + bias.unflatten(1, (num_kv_heads, group))
     columns = torch.arange(present_key.shape[2], device=query.device)
     rows = torch.arange(length, device=query.device).unsqueeze(-1) + past_key.shape[2]
     scores = scores.masked_fill(columns > rows, -math.inf)
-    output = torch.softmax(scores, dim=-1) @ present_value.unsqueeze(2)
+    output = torch.softmax(scores, dim=-1) @ values.unsqueeze(2)
     output = output.flatten(1, 2).transpose(1, 2).reshape(batch, length, -1)
     return output, present_key, present_value
 
@@ -145,6 +156,10 @@ def _all_gates(
     channels = slice(first, first + count)
     new = _split_heads(key, past_key.shape[1])[..., channels]
     return torch.cat([past_key[..., channels], new], dim=2).transpose(2, 3).flatten(1, 2)
+
+
+def _to_int8(x: Tensor, scale: Tensor) -> Tensor:
+    return (x / scale).round().clamp(-128, 127).to(torch.int8)
 
 
 def _split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -181,6 +196,89 @@ def _keep_last(x: Tensor, count: Tensor) -> Tensor:
     return x[:, -kept:].clone()
 
 
+def _new_columns(mask: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """What the mask of all tokens says of the new ones, which are its last columns.
+
+    Args:
+        mask: int64 `[B, P + S]`, 1 for a token, 0 for padding.
+        input_ids: int64 `[B, S]`; only its length matters.
+
+    Returns:
+        Number of tokens before each new one, and the mask of the new ones, int64 `[B, S]`.
+    """
+    total, length = mask.shape[1], input_ids.shape[1]
+    columns = torch.arange(length, device=mask.device) + (total - length)
+    before = mask.cumsum(dim=1) - mask
+    # A custom operator may not return its own input.
+    return before.index_select(1, columns), mask.index_select(1, columns)
+
+
+def _lengths(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Lengths in the form that attention kernels take.
+
+    Args:
+        mask: int64 `[B, T]`.
+
+    Returns:
+        T - 1 for each sequence, int32 `[B]`, and T, an int32 scalar.
+    """
+    total = torch.full((), mask.shape[1], dtype=torch.int32, device=mask.device)
+    return (total - 1).expand(mask.shape[0]).clone(), total
+
+
+def _quantized_linear(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    bits: int,
+) -> Tensor:
+    """Product with a matrix in blocks of few bits, plus a bias.
+
+    ONNX Runtime's kernel also rounds `x` to 8 bits, in blocks of the same size; the body
+    here does not.
+
+    Args:
+        x: `[..., in_features]`.
+        codes: uint8 `[outputs, blocks, block_size * bits / 8]`: `value + 2^(bits - 1)`,
+            of two 4-bit codes in a byte the first in the lower half.
+        scales: `[outputs, blocks]`.
+        bias: `[outputs]`.
+        in_features: Length of a row without the padding of its last block.
+        bits: 4 or 8.
+
+    Returns:
+        `[..., outputs]`.
+    """
+    weight = dequantize(codes, scales, bits)[:, :in_features].to(x.dtype)
+    return F.linear(x, weight, bias)
+
+
+def _quantized_rows(codes: Tensor, scales: Tensor, indices: Tensor, bits: int) -> Tensor:
+    """Rows of a matrix in blocks of few bits.
+
+    Args:
+        codes: uint8 `[rows, blocks, block_size * bits / 8]`, as for `quantized_linear`.
+        scales: `[rows, blocks]`.
+        indices: int64 `[...]`.
+        bits: 4 or 8.
+
+    Returns:
+        `[..., blocks * block_size]`.
+    """
+    rows: Tensor = dequantize(codes[indices.flatten()], scales[indices.flatten()], bits)
+    return rows.view(*indices.shape, -1)
+
+
+def dequantize(codes: Tensor, scales: Tensor, bits: int) -> Tensor:
+    """The numbers that codes stand for: `[rows, blocks * block_size]`; see `quantized_linear`."""
+    if bits == 4:
+        codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
+    values: Tensor = (codes.to(scales.dtype) - 2 ** (bits - 1)) * scales.unsqueeze(-1)
+    return values.flatten(1)
+
+
 @dataclass(frozen=True)
 class Operators:
     """One implementation of each operator; the fields are the functions above."""
@@ -192,6 +290,10 @@ class Operators:
     all_gates: Callable[[Tensor, Tensor, Tensor, int, int, int], Tensor]
     project_to_vocabulary: Callable[[Tensor, Tensor], Tensor]
     keep_last: Callable[[Tensor, Tensor], Tensor]
+    new_columns: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    lengths: Callable[[Tensor], tuple[Tensor, Tensor]]
+    quantized_linear: Callable[[Tensor, Tensor, Tensor, Tensor | None, int, int], Tensor]
+    quantized_rows: Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 
 STANDARD = Operators(
@@ -202,6 +304,10 @@ STANDARD = Operators(
     all_gates=_all_gates,
     project_to_vocabulary=_project_to_vocabulary,
     keep_last=_keep_last,
+    new_columns=_new_columns,
+    lengths=_lengths,
+    quantized_linear=_quantized_linear,
+    quantized_rows=_quantized_rows,
 )
 
 
@@ -246,4 +352,29 @@ FUSED = Operators(
     ),
     # The traced length is that of the default, 0 = all; the graph itself asks the tensor.
     keep_last=_opaque("keep_last", _keep_last, lambda x, _: torch.empty_like(x)),
+    new_columns=_opaque(
+        "new_columns",
+        _new_columns,
+        lambda mask, ids: (torch.empty_like(ids), torch.empty_like(ids)),
+    ),
+    lengths=_opaque(
+        "lengths",
+        _lengths,
+        lambda mask: (
+            mask.new_empty(mask.shape[0], dtype=torch.int32),
+            mask.new_empty((), dtype=torch.int32),
+        ),
+    ),
+    quantized_linear=_opaque(
+        "quantized_linear",
+        _quantized_linear,
+        lambda x, codes, *_: x.new_empty(*x.shape[:-1], codes.shape[0]),
+    ),
+    quantized_rows=_opaque(
+        "quantized_rows",
+        _quantized_rows,
+        lambda codes, scales, indices, bits: scales.new_empty(
+            *indices.shape, codes.shape[1] * codes.shape[2] * 8 // bits
+        ),
+    ),
 )

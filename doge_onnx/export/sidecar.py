@@ -13,7 +13,14 @@ from typing import Any
 
 import tokenizers
 
-from doge_onnx.bundle import CLOSED_GATE, GRAPH_NAME, MANIFEST_NAME, Manifest
+from doge_onnx.bundle import (
+    CLOSED_GATE,
+    GRAPH_NAME,
+    MANIFEST_NAME,
+    Manifest,
+    read_manifest,
+    replace_file,
+)
 from doge_onnx.config import DogeConfig
 from doge_onnx.errors import BundleError, CheckpointError
 from doge_onnx.export.checkpoint import SIDE_FILES, Source
@@ -64,6 +71,15 @@ def write(source: Source, config: DogeConfig, manifest: Manifest, directory: Pat
         genai = json.dumps(genai_config(config, manifest), indent=2)
         (directory / GENAI_CONFIG_NAME).write_text(genai + "\n", encoding="utf-8")
     (directory / CARD_NAME).write_text(card(source, config, manifest), encoding="utf-8")
+
+
+def rewrite_card(source: Source, config: DogeConfig, directory: Path) -> None:
+    """Write the model card of a finished bundle anew, with the figures in its manifest.
+
+    Raises:
+        BundleError: There is no readable manifest, or the card cannot be written.
+    """
+    replace_file(directory, CARD_NAME, card(source, config, read_manifest(directory)))
 
 
 def genai_config(config: DogeConfig, manifest: Manifest) -> dict[str, Any]:
@@ -174,7 +190,34 @@ print(model.generate("Hey how are you doing?", max_new_tokens=100).text)
 
 There is one key/value pair for each of the {state.num_layers} layers. The first {state.head_dim}
 channels of a key are the key itself; {rest}
-
+{_quality(manifest)}
 `{MANIFEST_NAME}` holds the versions, checksums and the figures of the comparison with the
 original model; `doge-onnx info` prints it.
+"""
+
+
+def _quality(manifest: Manifest) -> str:
+    """The card's section on what the bundle loses against its reference, if that is known."""
+    figures = manifest.quality
+    if figures is None:
+        return ""
+
+    def number(name: str, form: str) -> str:
+        value = figures.get(name)
+        return "-" if value is None else format(value, form)
+
+    return f"""
+## Quality
+
+Weights of {manifest.precision}, measured against {figures.get("reference")} on
+{number("tokens", ",")} tokens of text, {figures.get("text")}:
+
+| figure | value |
+|---|---|
+| perplexity | {number("perplexity", ".4g")} |
+| perplexity of the reference | {number("reference_perplexity", ".4g")} |
+| mean KL divergence, nats per token | {number("mean_kl", ".3g")} |
+| top-1 agreement | {number("top1_agreement", ".2%")} |
+| top-1/top-2 gap where they disagree, logits | {number("top2_gap_median", ".3g")} in the median, \
+{number("top2_gap_max", ".3g")} at most |
 """

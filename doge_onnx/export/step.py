@@ -17,8 +17,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from doge_onnx.export.checkpoint import Checkpoint
+from doge_onnx.export.matrices import (
+    Embedding,
+    Linear,
+    QuantizedEmbedding,
+    QuantizedRows,
+    Rows,
+)
 from doge_onnx.export.operators import Operators
-from doge_onnx.export.state import GrowingState, Tokens, WindowState
+from doge_onnx.export.state import GrowingState, Int8Rows, Tokens, WindowState
 
 State = GrowingState | WindowState
 
@@ -39,14 +46,18 @@ class RecurrentStep(nn.Module):
         self.ops = operators
         self.eps = config.rms_norm_eps
         self.state = state
-        self.embedding = _weight(weights.pop("embed_tokens.weight"))
+        self.embedding: Embedding | QuantizedEmbedding = Embedding(
+            weights.pop("embed_tokens.weight"), operators
+        )
         self.layers = nn.ModuleList(
             Layer(checkpoint, f"layers.{index}.", state, operators)
             for index in range(config.num_hidden_layers)
         )
         self.norm = _weight(weights.pop("norm.weight"))
         # A tied head is the embedding itself: one tensor here, and one in the graph.
-        self.head = None if config.tie_word_embeddings else _linear(weights, "lm_head")
+        self.head: nn.Module | None = None
+        if not config.tie_word_embeddings:
+            self.head = _linear(weights, "lm_head")
 
     def forward(
         self,
@@ -66,7 +77,7 @@ class RecurrentStep(nn.Module):
             Logits `[B, S, V]`, and the present key and value of each layer.
         """
         tokens = self.state.tokens(*inputs)
-        x = F.embedding(inputs[0], self.embedding)
+        x = self.embedding(inputs[0])
         update: Tensor | None = None
         present: list[tuple[Tensor, Tensor]] = []
         for layer, (past_key, past_value) in zip(self.layers, past, strict=True):
@@ -76,9 +87,8 @@ class RecurrentStep(nn.Module):
         h, _ = self.ops.skip_rms_norm(update, x, self.norm, self.eps)
         if logits_to_keep is not None:
             h = self.ops.keep_last(h, logits_to_keep)
-        if self.head is None:
-            return self.ops.project_to_vocabulary(h, self.embedding), present
-        return self.head(h), present
+        logits = self.embedding.project(h) if self.head is None else self.head(h)
+        return logits, present
 
 
 class Layer(nn.Module):
@@ -133,7 +143,10 @@ class Attention(nn.Module):
     Queries and keys pass through norm, gate channels and rotation together, as one tensor
     of Hq + Hkv heads: half as many nodes, and a small model's step is mostly nodes. The
     queries' constants come out of the gate's own formula: their columns of W_dt are zero, so
-    exp(A · softplus(0)) is 1 for A = 0, and 0 for A far below.
+    exp(A · softplus(0)) is 2^A, and 0 for A far below.
+
+    Values and the output are as wide as rows of the state. Zero columns of W_v and zero rows
+    of W_o cost less than nodes that pad and cut.
     """
 
     def __init__(
@@ -148,10 +161,13 @@ class Attention(nn.Module):
         self.attend = state.attend
         # Only where keys compete for a window does the last bit of a gate matter.
         self.softplus = F.softplus if state.window is None else steady_softplus
+        self.int8_rows: Int8Rows | None = None
+        if isinstance(state, GrowingState) and state.dtype == "int8":
+            self.int8_rows = Int8Rows(self.heads)
         # A state whose heads are the query heads holds a copy of the keys for each of them.
         self.copies = self.heads.num_keys // config.num_key_value_heads
 
-        self.gate, self.A = self._gate_projection(checkpoint, prefix)
+        gate, self.A = self._gate_projection(checkpoint, prefix)
         query = _take_linear(weights, prefix + "q_proj")
         key = _map_linear(_take_linear(weights, prefix + "k_proj"), self._copy_heads)
         value = _map_linear(_take_linear(weights, prefix + "v_proj"), self._copy_heads)
@@ -165,10 +181,10 @@ class Attention(nn.Module):
             self.qk_norm = _weight(torch.cat(norms))
         else:
             query = _map_linear(query, lambda tensor: tensor * scale)
-        # Attention kernels want values as wide as keys. Zero columns of W_v cost less than a
-        # node that pads.
         self.qkv = _concat_linears([query, key, _map_linear(value, self._widen_heads)])
-        self.output = _linear(weights, prefix + "o_proj")
+        self.gate = Linear(*gate)
+        weight, bias = _take_linear(weights, prefix + "o_proj")
+        self.output = Linear(self._widen_heads(weight.T).T, bias)
 
     def forward(
         self, h: Tensor, tokens: Tokens, past_key: Tensor, past_value: Tensor
@@ -186,16 +202,21 @@ class Attention(nn.Module):
         if self.qk_norm is not None:
             qk = self.ops.rms_norm(qk, self.qk_norm, self.eps)
         gates = torch.exp(self.A * self.softplus(self.gate(h)))
-        gates = torch.minimum(gates, tokens.gate_limit)
-        gates = gates.view(batch, length, rotated, self.heads.gates)
+        if tokens.gate_limit is not None:
+            gates = torch.minimum(gates, tokens.gate_limit)
+        if self.int8_rows is None:
+            gates = gates.view(batch, length, rotated, self.heads.gates)
+        else:
+            gates = self.int8_rows.split(gates)
         qk = torch.cat([qk, gates, tokens.rest], dim=-1).view(batch, length, rotated * row)
         qk = self.ops.rotary_embedding(qk, tokens.rows, tokens.cos, tokens.sin, rotated)
         q, k = qk.split([queries * row, keys * row], dim=-1)
-        out, key, value = self.attend(q, k, v, tokens, past_key, past_value)
-        out = out.view(batch, length, queries, row)[..., :dim]
-        return self.output(out.reshape(batch, length, queries * dim)), key, value
+        out, key, value = self.attend(q, k, v, tokens, past_key, past_value, self.int8_rows)
+        return self.output(out), key, value
 
-    def _gate_projection(self, checkpoint: Checkpoint, prefix: str) -> tuple[Linear, nn.Parameter]:
+    def _gate_projection(
+        self, checkpoint: Checkpoint, prefix: str
+    ) -> tuple[_LinearWeights, nn.Parameter]:
         """W_dt W_v as one map from `h`, and A, for all query and key heads.
 
         The product is taken in float64: it is rounded once, like a weight of its own.
@@ -214,10 +235,9 @@ class Attention(nn.Module):
         )
         # Of its group's gate channels a query reads one; exp(-200 · softplus(0)) is 0 in float32.
         own = torch.arange(self.heads.num_queries).unsqueeze(-1) % self.heads.gates
-        constants = torch.where(torch.arange(self.heads.gates) == own, 0.0, -200.0)
-        return Linear(*projection), _weight(
-            torch.cat([constants.flatten(), weights.pop(prefix + "A")])
-        )
+        read = 0.0 if self.int8_rows is None else 1.0
+        constants = torch.where(torch.arange(self.heads.gates) == own, read, -200.0)
+        return projection, _weight(torch.cat([constants.flatten(), weights.pop(prefix + "A")]))
 
     def _copy_heads(self, tensor: Tensor) -> Tensor:
         heads: Tensor = tensor.unflatten(-1, (-1, self.heads.dim))
@@ -265,8 +285,8 @@ class CDMoE(nn.Module):
         self.candidates = min(self.per_token, self.side)
         self.shared = MLP(checkpoint, prefix)
         self.router = _linear(weights, prefix + "router_gate")
-        self.down = _weight(weights.pop(prefix + "down_embed.weight"))
-        self.up = _weight(weights.pop(prefix + "up_embed.weight"))
+        self.down: Rows | QuantizedRows = Rows(weights.pop(prefix + "down_embed.weight"))
+        self.up: Rows | QuantizedRows = Rows(weights.pop(prefix + "up_embed.weight"))
 
     def forward(self, h: Tensor) -> Tensor:
         """`[B, S, H]` to `[B, S, H]`."""
@@ -281,9 +301,9 @@ class CDMoE(nn.Module):
         if self.normalize:
             weights = weights / weights.sum(-1, keepdim=True)
         # [B, S, k, H] @ [B, S, H, 1], and back.
-        neurons = (F.embedding(experts, self.down) @ h.unsqueeze(-1)).squeeze(-1)
+        neurons = (self.down(experts) @ h.unsqueeze(-1)).squeeze(-1)
         neurons = activate(self.activation, neurons) * weights
-        routed = (neurons.unsqueeze(-2) @ F.embedding(experts, self.up)).squeeze(-2)
+        routed = (neurons.unsqueeze(-2) @ self.up(experts)).squeeze(-2)
         output: Tensor = self.shared(h) + routed
         return output
 
@@ -306,20 +326,6 @@ def activate(name: str, x: Tensor) -> Tensor:
     if name == "relu":
         return F.relu(x)
     return F.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")
-
-
-class Linear(nn.Module):
-    """x W + b with W as `[inputs, outputs]`: one MatMul, without a transpose before it."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        self.weight = _weight(weight)
-        self.bias = None if bias is None else _weight(bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`[..., inputs]` to `[..., outputs]`."""
-        product = x @ self.weight
-        return product if self.bias is None else product + self.bias
 
 
 # Weight `[inputs, outputs]` and bias `[outputs]`.

@@ -27,9 +27,7 @@ from doge_onnx.config import DogeConfig
 from doge_onnx.errors import CheckpointError, ParityError
 from doge_onnx.export import checkpoint as checkpoints
 from doge_onnx.export.checkpoint import Checkpoint
-from doge_onnx.export.operators import STANDARD
-from doge_onnx.export.state import GrowingState
-from doge_onnx.export.step import RecurrentStep
+from doge_onnx.export.eager import EagerModel, Past
 from doge_onnx.runtime.model import Model, load
 
 # Of the largest logit. fp32 kernels differ from the reference in the order of their sums: seen
@@ -287,21 +285,13 @@ class _Step:
     description = "the step in PyTorch, float64 (transformers cannot run this checkpoint)"
 
     def __init__(self, checkpoint: Checkpoint, context_length: int) -> None:
-        self._layers = checkpoint.config.num_hidden_layers
-        self._state = GrowingState(checkpoint, context_length, STANDARD)
-        self._model = RecurrentStep(checkpoint, self._state, STANDARD).double().eval()
+        self._model = EagerModel(checkpoint, context_length, torch.float64)
 
     def start(self) -> None:
-        heads = self._state.heads
-        empty = torch.zeros(1, heads.num_keys, 0, heads.row, dtype=torch.float64)
-        self._past = [(empty, empty)] * self._layers
-        self._length = 0
+        self._past: Past | None = None
 
-    @torch.no_grad()
     def step(self, token: int) -> Array:
-        self._length += 1
-        mask = torch.ones(1, self._length, dtype=torch.int64)
-        logits, self._past = self._model((torch.tensor([[token]]), mask), self._past)
+        logits, self._past = self._model.advance(torch.tensor([[token]]), self._past)
         row: Array = logits[0, -1].float().numpy()
         return row
 

@@ -1,0 +1,112 @@
+"""A checkpoint as PyTorch runs it, without any graph: a reference to compare bundles with.
+
+Knows how to feed the recurrent step and to let it write texts. Does not know what is
+compared (`verify`, `quality`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from doge_onnx.export.checkpoint import Checkpoint
+from doge_onnx.export.operators import STANDARD
+from doge_onnx.export.state import GrowingState
+from doge_onnx.export.step import RecurrentStep
+from doge_onnx.runtime.evaluate import sample_text
+
+# Key and value of each layer.
+Past = list[tuple[Tensor, Tensor]]
+
+
+class EagerModel:
+    """The recurrent step of a checkpoint, with a growing state.
+
+    Args:
+        checkpoint: Keeps its tensors, which this model shares where it needs no others.
+        context_length: Most tokens that a text may have.
+        dtype: Of weights and state.
+        name: Of the model in `description`.
+
+    Attributes:
+        description: What it is, for a person.
+        vocab_size: Token ids are in `range(vocab_size)`.
+        context_length: As given.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        context_length: int,
+        dtype: torch.dtype = torch.float32,
+        name: str = "the checkpoint",
+    ) -> None:
+        # The step takes tensors out of the mapping that it is given.
+        checkpoint = replace(checkpoint, tensors=dict(checkpoint.tensors))
+        config = checkpoint.config
+        self.description = f"{name} in PyTorch, {str(dtype).removeprefix('torch.')}"
+        self.vocab_size = config.vocab_size
+        self.context_length: int | None = context_length
+        self._layers = config.num_hidden_layers
+        self._bos, self._never = config.bos_token_id, config.eos_token_ids
+        self._dtype = dtype
+        self._state = GrowingState(checkpoint, context_length, STANDARD)
+        self._step = RecurrentStep(checkpoint, self._state, STANDARD).to(dtype).eval()
+
+    @torch.no_grad()
+    def advance(self, ids: Tensor, past: Past | None) -> tuple[Tensor, Past]:
+        """Feed S new tokens to each of B sequences.
+
+        Args:
+            ids: int64 `[B, S]`.
+            past: What an earlier call returned, or None at the start.
+
+        Returns:
+            Logits `[B, S, V]`, and the past of what comes next.
+        """
+        batch, length = ids.shape
+        if past is None:
+            heads = self._state.heads
+            empty = torch.zeros(batch, heads.num_keys, 0, heads.row, dtype=self._dtype)
+            past = [(empty, empty)] * self._layers
+        mask = torch.ones(batch, past[0][0].shape[2] + length, dtype=torch.int64)
+        logits, present = self._step((ids, mask), past)
+        return logits, present
+
+    def logits(self, ids: list[int]) -> NDArray[np.float32]:
+        """Logits `[S, V]` of a text of S tokens."""
+        logits, _ = self.advance(torch.tensor([ids]), None)
+        text: NDArray[np.float32] = logits[0].float().numpy()
+        return text
+
+    def sample(self, seed: int, rows: int, length: int, first_row: int = 0) -> NDArray[np.int64]:
+        """Texts `[rows, length]` that the model writes; see `sample_text`."""
+
+        def step(tokens: NDArray[np.int64], past: Past | None) -> tuple[NDArray[np.float32], Past]:
+            logits, past = self.advance(torch.tensor(tokens[:, np.newaxis]), past)
+            return logits[:, 0].float().numpy(), past
+
+        numbers = range(first_row, first_row + rows)
+        with _one_thread():
+            return sample_text(step, self._bos, self._never, self.vocab_size, seed, numbers, length)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let PyTorch use one thread for steps of a token.
+
+    Their operators are so small that a second one saves little, and where the machine has
+    other work to do, each waits for the other, for ten times as long in all.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,80 @@
+"""What a bundle loses against its checkpoint: the evaluation with PyTorch as reference.
+
+Knows how a checkpoint becomes a reference, and how much text an export can afford. What is
+measured is `runtime.evaluate`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from doge_onnx.export import checkpoint as checkpoints
+from doge_onnx.export.checkpoint import Checkpoint
+from doge_onnx.export.eager import EagerModel
+from doge_onnx.runtime.evaluate import (
+    DEFAULT_TOKENS,
+    SAMPLE_WINDOW,
+    BundleScorer,
+    QualityReport,
+    evaluate,
+)
+
+MAX_SECONDS = 60.0
+# Tokens times weights that two cores write and read twice in less than that.
+_WORK = 6e11
+# So few tokens still tell a good export from a bad one.
+_MIN_TOKENS = 4 * SAMPLE_WINDOW
+
+
+def open_checkpoint(
+    reference: str | Path,
+    context_length: int,
+    *,
+    revision: str | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> EagerModel:
+    """Read a checkpoint as the reference of an evaluation.
+
+    Args:
+        reference: A directory, or the id of a model on the Hub.
+        context_length: Most tokens that a text may have.
+        revision: Branch, tag or commit of a model on the Hub.
+        progress: Called with a few words whenever a step begins.
+
+    Raises:
+        ConfigError: The config makes no sense, or is not a Doge model's.
+        CheckpointError: The checkpoint cannot be found, fetched or read.
+    """
+    source = checkpoints.find(reference, revision)
+    checkpoint = checkpoints.read(source.directory, progress or (lambda _: None))
+    return EagerModel(checkpoint, context_length, name=source.model)
+
+
+def measure(
+    directory: Path,
+    checkpoint: Checkpoint,
+    *,
+    max_seconds: float = MAX_SECONDS,
+    progress: Callable[[str], None] | None = None,
+) -> QualityReport:
+    """Compare a bundle with its checkpoint on a text that the checkpoint writes.
+
+    Args:
+        directory: The bundle.
+        checkpoint: With all its tensors, which it keeps.
+        max_seconds: About how long reading and writing may take. Larger models get less text.
+        progress: Called with a few words whenever a step begins.
+
+    Raises:
+        BundleError: The bundle is incomplete, altered, or cannot be run.
+        QualityError: The checkpoint's logits are not finite.
+    """
+    tokens = round(_WORK / checkpoint.parameters)
+    return evaluate(
+        BundleScorer(directory),
+        EagerModel(checkpoint, SAMPLE_WINDOW),
+        max_tokens=min(max(tokens, _MIN_TOKENS), DEFAULT_TOKENS),
+        max_seconds=max_seconds,
+        progress=progress,
+    )

@@ -1,0 +1,347 @@
+"""Precisions: which matrix of a step gets how many bits, and the text that decides how.
+
+Walks the layers of a step with a calibration text, notes what reaches each matrix, and puts
+quantized matrices in place of the float32 ones; likewise the ranges of an int8 state. Knows
+the recipes and why they are as they are. How numbers are rounded is `rounding`'s, where the
+text comes from is the exporter's business.
+
+Embedding and tied head share one table. Norms, residual scales, gates and the routers of
+mixtures stay float32: they are small, and the wrong key or expert costs more than a few bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from doge_onnx.bundle import CLOSED_GATE
+from doge_onnx.config import DogeConfig
+from doge_onnx.errors import DogeOnnxError
+from doge_onnx.export import rounding
+from doge_onnx.export.matrices import (
+    Blocks,
+    Embedding,
+    Linear,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    QuantizedRows,
+    Rows,
+)
+from doge_onnx.export.state import GrowingState
+from doge_onnx.export.step import MLP, Attention, CDMoE, Layer, RecurrentStep
+
+ROUNDINGS = ("gptq", "nearest")
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+# Sequences of the calibration text that go through a layer at once.
+_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a matrix is stored: bits of a code, and codes that share a scale."""
+
+    bits: int
+    block_size: int
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A precision: what form each matrix gets.
+
+    Attributes:
+        name: As users know it.
+        body: Matrices of all layers but the first, and but for `down`.
+        down: The second matrix of MLPs: its inputs have the largest outliers, and the kernels
+            round inputs in the same blocks as weights.
+        first: Matrices of the first layer, whose errors pass through all others.
+        head: Embedding and head.
+        experts: Tables of single-neuron experts.
+        rounding: "gptq" or "nearest".
+    """
+
+    name: str
+    body: Form
+    down: Form
+    first: Form
+    head: Form
+    experts: Form
+    rounding: str = "gptq"
+
+
+RECIPES = {
+    "int8": Recipe(
+        name="int8",
+        body=Form(8, 64),
+        down=Form(8, 16),
+        first=Form(8, 16),
+        head=Form(8, 32),
+        experts=Form(8, 32),
+    ),
+    "int4": Recipe(
+        name="int4",
+        body=Form(4, 64),
+        down=Form(4, 64),
+        first=Form(8, 64),
+        head=Form(8, 64),
+        experts=Form(4, 32),
+    ),
+}
+PRECISIONS = ("fp32", *RECIPES)
+
+
+def find_recipe(
+    precision: str, block_size: int | None, rounding: str | None, config: DogeConfig
+) -> Recipe | None:
+    """The recipe of a precision, with what an expert wants changed; None for fp32.
+
+    Args:
+        precision: One of `PRECISIONS`.
+        block_size: Of the matrices of the layers; None for the recipe's own.
+        rounding: One of `ROUNDINGS`; None for the recipe's own.
+        config: The model's.
+
+    Raises:
+        DogeOnnxError: One of them is not known, or does not fit the precision or the model.
+    """
+    if precision not in PRECISIONS:
+        raise DogeOnnxError(
+            f"precision {precision!r} is not known; choose from {', '.join(PRECISIONS)}"
+        )
+    recipe = RECIPES.get(precision)
+    if recipe is None:
+        for name, value in (("block size", block_size), ("rounding", rounding)):
+            if value is not None:
+                raise DogeOnnxError(
+                    f"a {name} is for quantized weights; choose the precision "
+                    f"{' or '.join(RECIPES)}"
+                )
+        return None
+    if rounding is not None:
+        if rounding not in ROUNDINGS:
+            raise DogeOnnxError(
+                f"rounding {rounding!r} is not known; choose from {', '.join(ROUNDINGS)}"
+            )
+        recipe = replace(recipe, rounding=rounding)
+    if block_size is not None:
+        sizes = [size for size in BLOCK_SIZES if size <= _power_of_two(config.hidden_size)]
+        if block_size not in sizes:
+            raise DogeOnnxError(
+                f"block size {block_size!r} does not fit; for a hidden size of "
+                f"{config.hidden_size} choose from {', '.join(map(str, sizes))}"
+            )
+        sized = {
+            name: replace(getattr(recipe, name), block_size=block_size)
+            for name in ("body", "down", "first")
+        }
+        recipe = replace(recipe, **sized)
+    return recipe
+
+
+@torch.no_grad()
+def quantize(
+    step: RecurrentStep,
+    recipe: Recipe | None,
+    text: Tensor,
+    progress: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Put quantized matrices in place of a step's own, and fix the ranges of an int8 state.
+
+    Layer by layer, so that the float32 weights of one go as soon as its codes are there.
+
+    Args:
+        step: Is changed.
+        recipe: None leaves the weights as they are.
+        text: int64 `[N, S]`, token ids such as the model sees.
+        progress: Called with a few words now and then.
+    """
+    walk = _Walk(step, text)
+    for index, layer in enumerate(step.layers):
+        assert isinstance(layer, Layer)
+        progress(f"quantizing layer {index + 1} of {len(step.layers)}")
+        with _Moments(_linears(layer)) as moments, _Ranges(layer.attention) as ranges:
+            walk.through(layer)
+        if recipe is not None:
+            _quantize_layer(layer, recipe, recipe.first if index == 0 else None, moments.sums)
+        ranges.fix()
+    if recipe is not None:
+        progress("quantizing embedding and head")
+        _quantize_ends(step, recipe, walk.end_moments())
+
+
+class _Walk:
+    """The calibration text on its way through the layers."""
+
+    def __init__(self, step: RecurrentStep, text: Tensor) -> None:
+        self._step = step
+        window = step.state.window
+        if window is not None and not isinstance(step.state, GrowingState):
+            # Such a state wants a free row for each token.
+            text = text[:, :window]
+        self._batches = [self._start(step, ids) for ids in text.split(_BATCH)]
+
+    @staticmethod
+    def _start(step: RecurrentStep, ids: Tensor) -> list[Any]:
+        heads, mask = step.state.heads, torch.ones_like(ids)
+        if isinstance(step.state, GrowingState):
+            tokens = step.state.tokens(ids, mask)
+            past = torch.zeros(len(ids), heads.num_keys, 0, heads.row)
+            return [step.embedding(ids), None, tokens, past, past]
+        positions = torch.arange(ids.shape[1]).expand_as(ids)
+        key = torch.zeros(len(ids), heads.num_keys, ids.shape[1], heads.row)
+        value = torch.zeros_like(key)
+        key[..., heads.dim] = CLOSED_GATE
+        return [step.embedding(ids), None, step.state.tokens(ids, mask, positions), key, value]
+
+    def through(self, layer: Layer) -> None:
+        for batch in self._batches:
+            batch[0], batch[1], _, _ = layer(*batch)
+
+    def end_moments(self) -> Tensor:
+        """Sum of x xᵀ over what reaches the head."""
+        total = torch.zeros(())
+        for x, update, *_ in self._batches:
+            h, _ = self._step.ops.skip_rms_norm(update, x, self._step.norm, self._step.eps)
+            total = total + _outer(h)
+        return total
+
+
+def _outer(x: Tensor) -> Tensor:
+    rows = x.flatten(0, -2)
+    return rows.T @ rows
+
+
+class _Moments:
+    """Adds up x xᵀ of the inputs of some linear maps while it is entered."""
+
+    def __init__(self, linears: list[Linear]) -> None:
+        self._linears = linears
+        self.sums: dict[nn.Module, Tensor] = {}
+
+    def __enter__(self) -> _Moments:
+        self._hooks = [linear.register_forward_pre_hook(self._add) for linear in self._linears]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _add(self, module: nn.Module, inputs: tuple[Tensor]) -> None:
+        self.sums[module] = self.sums.get(module, torch.zeros(())) + _outer(inputs[0])
+
+
+class _Ranges:
+    """Watches the keys, values and gates of a layer whose rows will be int8."""
+
+    def __init__(self, attention: Attention) -> None:
+        self._attention = attention
+        heads = attention.heads
+        self._key = torch.zeros(heads.num_keys, heads.dim)
+        self._value = torch.zeros_like(self._key)
+        self._gate = 0.0
+
+    def __enter__(self) -> _Ranges:
+        self._attend = self._attention.attend
+        if self._attention.int8_rows is not None:
+            self._attention.attend = self._watch  # type: ignore[assignment]  # takes the same
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._attention.attend = self._attend
+
+    def _watch(self, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+        heads = self._attention.heads
+        keys, values = (x.flatten(0, 1).unflatten(-1, (heads.num_keys, -1)) for x in (k, v))
+        self._key = torch.maximum(self._key, keys[..., : heads.dim].abs().amax(0))
+        self._value = torch.maximum(self._value, values[..., : heads.dim].abs().amax(0))
+        parts = keys[..., heads.dim : heads.dim + heads.gate_channels].unflatten(-1, (-1, 2))
+        self._gate = max(self._gate, float(parts.sum(-1).max()))
+        return self._attend(q, k, v, *rest)
+
+    def fix(self) -> None:
+        """Give the layer the steps that what was seen needs."""
+        if self._attention.int8_rows is not None:
+            self._attention.int8_rows.set_ranges(self._key, self._value, self._gate)
+
+
+def _mlp(layer: Layer) -> MLP:
+    mlp = layer.mlp
+    return mlp.shared if isinstance(mlp, CDMoE) else mlp
+
+
+def _linears(layer: Layer) -> list[Linear]:
+    """The large linear maps of a layer; the first two have inputs of their own, as have the others.
+
+    A mixture's experts are looked up, but what they multiply is the input of the MLP.
+    """
+    mlp = _mlp(layer)
+    return [layer.attention.qkv, layer.attention.output, mlp.gate_up, mlp.down]
+
+
+def _quantize_layer(
+    layer: Layer, recipe: Recipe, first: Form | None, moments: dict[nn.Module, Tensor]
+) -> None:
+    attention, mlp = layer.attention, _mlp(layer)
+    body, down = first or recipe.body, first or recipe.down
+    if isinstance(layer.mlp, CDMoE):
+        experts = layer.mlp
+        seen = moments[mlp.gate_up]
+        experts.down = _quantized_rows(experts.down, recipe, seen, layer)
+        experts.up = _quantized_rows(experts.up, recipe, None, layer)
+    for owner, name, form in (
+        (attention, "qkv", body),
+        (attention, "output", body),
+        (mlp, "gate_up", body),
+        (mlp, "down", down),
+    ):
+        linear = getattr(owner, name)
+        blocks = _blocks(linear.weight.T, form, recipe.rounding, moments.pop(linear))
+        setattr(owner, name, QuantizedLinear(blocks, linear.bias, layer.ops))
+
+
+def _quantized_rows(
+    rows: Rows | QuantizedRows, recipe: Recipe, moments: Tensor | None, layer: Layer
+) -> QuantizedRows:
+    assert isinstance(rows, Rows)
+    form = _dividing(recipe.experts, rows.weight.shape[1])
+    return QuantizedRows(_blocks(rows.weight, form, recipe.rounding, moments), layer.ops)
+
+
+def _quantize_ends(step: RecurrentStep, recipe: Recipe, moments: Tensor) -> None:
+    table = step.embedding
+    assert isinstance(table, Embedding)
+    form = _dividing(recipe.head, table.weight.shape[1])
+    if step.head is None:
+        blocks = _blocks(table.weight, form, recipe.rounding, moments)
+        step.embedding = QuantizedEmbedding(blocks, step.ops)
+        return
+    blocks = _blocks(table.weight, form, "nearest", None)
+    step.embedding = QuantizedEmbedding(blocks, step.ops)
+    head = step.head
+    assert isinstance(head, Linear)
+    blocks = _blocks(head.weight.T, recipe.head, recipe.rounding, moments)
+    step.head = QuantizedLinear(blocks, head.bias, step.ops)
+
+
+def _blocks(weight: Tensor, form: Form, how: str, moments: Tensor | None) -> Blocks:
+    size = min(form.block_size, _power_of_two(weight.shape[1]))
+    if moments is None or how == "nearest":
+        return rounding.nearest(weight, form.bits, size)
+    return rounding.compensated(weight, form.bits, size, moments)
+
+
+def _dividing(form: Form, width: int) -> Form:
+    """The form with the largest block that leaves no padding in a row, where there is one.
+
+    Rows that are looked up would have to be cut.
+    """
+    sizes = [size for size in BLOCK_SIZES if size <= form.block_size and width % size == 0]
+    return replace(form, block_size=max(sizes)) if sizes else form
+
+
+def _power_of_two(width: int) -> int:
+    """The smallest block that holds a whole row."""
+    return max(BLOCK_SIZES[0], 1 << (width - 1).bit_length())

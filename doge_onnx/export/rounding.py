@@ -1,0 +1,123 @@
+"""Choose the codes of a matrix: how its numbers are rounded to few bits.
+
+Knows the error that rounding makes and how to spread it; nothing of models, files or graphs.
+All of it is symmetric: a code stands for a whole multiple of its block's scale, without a
+zero point, which is what the fast kernels on Arm ask for.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from doge_onnx.export.matrices import Blocks, pack
+
+# Of the inputs' mean square: keeps a Hessian invertible where inputs depend on each other.
+_DAMPING = 0.01
+# Columns whose errors are passed on together; more or fewer only change the speed.
+_PANEL = 128
+# Scales to try, as parts of the one that just reaches the largest number of a block: with 16
+# steps it pays to let that number be cut off, with 256 it does not.
+_TRIED = {4: torch.linspace(0.7, 1.05, 15), 8: torch.ones(1)}
+# Matrix elements that are searched at once: bounds the memory.
+_SEARCHED = 2**22
+
+
+def nearest(weight: Tensor, bits: int, block_size: int, importance: Tensor | None = None) -> Blocks:
+    """Round each number by itself, with the scales that lose least.
+
+    Args:
+        weight: float32 `[rows, width]`.
+        bits: 4 or 8.
+        block_size: Numbers that share a scale.
+        importance: `[width]`, weights of the squared errors; None for equal ones.
+    """
+    scales = _search(weight, bits, block_size, importance)
+    values = _round(_cut(weight, block_size), scales.unsqueeze(-1), bits)
+    return Blocks(pack(values, bits), scales, bits, weight.shape[1])
+
+
+def compensated(weight: Tensor, bits: int, block_size: int, moments: Tensor) -> Blocks:
+    """Round column by column, each time moving the rest to make up for the error (GPTQ).
+
+    Frantar et al. 2023, with the columns in the order of their inputs' size and the scales
+    chosen before. It minimises the error of the product with typical inputs rather than that
+    of the numbers.
+
+    Args:
+        weight: float32 `[rows, width]`.
+        bits: 4 or 8.
+        block_size: Numbers that share a scale.
+        moments: `[width, width]`, sum of x xᵀ over typical inputs x.
+    """
+    rows, width = weight.shape
+    power = moments.diagonal().double()
+    order = power.argsort(descending=True, stable=True)
+    scales = _search(weight, bits, block_size, power.float())
+    hessian = moments.double()[order][:, order]
+    hessian.diagonal().add_(_DAMPING * power.mean().clamp(min=1e-12))
+    # An input that is always 0 has nothing to make up for.
+    hessian.diagonal()[power[order] == 0] = 1.0
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    factor = torch.linalg.cholesky(inverse, upper=True).float()
+
+    # Transposed, so that a column lies in one piece.
+    rest = weight.T[order].clone()
+    scale_rows = scales.T[order // block_size]
+    values = torch.empty(width, rows)
+    for start in range(0, width, _PANEL):
+        end = min(start + _PANEL, width)
+        errors = torch.empty(end - start, rows)
+        for column in range(start, end):
+            values[column] = _round(rest[column], scale_rows[column], bits)
+            error = (rest[column] - values[column] * scale_rows[column]) / factor[column, column]
+            rest[column:end] -= factor[column, column:end].unsqueeze(-1) * error
+            errors[column - start] = error
+        rest[end:] -= factor[start:end, end:].T @ errors
+    unordered = torch.empty_like(values)
+    unordered[order] = values
+    return Blocks(pack(_cut(unordered.T, block_size), bits), scales, bits, width)
+
+
+def _search(weight: Tensor, bits: int, block_size: int, importance: Tensor | None) -> Tensor:
+    """The scales `[rows, blocks]` with the least weighted squared error."""
+    weights = torch.ones(1, weight.shape[1]) if importance is None else importance.unsqueeze(0)
+    weights = _cut(weights, block_size)
+    rows = max(1, _SEARCHED // weight.shape[1])
+    parts = [_search_part(part, bits, block_size, weights) for part in weight.split(rows)]
+    return torch.cat(parts)
+
+
+def _search_part(weight: Tensor, bits: int, block_size: int, weights: Tensor) -> Tensor:
+    cut = _cut(weight, block_size)
+    index = cut.abs().argmax(dim=-1, keepdim=True)
+    # There is one more step below zero than above: it goes to the largest number, whatever its
+    # sign, so a scale may be negative.
+    reach = cut.gather(-1, index) / -(2 ** (bits - 1))
+    reach = torch.where(reach == 0, 1.0, reach)
+    best, least = reach, torch.full_like(reach, torch.inf)
+    for part in _TRIED[bits].tolist():
+        scale = reach * part
+        values = _round(cut, scale, bits)
+        # The best scale for these values, by least squares.
+        power = (weights * values * values).sum(-1, keepdim=True)
+        fitted = (weights * cut * values).sum(-1, keepdim=True) / power
+        scale = torch.where(fitted.isfinite() & (fitted != 0), fitted, scale)
+        error = cut - _round(cut, scale, bits) * scale
+        error = (weights * error * error).sum(-1, keepdim=True)
+        better = error < least
+        best, least = torch.where(better, scale, best), torch.where(better, error, least)
+    return best.squeeze(-1)
+
+
+def _round(numbers: Tensor, scale: Tensor, bits: int) -> Tensor:
+    limit = 2 ** (bits - 1)
+    return (numbers / scale).round().clamp(-limit, limit - 1)
+
+
+def _cut(matrix: Tensor, block_size: int) -> Tensor:
+    """`[rows, width]` to `[rows, blocks, block_size]`, the last block filled with zeros."""
+    padded = F.pad(matrix, (0, -matrix.shape[1] % block_size))
+    blocks: Tensor = padded.unflatten(-1, (-1, block_size))
+    return blocks
