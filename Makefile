@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := build/demo
 
-.PHONY: demo test lint types tests bench clean
+.PHONY: demo test lint types tests bench peers clean
 
 demo: $(STAMP)
 	@mkdir -p build
@@ -28,6 +28,9 @@ tests: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/speed.py
+
+peers: $(STAMP)
+	$(BIN)/python benchmarks/peers
 
 # torch is pinned in constraints.txt: an unpinned one may bring gigabytes of CUDA packages.
 $(STAMP): pyproject.toml constraints.txt

@@ -6,7 +6,7 @@ Example:
     >>> print(model.generate("Once upon a time", max_new_tokens=100).text)
 """
 
-from doge_onnx.api import export, load, verify
+from doge_onnx.api import bench, evaluate, export, load, verify
 from doge_onnx.errors import (
     BundleError,
     CheckpointError,
@@ -15,6 +15,7 @@ from doge_onnx.errors import (
     InputError,
     MissingExtraError,
     ParityError,
+    QualityError,
 )
 
 # `export` is also the name of the subpackage that does the work, and importing that puts it into
@@ -31,7 +32,10 @@ __all__ = [
     "InputError",
     "MissingExtraError",
     "ParityError",
+    "QualityError",
     "__version__",
+    "bench",
+    "evaluate",
     "export",
     "load",
     "verify",

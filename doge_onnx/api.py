@@ -7,15 +7,18 @@ nothing and the base install does not need what only `export` needs.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from doge_onnx.errors import MissingExtraError
+from doge_onnx.bundle import is_bundle
+from doge_onnx.errors import InputError, MissingExtraError
 
 if TYPE_CHECKING:
     from doge_onnx.export.exporter import ExportReport
     from doge_onnx.export.verify import ParityReport
+    from doge_onnx.runtime.bench import BenchReport
+    from doge_onnx.runtime.evaluate import QualityReport, Scorer
     from doge_onnx.runtime.model import Model
 
 _EXPORT_EXTRA = {
@@ -41,7 +44,8 @@ def load(
     Args:
         bundle: The directory that `export` wrote.
         device: "cpu".
-        threads: Threads that one operator may use; None lets ONNX Runtime decide.
+        threads: Threads that one operator may use; None is one for each physical core that this
+            process may use.
         prefill_chunk: Most tokens of a prompt that go through the graph at once; None is a
             number that is good for speed and memory. The result does not depend on it.
         verbose: Let the warnings of ONNX Runtime through.
@@ -60,10 +64,14 @@ def export(
     out: str | Path,
     *,
     precision: str = "fp32",
+    kv_cache: str = "fp32",
     context_length: int | None = None,
     target: str = "ort",
     state: str = "growing",
+    block_size: int | None = None,
+    rounding: str | None = None,
     verify: bool = True,
+    max_kl: float | None = None,
     revision: str | None = None,
     force: bool = False,
     progress: Callable[[str], None] | None = None,
@@ -73,12 +81,19 @@ def export(
     Args:
         model: A directory with a checkpoint, or its id on the Hugging Face Hub.
         out: Directory to write; it appears when it is complete, or not at all.
-        precision: Of the weights: "fp32".
+        precision: Of the weights: "fp32", "int8" or "int4".
+        kv_cache: Of the state: "fp32" or "int8".
         context_length: Most tokens of one sequence; None is what the model was trained for.
         target: "ort" for ONNX Runtime's fused operators, "portable" for standard ones.
         state: "growing" for a state with a row for every token, "window" for one that has as
             many rows as the model's window has keys, however long the text gets.
-        verify: Compare the result with the reference and record the figures.
+        block_size: For experts: how many quantized weights share a scale, a power of 2 from
+            16 to 256; None is what suits each matrix.
+        rounding: For experts: "gptq" or "nearest"; None is "gptq".
+        verify: Compare the result with the reference and record the figures. Where something is
+            quantized, they say what that lost.
+        max_kl: Most that quantization may lose: mean KL divergence in nats per token. None is
+            no limit.
         revision: Branch, tag or commit on the Hub.
         force: Replace a bundle that is at `out`.
         progress: Called with a line of text when a long step begins.
@@ -94,10 +109,14 @@ def export(
             model,
             out,
             precision=precision,
+            kv_cache=kv_cache,
             context_length=context_length,
             target=target,
             state=state,
+            block_size=block_size,
+            rounding=rounding,
             verify=verify,
+            max_kl=max_kl,
             revision=revision,
             force=force,
             progress=progress,
@@ -126,6 +145,108 @@ def verify(
         from doge_onnx.export import verify as verifier
 
         return verifier.verify(bundle, reference, revision=revision, progress=progress)
+
+
+def evaluate(
+    bundle: str | Path,
+    reference: str | Path | None = None,
+    text: str | Path | None = None,
+    *,
+    window: int | None = None,
+    max_tokens: int | None = None,
+    seed: int | None = None,
+    revision: str | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> QualityReport:
+    """Measure how well a bundle predicts a text, and how far it is from a reference.
+
+    Args:
+        bundle: The directory that `export` wrote. It is not changed.
+        reference: What it is compared with: another bundle, or a checkpoint, which is a
+            directory or an id on the Hugging Face Hub. None measures the perplexity alone.
+        text: A file of UTF-8 text. None lets the reference, or else the bundle, write one.
+        window: The text is cut into pieces of this many tokens, each of which is read on its
+            own. Never more than the context length; None is a size that is good for most.
+        max_tokens: Most tokens of the text; None is 8192.
+        seed: Of a text that is sampled; None is always the same one.
+        revision: Branch, tag or commit of a reference on the Hub.
+        progress: Called with a line of text when a long step begins.
+
+    Raises:
+        DogeOnnxError: One of the two or the text cannot be read, they do not fit together, or
+            an option is out of its range; see the children of the class. Only a checkpoint
+            needs the export extra.
+    """
+    from doge_onnx.runtime import evaluate as evaluator
+
+    evaluator.check_options(window, max_tokens, seed)
+    begin = progress or (lambda _: None)
+    local = reference is None or is_bundle(reference)
+    if revision is not None and local:
+        raise InputError("--revision is for a reference on the Hub")
+    scorer = evaluator.BundleScorer(bundle)
+    other: Scorer | None = None
+    if reference is not None:
+        begin("loading the reference")
+        if local:
+            other = evaluator.BundleScorer(reference)
+        else:
+            length = window or evaluator.FILE_WINDOW
+            with _export_extra():
+                from doge_onnx.export import quality
+
+                other = quality.open_checkpoint(
+                    reference, length, revision=revision, progress=progress
+                )
+    return evaluator.evaluate(
+        scorer,
+        other,
+        text,
+        window=window,
+        max_tokens=max_tokens,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def bench(
+    bundle: str | Path,
+    *,
+    contexts: Sequence[int] | None = None,
+    batches: Sequence[int] | None = None,
+    tokens: int | None = None,
+    repetitions: int | None = None,
+    threads: int | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> BenchReport:
+    """Measure how fast a bundle runs on this machine, and how much memory it needs.
+
+    Args:
+        bundle: The directory that `export` wrote.
+        contexts: Lengths of the prompts, in tokens; None is 16, 512 and 1900. What does not
+            fit into the context length is left out.
+        batches: Numbers of sequences that run side by side; None is 1 and 4. All contexts are
+            measured with each.
+        tokens: Decode steps after each prompt, in each repetition; None is 16.
+        repetitions: How often each figure is measured; None is 3.
+        threads: Threads that one operator may use; None lets ONNX Runtime decide.
+        progress: Called with a line of text when a step begins.
+
+    Raises:
+        BundleError: The bundle is incomplete, altered, too new, or cannot be run.
+        InputError: A number below 1, or no context that fits.
+    """
+    from doge_onnx.runtime import bench as benchmark
+
+    return benchmark.bench(
+        bundle,
+        contexts=contexts,
+        batches=batches,
+        tokens=tokens,
+        repetitions=repetitions,
+        threads=threads,
+        progress=progress,
+    )
 
 
 @contextlib.contextmanager

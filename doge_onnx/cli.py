@@ -89,10 +89,14 @@ def export(
     out: cli_options.Out,
     revision: cli_options.Revision = None,
     precision: cli_options.Precision = cli_options.Precisions.fp32,
+    kv_cache: cli_options.KVCache = cli_options.KVCaches.fp32,
     context_length: cli_options.ContextLength = None,
     target: cli_options.Target = cli_options.Targets.ort,
     state: cli_options.State = cli_options.States.growing,
+    block_size: cli_options.BlockSize = None,
+    rounding: cli_options.Rounding = None,
     verify: cli_options.Verify = True,
+    max_kl: cli_options.MaxKL = None,
     force: cli_options.Force = False,
 ) -> None:
     """Turn a checkpoint into a bundle.
@@ -105,10 +109,14 @@ def export(
             model,
             out,
             precision=precision.value,
+            kv_cache=kv_cache.value,
             context_length=context_length,
             target=target.value,
             state=state.value,
+            block_size=block_size,
+            rounding=None if rounding is None else rounding.value,
             verify=verify,
+            max_kl=max_kl,
             revision=revision,
             force=force,
             progress=progress,
@@ -134,6 +142,47 @@ def verify(
         report = doge_onnx.verify(bundle, reference, revision=revision, progress=progress)
     cli_output.parity(report)
     report.require(bundle)
+
+
+@app.command("eval")
+def evaluate(
+    bundle: cli_options.Bundle,
+    reference: cli_options.EvalReference = None,
+    text: cli_options.EvalText = None,
+    revision: cli_options.Revision = None,
+    max_tokens: cli_options.MaxTokens = None,
+    window: cli_options.Window = None,
+    seed: cli_options.EvalSeed = None,
+    max_kl: cli_options.MaxKL = None,
+    json: cli_options.JsonQuality = False,
+) -> None:
+    """Measure the quality of a bundle.
+
+    Prints the perplexity of a text, and with a reference how far the bundle is from it: mean KL
+    divergence, how often both have the same most likely token, and by how much the reference
+    prefers its own where they have not. The bundle is not changed. The exit code is 1 if the
+    mean KL divergence is above --max-kl.
+    """
+    if max_kl is not None and reference is None:
+        raise typer.BadParameter("it needs --reference", param_hint="--max-kl")
+    cli_output.note(f"evaluating {bundle}")
+    with cli_output.progress() as progress:
+        report = doge_onnx.evaluate(
+            bundle,
+            reference,
+            text,
+            window=window,
+            max_tokens=max_tokens,
+            seed=seed,
+            revision=revision,
+            progress=progress,
+        )
+    if json:
+        cli_output.quality_json(report)
+    else:
+        cli_output.quality(report)
+    if max_kl is not None:
+        report.require(max_kl, bundle)
 
 
 @app.command()
@@ -195,6 +244,41 @@ def generate(
         sys.stdout.flush()
     if stats and timings is not None:
         cli_output.timings(timings)
+
+
+@app.command()
+def bench(
+    bundle: cli_options.Bundle,
+    contexts: cli_options.Contexts = None,
+    batches: cli_options.Batches = None,
+    tokens: cli_options.DecodeSteps = None,
+    repetitions: cli_options.Repetitions = None,
+    threads: cli_options.Threads = None,
+    json: cli_options.JsonBench = False,
+) -> None:
+    """Measure how fast a bundle runs on this machine.
+
+    Prompts of several lengths, alone and in batches: time to first token, prefill, decode, and
+    how much of the machine's read bandwidth a decode step uses (MBU). The bandwidth is measured
+    in the same run. Load time and peak memory are those of fresh processes. Each figure is the
+    median of the repetitions. The defaults take a minute or two for a model of 160 million
+    parameters.
+    """
+    cli_output.note(f"measuring {bundle}")
+    with cli_output.progress() as progress:
+        report = doge_onnx.bench(
+            bundle,
+            contexts=contexts,
+            batches=batches,
+            tokens=tokens,
+            repetitions=repetitions,
+            threads=threads,
+            progress=progress,
+        )
+    if json:
+        cli_output.bench_json(report)
+    else:
+        cli_output.bench(report)
 
 
 @app.command()

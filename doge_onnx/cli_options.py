@@ -16,6 +16,22 @@ class Precisions(StrEnum):
     """What --precision takes."""
 
     fp32 = "fp32"
+    int8 = "int8"
+    int4 = "int4"
+
+
+class KVCaches(StrEnum):
+    """What --kv-cache takes."""
+
+    fp32 = "fp32"
+    int8 = "int8"
+
+
+class Roundings(StrEnum):
+    """What --rounding takes."""
+
+    gptq = "gptq"
+    nearest = "nearest"
 
 
 class Targets(StrEnum):
@@ -30,6 +46,21 @@ class States(StrEnum):
 
     growing = "growing"
     window = "window"
+
+
+class Counts(tuple[int, ...]):
+    """What --contexts and --batches take: positive whole numbers with commas between them."""
+
+    @classmethod
+    def parse(cls, text: str) -> Counts:
+        """Read them from the command line."""
+        try:
+            counts = cls(int(part) for part in text.split(","))
+        except ValueError:
+            counts = cls()
+        if not counts or min(counts) < 1:
+            raise typer.BadParameter(f"{text!r} is not a list of positive numbers, such as 16,512")
+        return counts
 
 
 Bundle = Annotated[
@@ -53,7 +84,35 @@ Model = Annotated[
 Out = Annotated[
     str, typer.Argument(metavar="OUT", help="Directory to write; it must not exist yet.")
 ]
-Precision = Annotated[Precisions, typer.Option(help="Number format of the weights.")]
+Precision = Annotated[
+    Precisions,
+    typer.Option(
+        help="Number format of the weights. 'int8' is a quarter of the size and hard to tell from "
+        "'fp32'; 'int4' is smaller still, with a first layer and a head in int8."
+    ),
+]
+KVCache = Annotated[
+    KVCaches,
+    typer.Option(
+        help="Number format of the state. 'int8' takes a quarter of the memory and decodes long "
+        "contexts faster, but reads prompts more slowly."
+    ),
+]
+BlockSize = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="For experts: quantized weights that share a scale, a power of 2 from 16 to 256. "
+        "Larger is smaller, faster and less exact. Default: what suits each matrix.",
+    ),
+]
+Rounding = Annotated[
+    Roundings | None,
+    typer.Option(
+        help="For experts: 'gptq' makes up for the error of each weight in the others, with a "
+        "text that the model writes; 'nearest' is quicker and less exact. Default: gptq.",
+    ),
+]
 ContextLength = Annotated[
     int | None,
     typer.Option(
@@ -79,7 +138,10 @@ State = Annotated[
 ]
 Verify = Annotated[
     bool,
-    typer.Option(help="Compare the result with transformers, and keep it only if both agree."),
+    typer.Option(
+        help="Compare the result with transformers, and keep it only if both agree. Where "
+        "something is quantized, measure what that lost, for about a minute."
+    ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace a bundle that is already at OUT.")]
 Reference = Annotated[
@@ -88,6 +150,52 @@ Reference = Annotated[
         metavar="MODEL",
         help="The checkpoint that the bundle was made from: a directory or a Hub id.",
     ),
+]
+EvalReference = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL|BUNDLE",
+        help="What to compare with: another bundle, or a checkpoint (a directory or a Hub id).",
+    ),
+]
+EvalText = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="UTF-8 text to measure on. Default: one that the reference writes, or else the "
+        "bundle.",
+    ),
+]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option(min=2, metavar="N", help="Most tokens of the text to read. Default: 8192."),
+]
+Window = Annotated[
+    int | None,
+    typer.Option(
+        min=2,
+        metavar="N",
+        help="Cut the text into pieces of N tokens, each read on its own. Default: 512, or 256 "
+        "of a text that a model writes.",
+    ),
+]
+EvalSeed = Annotated[
+    int | None,
+    typer.Option(
+        min=0, metavar="N", help="Of a text that a model writes. Default: always the same one."
+    ),
+]
+MaxKL = Annotated[
+    float | None,
+    typer.Option(
+        "--max-kl",
+        min=0,
+        metavar="X",
+        help="Fail if the mean KL divergence, in nats per token, is above X. Default: no limit.",
+    ),
+]
+JsonQuality = Annotated[
+    bool, typer.Option("--json", help="Print the figures as one JSON object, for a program.")
 ]
 Prompt = Annotated[
     str | None,
@@ -190,4 +298,33 @@ Device = Annotated[str, typer.Option(metavar="NAME", help="Where to run: 'cpu'."
 Verbose = Annotated[bool, typer.Option("--verbose", help="Let ONNX Runtime's warnings through.")]
 JsonManifest = Annotated[
     bool, typer.Option("--json", help="Print the manifest as it is, for a program.")
+]
+Contexts = Annotated[
+    Counts | None,
+    typer.Option(
+        parser=Counts.parse,
+        metavar="N,N,...",
+        help="Lengths of the prompts, in tokens. Default: 16,512,1900.",
+    ),
+]
+Batches = Annotated[
+    Counts | None,
+    typer.Option(
+        parser=Counts.parse,
+        metavar="N,N,...",
+        help="Numbers of sequences that run side by side. Default: 1,4.",
+    ),
+]
+DecodeSteps = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="N", help="Decode steps after each prompt, in each repetition. Default: 16."
+    ),
+]
+Repetitions = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="How often each figure is measured. Default: 3."),
+]
+JsonBench = Annotated[
+    bool, typer.Option("--json", help="Print all figures as one JSON object, for a program.")
 ]

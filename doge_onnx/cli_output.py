@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 from rich.text import Text
 
 from doge_onnx.bundle import Manifest
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
 
     from doge_onnx.export.exporter import ExportReport
     from doge_onnx.export.verify import ParityReport
+    from doge_onnx.runtime.bench import BenchReport, Spread
     from doge_onnx.runtime.completion import Completion, Timings
+    from doge_onnx.runtime.evaluate import QualityReport
 
 _stdout = Console(highlight=False, markup=False)
 _stderr = Console(highlight=False, markup=False, stderr=True)
@@ -104,6 +107,14 @@ def export_summary(out: str, report: ExportReport) -> None:
             f"differs by {report.parity.max_abs_diff:.1e} at most, tolerance "
             f"{report.parity.tolerance:.1e}; greedy match {_greedy(report.parity)}"
         )
+    if report.quality is not None:
+        lost = report.quality
+        # In place of a parity that cannot be expected.
+        del rows["parity"]
+        rows["lost"] = (
+            f"KL divergence {lost.mean_kl:.2g} nats per token, top-1 agreement "
+            f"{lost.top1_agreement:.1%} (on {lost.tokens:,} tokens that the checkpoint wrote)"
+        )
     _print_rows(rows)
 
 
@@ -126,6 +137,40 @@ def parity(report: ParityReport) -> None:
             "greedy match": _greedy(report),
         }
     )
+
+
+def quality(report: QualityReport) -> None:
+    """Print the figures of an evaluation."""
+    rows: dict[str, object] = {
+        "text": report.text if report.seed is None else f"{report.text}, seed {report.seed}",
+        "tokens": f"{report.tokens:,} in windows of {report.window:,}",
+        "perplexity": f"{report.perplexity:.4g}",
+    }
+    if report.reference_perplexity is not None:
+        change = report.perplexity / report.reference_perplexity - 1
+        rows |= {
+            "reference": report.reference,
+            "perplexity of the reference": f"{report.reference_perplexity:.4g} ({change:+.2%})",
+            "mean KL divergence": f"{report.mean_kl:.3g} nats per token",
+            "largest KL divergence": f"{report.max_kl:.3g} nats",
+            "top-1 agreement": f"{report.top1_agreement:.2%}",
+            "disagreements": report.disagreements,
+        }
+    if report.disagreements:
+        rows |= {
+            "  top-1/top-2 gap": _gap(report.top2_gap_median, report.top2_gap_max),
+            "  gap to the bundle's choice": _gap(report.choice_gap_median, report.choice_gap_max),
+        }
+    _print_rows(rows)
+
+
+def _gap(median: float | None, largest: float | None) -> str:
+    return f"{median:.3g} in the median, {largest:.3g} at most (logits of the reference)"
+
+
+def quality_json(report: QualityReport) -> None:
+    """Print the figures of an evaluation as one JSON object."""
+    json_text(json.dumps(report.as_dict(), ensure_ascii=False))
 
 
 def manifest(shown: Manifest) -> None:
@@ -154,7 +199,9 @@ def manifest(shown: Manifest) -> None:
         },
     )
     parity = shown.parity or {"checked": False}
-    _print_section("Parity", {name.replace("_", " "): value for name, value in parity.items()})
+    _print_section("Parity", _spaced(parity))
+    if shown.quality is not None:
+        _print_section("Quality", _spaced(shown.quality))
     _print_section("Made with", shown.versions)
     sizes = {
         name: entry.get("size") if isinstance(entry, dict) else None
@@ -164,6 +211,86 @@ def manifest(shown: Manifest) -> None:
         "Files",
         {name: _megabytes(size) if isinstance(size, int) else None for name, size in sizes.items()},
     )
+
+
+def bench(report: BenchReport) -> None:
+    """Print the speed of a bundle."""
+    start = report.start
+    peak = "unknown"
+    if start.peak_memory_bytes is not None:
+        peak = (
+            f"{_megabytes(round(start.peak_memory_bytes.median))}, "
+            f"{start.peak_to_file:.2f} times the files"
+        )
+    _print_section(
+        "Bundle",
+        {
+            "precision": report.precision,
+            "state": report.state,
+            "graph and weights": _megabytes(report.file_bytes),
+        },
+    )
+    _print_section(
+        "Machine",
+        {
+            "processor": f"{report.machine['processor']}, {report.machine['cores']} cores",
+            "threads": report.threads,
+            "read bandwidth": f"{report.read_bytes_per_second / 1e9:.1f} GB/s",
+        },
+    )
+    _print_section(
+        "Fresh process, files in the cache",
+        {
+            "imports": _seconds(start.import_seconds),
+            "load": _seconds(start.load_seconds),
+            "first token, imports and load included": _seconds(start.first_token_seconds),
+            f"peak memory, context {start.context}": peak,
+        },
+    )
+    _stdout.print(Text("Speed", style="bold"))
+    # At most 80 columns, which is what rich assumes of a pipe.
+    table = Table(box=None, pad_edge=False, header_style="cyan")
+    for header in (
+        "\ncontext",
+        "\nbatch",
+        "first token\nms",
+        "prefill\ntok/s",
+        "decode\ntok/s",
+        "decode\nmin to max",
+        "read\nMB/tok",
+        "\nMBU",
+    ):
+        table.add_column(header, justify="right", no_wrap=True)
+    for cell in report.cells:
+        decode = cell.decode_tokens_per_second
+        table.add_row(
+            f"{cell.context:,}",
+            f"{cell.batch:,}",
+            _figure(1e3 * cell.first_token_seconds.median),
+            _figure(cell.prefill_tokens_per_second.median),
+            _figure(decode.median),
+            f"{_figure(decode.min)} - {_figure(decode.max)}",
+            _figure(cell.bytes_per_token / 1e6),
+            f"{cell.mbu:.0%}",
+        )
+    _stdout.print(table)
+    for left_out in report.left_out:
+        note(f"left out: context {left_out.context:,}: {left_out.reason}")
+    if any(cell.mbu > 1 for cell in report.cells):
+        note("MBU above 100%: the processor's caches hold a part of what a step reads")
+
+
+def bench_json(report: BenchReport) -> None:
+    """Print the speed of a bundle as one JSON object."""
+    json_text(json.dumps(report.as_dict(), ensure_ascii=False))
+
+
+def _figure(value: float) -> str:
+    return f"{value:.1f}" if value < 1000 else f"{value:,.0f}"
+
+
+def _seconds(spread: Spread) -> str:
+    return f"{spread.median:.2f} s ({spread.min:.2f} - {spread.max:.2f})"
 
 
 def json_text(text: str) -> None:
@@ -217,6 +344,10 @@ def timings(measured: Timings) -> None:
 def _print_section(title: str, rows: Mapping[str, object]) -> None:
     _stdout.print(Text(title, style="bold"))
     _print_rows({f"  {name}": value for name, value in rows.items()})
+
+
+def _spaced(figures: Mapping[str, object]) -> dict[str, object]:
+    return {name.replace("_", " "): value for name, value in figures.items()}
 
 
 def _print_rows(rows: Mapping[str, object]) -> None:

@@ -22,6 +22,8 @@ HEADS, ROW, HEAD_DIM, LAYERS = 1, 16, 8, 2
 WIDTH = 8
 CONTEXT = 300
 CLOSED = -1e4
+# Of the rows of an int8 state, which so hold numbers up to 25.
+INT8_STEP = 0.2
 BOS, EOS = "<s>", "</s>"
 _MS = "com.microsoft"
 _HUGE = np.iinfo(np.int64).max
@@ -94,8 +96,17 @@ class _Graph:
         return name
 
 
-def model(in_place: bool = True, keep: bool = True) -> onnx.ModelProto:
+def model(in_place: bool = True, keep: bool = True, dtype: str = "float32") -> onnx.ModelProto:
+    """The graph; int8 rows are for the one that works in place."""
     g = _Graph()
+    int8: dict = {"inputs": [], "attributes": {}}
+    if dtype == "int8":
+        scale = np.full((1, HEADS, 1, ROW), INT8_STEP, np.float32)
+        gate_scale = scale.copy()
+        gate_scale[..., HEAD_DIM] = -CLOSED / 127
+        int8["inputs"] = ["", "", "", "", "", gate_scale, scale]
+        kinds = dict.fromkeys(("k_quant_type", "v_quant_type"), "PER_CHANNEL")
+        int8["attributes"] = kinds | {"kv_cache_bit_width": 8}
     g.constants.update(weights())
     i64 = lambda *values: np.array(values, np.int64)  # noqa: E731
     g.add("Shape", ["input_ids"], "batch", start=0, end=1)
@@ -135,12 +146,13 @@ def model(in_place: bool = True, keep: bool = True) -> onnx.ModelProto:
         if in_place:
             g.add(
                 "GroupQueryAttention",
-                [*row, *past, "seqlens_k", "total32"],
+                [*row, *past, "seqlens_k", "total32", *int8["inputs"]],
                 [f"a{layer}_row", *present],
                 _MS,
                 num_heads=1,
                 kv_num_heads=1,
                 scale=1.0,
+                **int8["attributes"],
             )
         else:
             _attention(g, layer, row, past, present)
@@ -157,19 +169,20 @@ def model(in_place: bool = True, keep: bool = True) -> onnx.ModelProto:
         return helper.make_tensor_value_info(name, kind, shape)
 
     cache = [f"{i}.{kind}" for i in range(LAYERS) for kind in ("key", "value")]
+    row_type = TensorProto.INT8 if dtype == "int8" else TensorProto.FLOAT
     inputs = [
         value("input_ids", TensorProto.INT64, ["batch_size", "sequence_length"]),
         value("attention_mask", TensorProto.INT64, ["batch_size", "total_sequence_length"]),
     ]
     for name in cache:
         shape = ["batch_size", HEADS, "past_sequence_length", ROW]
-        inputs.append(value(f"past_key_values.{name}", TensorProto.FLOAT, shape))
+        inputs.append(value(f"past_key_values.{name}", row_type, shape))
     if keep:
         inputs.append(value("logits_to_keep", TensorProto.INT64, [1]))
     outputs = [value("logits", TensorProto.FLOAT, ["batch_size", "positions", VOCAB])]
     for name in cache:
         shape = ["batch_size", HEADS, "present_sequence_length", ROW]
-        outputs.append(value(f"present.{name}", TensorProto.FLOAT, shape))
+        outputs.append(value(f"present.{name}", row_type, shape))
     return helper.make_model(
         helper.make_graph(
             g.nodes,
@@ -236,13 +249,17 @@ def write(
     generation: dict | None = None,
     with_tokenizer: bool = True,
     graph: bytes | None = None,
+    config: dict | None = None,
     **changes,
 ) -> Path:
     """Write a bundle to the new directory `path`; `changes` are to its manifest."""
     path.mkdir()
-    graph = model(in_place, keep).SerializeToString() if graph is None else graph
+    if graph is None:
+        dtype = "int8" if changes.get("dtype") == "int8" else "float32"
+        graph = model(in_place, keep, dtype).SerializeToString()
     (path / GRAPH_NAME).write_bytes(graph)
-    (path / "config.json").write_text(json.dumps({"model_type": "doge", "eos_token_id": 1}))
+    config = {"model_type": "doge", "eos_token_id": 1} | (config or {})
+    (path / "config.json").write_text(json.dumps(config))
     if generation is not None:
         (path / "generation_config.json").write_text(json.dumps(generation))
     if with_tokenizer:

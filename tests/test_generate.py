@@ -14,6 +14,8 @@ from doge_onnx.bundle import Bundle
 from doge_onnx.errors import BundleError, InputError
 from doge_onnx.runtime.model import Model
 from doge_onnx.runtime.options import Defaults
+from doge_onnx.runtime.state import Buffer, State
+from doge_onnx.runtime.step import Decoder
 from doge_onnx.runtime.text import Codec
 
 EOS = 1
@@ -34,13 +36,16 @@ class Script:
         ]
         self.fed: list[tuple[list, list | None]] = []
 
-    def step(self, input_ids, mask, state, last_only, consume):
+    def step(self, input_ids, mask, state, last_only, consume=False, follow=None):
         step = len(self.fed)
         self.fed.append((input_ids.tolist(), None if mask is None else mask.tolist()))
         logits = np.ones((len(input_ids), 1, VOCAB), np.float32)
         for row, tokens in enumerate(self.tokens):
             logits[row, 0, tokens[step] if step < len(tokens) else EOS] = 10
-        return logits, state
+        return logits, State(Buffer([], np.zeros((len(input_ids), 0), np.int64)), 0, self)
+
+    def decoder(self, state):
+        return Decoder(self, state)
 
 
 @pytest.fixture
@@ -256,6 +261,51 @@ def test_a_model_may_be_used_from_several_threads(model):
     for thread in threads:
         thread.join()
     assert results == [expected[:20]] * 6
+
+
+def test_several_threads_may_generate_at_once(model):
+    prompts = [[4, 100, 33], [9], [200, 2, 3, 40], [7, 7]]
+    expected = [model.generate(prompt, max_new_tokens=40).token_ids for prompt in prompts]
+    results = {}
+
+    def run(number):
+        results[number] = model.generate(prompts[number % 4], max_new_tokens=40).token_ids
+
+    threads = [threading.Thread(target=run, args=[number]) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [results[number] for number in range(8)] == expected * 2
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_text_outgrows_its_first_buffer(model, batch):
+    prompts = [[4, 100 + row, 33] for row in range(batch)]
+    outs = model.generate(prompts)
+    for prompt, out in zip(prompts, outs, strict=True):
+        assert len(out.token_ids) == CONTEXT - 3
+        last = [*prompt, *out.token_ids][:-1]
+        assert out.token_ids[-1] == int(reference(last)[-1].argmax())
+
+
+def test_an_interrupted_text_leaves_the_model_as_it_was(model, monkeypatch):
+    expected = model.generate([4, 100, 33], max_new_tokens=10).token_ids
+    session = model._stepper._session
+    name = "run_with_iobinding" if model.manifest.state.in_place else "run_with_ort_values"
+    run, steps = getattr(session, name), []
+
+    def interrupted(*args):
+        steps.append(None)
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+        return run(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model.generate([4, 100, 33], max_new_tokens=10)
+    assert model.generate([4, 100, 33], max_new_tokens=10).token_ids == expected
 
 
 def test_a_bundle_without_a_tokenizer_takes_and_gives_ids(tmp_path):

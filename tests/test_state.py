@@ -9,6 +9,7 @@ from fake_bundle import CONTEXT, VOCAB, reference
 
 import doge_onnx
 from doge_onnx.errors import InputError
+from doge_onnx.runtime import growing
 from doge_onnx.runtime.state import Buffer, grown_capacity, max_rows
 
 TOLERANCE = 1e-3  # logits are up to 300
@@ -185,6 +186,22 @@ def test_capacity_doubles_up_to_the_context(rows, context, expected):
     assert rows <= expected <= max_rows(context)
 
 
+@pytest.mark.parametrize(
+    ("rows", "context", "follow", "expected"),
+    [
+        (16, 2048, 32, 48),
+        (16, 2048, 2000, 256),
+        (512, 2048, 1536, 1024),
+        (512, 2048, 0, 512),
+        (2048, 2048, 0, 2048),
+        (300, 300, 20, 320),
+        (300, 300, 500, 512),
+    ],
+)
+def test_capacity_is_no_more_than_will_be_needed(rows, context, follow, expected):
+    assert grown_capacity(rows, context, follow) == expected
+
+
 def test_rows_can_be_claimed_once_and_only_at_the_end():
     buffer = Buffer([], np.zeros((1, 8), np.int64), rows=2)
     assert buffer.claim(2, 5)
@@ -290,3 +307,111 @@ def test_wrong_states_are_refused(in_place, tmp_path):
         in_place.forward([[1]], (1, 2))
     with pytest.raises(InputError, match="'last' or 'all'"):
         in_place.forward([[1]], logits="first")
+
+
+def test_a_prompt_in_chunks_moves_no_rows(tmp_path, monkeypatch):
+    path = fake_bundle.write(tmp_path / "b", with_tokenizer=False)
+    model = doge_onnx.load(path, prefill_chunk=10)
+    made = []
+    buffer = growing.Buffer
+    monkeypatch.setattr(
+        growing, "Buffer", lambda *args, **rows: made.append(1) or buffer(*args, **rows)
+    )
+    ids = _ids(280)
+    logits, state = model.forward([ids])
+    assert len(made) == 1
+    assert state.buffer.capacity == CONTEXT
+    _close(logits[0, 0], reference(ids)[-1])
+
+
+def test_generating_and_feeding_do_not_disturb_each_other(in_place):
+    start, end = _ids(6), _ids(5, 1)
+    _, state = in_place.forward([start])
+    pieces = in_place.stream(start, max_new_tokens=20)
+    tokens = []
+    # A step of each in turn, of states that have the same tokens.
+    for position, token in enumerate(end):
+        tokens += next(pieces).token_ids
+        logits, state = in_place.forward([[token]], state)
+        _close(logits[0, 0], reference(start + end[: position + 1])[-1])
+    tokens += [token for piece in pieces for token in piece.token_ids]
+    assert tokens == in_place.generate(start, max_new_tokens=20).token_ids
+    logits, _ = in_place.forward([[7]], state)
+    _close(logits[0, 0], reference([*start, *end, 7])[-1])
+
+
+def test_a_decoder_leaves_older_states_as_they_were(in_place):
+    start, end = _ids(6), _ids(5, 1)
+    _, state = in_place.forward([start])
+    first, after = in_place.forward([end[:1]], state)
+    stepper = in_place._stepper
+    decoder = stepper.decoder(after)
+    branch = [3, 4, 5]
+    for position, token in enumerate(branch):
+        decoder.tokens[0, 0] = token
+        (scores,) = decoder.step(None)
+        _close(scores, reference([*start, end[0], *branch[: position + 1]])[-1])
+        # The older state is continued while the decoder has the rest of its buffer.
+        logits, _ = in_place.forward([end], state, logits="all")
+        _close(logits[0], reference(start + end)[6:])
+    np.testing.assert_array_equal(first, in_place.forward([end[:1]], state)[0])
+
+
+def test_a_decoder_of_a_state_that_was_continued_copies_it(in_place):
+    start = _ids(6)
+    _, state = in_place.forward([start])
+    _, other = in_place.forward([[9]], state)
+    decoder = in_place._stepper.decoder(state)
+    decoder.tokens[0, 0] = 5
+    (scores,) = decoder.step(None)
+    _close(scores, reference([*start, 5])[-1])
+    logits, _ = in_place.forward([[8]], other)
+    _close(logits[0, 0], reference([*start, 9, 8])[-1])
+
+
+@pytest.fixture(scope="module")
+def int8(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bundle") / "b"
+    return doge_onnx.load(fake_bundle.write(path, with_tokenizer=False, dtype="int8"))
+
+
+def test_rows_of_int8(int8):
+    ids = _ids(CONTEXT)
+    _, state = int8.forward([ids[:3]])
+    for position in range(3, CONTEXT):
+        logits, state = int8.forward([ids[position : position + 1]], state)
+        tensors = state.buffer.tensors
+        assert all(tensor.dtype == np.int8 for tensor in tensors)
+        assert all(tensor[:, :, position].any() for tensor in tensors)
+        assert not any(tensor[:, :, position + 1 :].any() for tensor in tensors)
+    # However the text is cut, the rows are the same, and so are the logits.
+    whole, _ = int8.forward([ids], logits="all")
+    np.testing.assert_allclose(logits, whole[:, -1:], atol=TOLERANCE)
+    likeness = [
+        np.corrcoef(row, expected)[0, 1]
+        for row, expected in zip(whole[0], reference(ids), strict=True)
+    ]
+    assert np.mean(likeness) > 0.9
+
+
+def test_states_of_int8_have_value_semantics(int8):
+    start = _ids(6)
+    _, state = int8.forward([start])
+    first, after = int8.forward([[3]], state)
+    second, _ = int8.forward([[4]], state)
+    again, _ = int8.forward([[3]], state)
+    np.testing.assert_array_equal(first, again)
+    assert (first != second).any()
+    token = int(first.argmax())
+    expected, _ = int8.forward([[token]], after)
+    out = int8.generate([*start, 3], max_new_tokens=2).token_ids
+    assert out == [token, int(expected.argmax())]
+
+
+def test_padding_is_closed_in_int8(int8):
+    alone, state = int8.forward([[5, 6, 7]])
+    logits, padded = int8.forward([[0, 5, 6, 7]], attention_mask=[[0, 1, 1, 1]])
+    np.testing.assert_allclose(logits, alone, atol=TOLERANCE)
+    np.testing.assert_allclose(
+        int8.forward([[8]], padded)[0], int8.forward([[8]], state)[0], atol=TOLERANCE
+    )

@@ -26,7 +26,7 @@ from doge_onnx.export import quality, sidecar
 from doge_onnx.export.checkpoint import Checkpoint
 from doge_onnx.export.eager import EagerModel
 from doge_onnx.export.graph import trace
-from doge_onnx.export.lowering import Target
+from doge_onnx.export.lowering import Target, require_kernels
 from doge_onnx.export.lowering import target as find_target
 from doge_onnx.export.quantize import Recipe, find_recipe, quantize
 from doge_onnx.export.state import GrowingState, WindowState
@@ -62,7 +62,7 @@ class ExportReport:
         manifest: Its manifest.
         parity: Result of the comparison with the reference, or None if not asked for, or if
             weights or state are quantized.
-        quality: What quantization lost, or None if not asked for, or if nothing is quantized.
+        quality: What quantization lost; None if not asked for, or if nothing is quantized.
         size: Bytes of all files of the bundle.
         seconds: Wall time of the whole export.
     """
@@ -130,6 +130,8 @@ def export(
     recipe = find_recipe(precision, block_size, rounding, checkpoint.config)
     quantized = recipe is not None or kv_cache != "fp32"
     _check_combination(chosen, quantized, verify, max_kl)
+    if quantized:
+        require_kernels("MatMulNBits", "GatherBlockQuantized", "GroupQueryAttention")
     built = _build_state(state, kv_cache, checkpoint, length, chosen)
     size = round(_bytes_per_weight(recipe) * checkpoint.parameters) + 4 * built.table_size
     bundle.check_free_space(out.parent, size + _SMALL_FILES_BYTES)
@@ -148,10 +150,11 @@ def export(
         # The step takes the tensors, so that there are never two copies of a large model; but
         # what a quantized one is compared with has to stay.
         own = replace(checkpoint, tensors=dict(checkpoint.tensors)) if quantized else checkpoint
-        text = _calibration_text(checkpoint, length, report) if quantized else None
+        calibrates = kv_cache != "fp32" or (recipe is not None and recipe.rounding == "gptq")
+        text = _calibration_text(checkpoint, length, report) if calibrates else None
         report("building the recurrent step")
         step = RecurrentStep(own, built, chosen.operators)
-        if text is not None:
+        if quantized:
             quantize(step, recipe, text, report)
         _write_graph(step, chosen, directory, size <= MAX_EMBEDDED_BYTES, report)
         sidecar.write(source, checkpoint.config, manifest, directory)

@@ -12,7 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import onnx
+import onnxruntime
 import torch
+from onnxruntime.capi import onnxruntime_pybind11_state
 from onnxscript import opset18, opset23
 from onnxscript.values import Op, Opset
 
@@ -56,6 +58,22 @@ def target(name: str) -> Target:
     if name not in TARGETS:
         raise DogeOnnxError(f"target {name!r} is not known; choose from {', '.join(TARGETS)}")
     return TARGETS[name]
+
+
+def require_kernels(*names: str) -> None:
+    """Check that the installed ONNX Runtime can run some of its own operators on a CPU.
+
+    Raises:
+        DogeOnnxError: It lacks one of them.
+    """
+    kernels = onnxruntime_pybind11_state.get_all_opkernel_def()
+    here = {k.op_name for k in kernels if k.provider == "CPUExecutionProvider"}
+    for name in names:
+        if name not in here:
+            raise DogeOnnxError(
+                f"the installed onnxruntime {onnxruntime.__version__} has no CPU kernel for "
+                f"{name}; upgrade it, or choose fp32 for weights and state"
+            )
 
 
 def _contrib(name: str, inputs: int, outputs: int, **attributes: onnx.defs.OpSchema.AttrType) -> Op:

@@ -145,7 +145,7 @@ def find_recipe(
 def quantize(
     step: RecurrentStep,
     recipe: Recipe | None,
-    text: Tensor,
+    text: Tensor | None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Put quantized matrices in place of a step's own, and fix the ranges of an int8 state.
@@ -155,21 +155,26 @@ def quantize(
     Args:
         step: Is changed.
         recipe: None leaves the weights as they are.
-        text: int64 `[N, S]`, token ids such as the model sees.
+        text: int64 `[N, S]`, token ids such as the model sees; None rounds all to the nearest,
+            which an int8 state cannot do.
         progress: Called with a few words now and then.
     """
-    walk = _Walk(step, text)
+    walk = None if text is None else _Walk(step, text)
+    compensates = recipe is not None and recipe.rounding == "gptq"
     for index, layer in enumerate(step.layers):
         assert isinstance(layer, Layer)
         progress(f"quantizing layer {index + 1} of {len(step.layers)}")
-        with _Moments(_linears(layer)) as moments, _Ranges(layer.attention) as ranges:
-            walk.through(layer)
+        linears = _linears(layer) if compensates else []
+        with _Moments(linears) as moments, _Ranges(layer.attention) as ranges:
+            if walk is not None:
+                walk.through(layer)
         if recipe is not None:
             _quantize_layer(layer, recipe, recipe.first if index == 0 else None, moments.sums)
         ranges.fix()
     if recipe is not None:
         progress("quantizing embedding and head")
-        _quantize_ends(step, recipe, walk.end_moments())
+        sums = walk.end_moments() if walk is not None and compensates else None
+        _quantize_ends(step, recipe, sums)
 
 
 class _Walk:
@@ -257,8 +262,8 @@ class _Ranges:
         keys, values = (x.flatten(0, 1).unflatten(-1, (heads.num_keys, -1)) for x in (k, v))
         self._key = torch.maximum(self._key, keys[..., : heads.dim].abs().amax(0))
         self._value = torch.maximum(self._value, values[..., : heads.dim].abs().amax(0))
-        parts = keys[..., heads.dim : heads.dim + heads.gate_channels].unflatten(-1, (-1, 2))
-        self._gate = max(self._gate, float(parts.sum(-1).max()))
+        parts = keys[..., heads.dim : heads.dim + heads.gate_channels].unflatten(-1, (2, -1))
+        self._gate = max(self._gate, float(parts.sum(-2).max()))
         return self._attend(q, k, v, *rest)
 
     def fix(self) -> None:
@@ -288,7 +293,7 @@ def _quantize_layer(
     body, down = first or recipe.body, first or recipe.down
     if isinstance(layer.mlp, CDMoE):
         experts = layer.mlp
-        seen = moments[mlp.gate_up]
+        seen = moments.get(mlp.gate_up)
         experts.down = _quantized_rows(experts.down, recipe, seen, layer)
         experts.up = _quantized_rows(experts.up, recipe, None, layer)
     for owner, name, form in (
@@ -298,7 +303,7 @@ def _quantize_layer(
         (mlp, "down", down),
     ):
         linear = getattr(owner, name)
-        blocks = _blocks(linear.weight.T, form, recipe.rounding, moments.pop(linear))
+        blocks = _blocks(linear.weight.T, form, moments.get(linear))
         setattr(owner, name, QuantizedLinear(blocks, linear.bias, layer.ops))
 
 
@@ -307,28 +312,28 @@ def _quantized_rows(
 ) -> QuantizedRows:
     assert isinstance(rows, Rows)
     form = _dividing(recipe.experts, rows.weight.shape[1])
-    return QuantizedRows(_blocks(rows.weight, form, recipe.rounding, moments), layer.ops)
+    return QuantizedRows(_blocks(rows.weight, form, moments), layer.ops)
 
 
-def _quantize_ends(step: RecurrentStep, recipe: Recipe, moments: Tensor) -> None:
+def _quantize_ends(step: RecurrentStep, recipe: Recipe, moments: Tensor | None) -> None:
     table = step.embedding
     assert isinstance(table, Embedding)
     form = _dividing(recipe.head, table.weight.shape[1])
     if step.head is None:
-        blocks = _blocks(table.weight, form, recipe.rounding, moments)
+        blocks = _blocks(table.weight, form, moments)
         step.embedding = QuantizedEmbedding(blocks, step.ops)
         return
-    blocks = _blocks(table.weight, form, "nearest", None)
+    blocks = _blocks(table.weight, form, None)
     step.embedding = QuantizedEmbedding(blocks, step.ops)
     head = step.head
     assert isinstance(head, Linear)
-    blocks = _blocks(head.weight.T, recipe.head, recipe.rounding, moments)
+    blocks = _blocks(head.weight.T, recipe.head, moments)
     step.head = QuantizedLinear(blocks, head.bias, step.ops)
 
 
-def _blocks(weight: Tensor, form: Form, how: str, moments: Tensor | None) -> Blocks:
+def _blocks(weight: Tensor, form: Form, moments: Tensor | None) -> Blocks:
     size = min(form.block_size, _power_of_two(weight.shape[1]))
-    if moments is None or how == "nearest":
+    if moments is None:
         return rounding.nearest(weight, form.bits, size)
     return rounding.compensated(weight, form.bits, size, moments)
 

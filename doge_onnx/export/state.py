@@ -101,28 +101,27 @@ class Int8Rows(nn.Module):
     def __init__(self, heads: Heads) -> None:
         super().__init__()
         self.heads = heads
-        self.is_key = nn.Buffer(_is_key(heads))
+        self.is_key = nn.Buffer(_is_key(heads).view(heads.num_rotated, heads.gates))
         self._set_gate_step(2.0**-10)
         self.key_scale: Tensor | None
         self.value_scale: Tensor | None
         self.register_buffer("key_scale", None)
         self.register_buffer("value_scale", None)
 
-    def split(self, gates: Tensor) -> Tensor:
-        """Coarse and fine part of the gates.
+    def split(self, gates: Tensor) -> tuple[Tensor, Tensor]:
+        """Coarse and fine part of the gates, each in a channel of its own.
 
         The queries' constants come as 2, which leaves a one for each of the two.
 
         Args:
-            gates: `[B, S, num_rotated * gates]`.
+            gates: `[B, S, num_rotated, gates]`.
 
         Returns:
-            `[B, S, num_rotated, 2 * gates]`.
+            Two of the same shape.
         """
         # Whole steps, so that the kernel's own rounding has nothing left to decide.
         coarse = torch.round(gates * self.per_step) * self.step
-        parts = torch.stack([coarse, gates - coarse], dim=-1)
-        return parts.view(*gates.shape[:2], self.heads.num_rotated, self.heads.gate_channels)
+        return coarse, gates - coarse
 
     def set_ranges(self, key: Tensor, value: Tensor, gate: float) -> None:
         """Fix the steps by what a text needed.
@@ -133,8 +132,8 @@ class Int8Rows(nn.Module):
             gate: The largest gate.
         """
         self._set_gate_step(max(_GATE_HEADROOM * gate, 1.0) / 127)
-        step = float(self.step[-1])
-        gates = torch.tensor([step, step / 2 / 127]).repeat(self.heads.gates)
+        step = float(self.step[-1, 0])
+        gates = torch.tensor([step, step / 2 / 127]).repeat_interleave(self.heads.gates)
         closed = torch.tensor([-CLOSED_GATE / 127])
         unused = torch.ones(self.heads.rest - 1)
         behind = torch.cat([gates, closed, unused]).expand(self.heads.num_keys, -1)

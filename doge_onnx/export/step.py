@@ -204,11 +204,9 @@ class Attention(nn.Module):
         gates = torch.exp(self.A * self.softplus(self.gate(h)))
         if tokens.gate_limit is not None:
             gates = torch.minimum(gates, tokens.gate_limit)
-        if self.int8_rows is None:
-            gates = gates.view(batch, length, rotated, self.heads.gates)
-        else:
-            gates = self.int8_rows.split(gates)
-        qk = torch.cat([qk, gates, tokens.rest], dim=-1).view(batch, length, rotated * row)
+        gates = gates.view(batch, length, rotated, self.heads.gates)
+        parts = [gates] if self.int8_rows is None else self.int8_rows.split(gates)
+        qk = torch.cat([qk, *parts, tokens.rest], dim=-1).view(batch, length, rotated * row)
         qk = self.ops.rotary_embedding(qk, tokens.rows, tokens.cos, tokens.sin, rotated)
         q, k = qk.split([queries * row, keys * row], dim=-1)
         out, key, value = self.attend(q, k, v, tokens, past_key, past_value, self.int8_rows)

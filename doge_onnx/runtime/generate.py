@@ -10,12 +10,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from doge_onnx.runtime.sampling import LogitsProcessor, Sampler, log_probability
-from doge_onnx.runtime.state import State
 from doge_onnx.runtime.step import Stepper
 
 # Any id does, since its mask keeps everything from seeing it.
@@ -42,8 +42,7 @@ class Row:
     running: bool = True
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """What one step chose.
 
     Attributes:
@@ -64,30 +63,41 @@ def generate_steps(stepper: Stepper, rows: Sequence[Row], logprobs: bool = False
     """
     for row in rows:
         row.running = row.running and row.max_new_tokens > 0
+    if not any(row.running for row in rows):
+        return
     ids, mask = left_pad([row.prompt for row in rows])
     histories = [_History(row) for row in rows]
-    state: State | None = None
-    while any(row.running for row in rows):
-        started = time.perf_counter()
-        scores = None
-        logits, state = stepper.step(ids, mask, state, last_only=True, consume=True)
-        ids = np.full((len(rows), 1), _PADDING_ID, np.int64)
+    started = time.perf_counter()
+    logits, state = stepper.step(
+        ids,
+        mask,
+        None,
+        last_only=True,
+        # The last token that is chosen is not fed.
+        follow=max(row.max_new_tokens for row in rows) - 1,
+    )
+    scores: Sequence[NDArray[np.float32]] = list(logits[:, -1])
+    decoder = stepper.decoder(state)
+    del logits, state
+    count = 0
+    while True:
+        count += 1
         tokens: list[tuple[int, int, float | None]] = []
         for number, row in enumerate(rows):
             if not row.running:
                 continue
-            scores = logits[number, -1]
-            history = histories[number]
-            token_id, logprob = _choose(row, history.tokens, scores, logprobs)
-            history.append(token_id)
-            ids[number, 0] = token_id
+            token_id, logprob = _choose(row, histories[number], scores[number], logprobs)
+            decoder.tokens[number, 0] = token_id
             tokens.append((number, token_id, logprob))
-            row.running = history.new < row.max_new_tokens
+            row.running = count < row.max_new_tokens
         # Their memory serves the next step if nothing refers to it.
-        del logits, scores
+        del scores
         yield Step(tokens, time.perf_counter() - started)
         running = [row.running for row in rows]
-        mask = None if all(running) else np.array(running, np.int64)[:, None]
+        if not any(running):
+            return
+        started = time.perf_counter()
+        scores = decoder.step(None if all(running) else np.array(running, np.int64)[:, None])
 
 
 def left_pad(
@@ -104,12 +114,16 @@ def left_pad(
 
 
 def _choose(
-    row: Row, history: NDArray[np.int64], logits: NDArray[np.float32], logprobs: bool
+    row: Row, history: _History, logits: NDArray[np.float32], logprobs: bool
 ) -> tuple[int, float | None]:
-    scores = logits.copy() if row.processors else logits
-    for process in row.processors:
-        scores = process(history, scores)
-    token_id = row.sampler(scores)
+    if not row.processors:
+        token_id = row.sampler(logits)
+    else:
+        scores = logits.copy()
+        for process in row.processors:
+            scores = process(history.tokens, scores)
+        token_id = row.sampler(scores)
+        history.append(token_id)
     return token_id, log_probability(logits, token_id) if logprobs else None
 
 
@@ -117,15 +131,14 @@ class _History:
     """The tokens of a row so far, prompt included, in one array that is never copied."""
 
     def __init__(self, row: Row) -> None:
-        self._prompt = len(row.prompt)
-        self._tokens = np.empty(self._prompt + row.max_new_tokens, np.int64)
-        self._tokens[: self._prompt] = row.prompt
-        self.new = 0
+        self._tokens = np.empty(len(row.prompt) + row.max_new_tokens, np.int64)
+        self._count = len(row.prompt)
+        self._tokens[: self._count] = row.prompt
 
     @property
     def tokens(self) -> NDArray[np.int64]:
-        return self._tokens[: self._prompt + self.new]
+        return self._tokens[: self._count]
 
     def append(self, token_id: int) -> None:
-        self._tokens[self._prompt + self.new] = token_id
-        self.new += 1
+        self._tokens[self._count] = token_id
+        self._count += 1

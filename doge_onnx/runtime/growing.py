@@ -14,14 +14,10 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from doge_onnx.bundle import Manifest
-from doge_onnx.runtime.binding import Bindings, last_position
-from doge_onnx.runtime.session import (
-    ATTENTION_MASK,
-    INPUT_IDS,
-    LOGITS,
-)
+from doge_onnx.runtime.binding import Bindings, InPlaceBinding, last_position
+from doge_onnx.runtime.session import ATTENTION_MASK, INPUT_IDS, LOGITS
 from doge_onnx.runtime.state import Buffer, State, grown_capacity
-from doge_onnx.runtime.step import DEFAULT_CHUNK, Stepper
+from doge_onnx.runtime.step import DEFAULT_CHUNK, Decoder, Stepper
 
 
 class InPlaceStepper(Stepper):
@@ -31,8 +27,46 @@ class InPlaceStepper(Stepper):
         self, session: ort.InferenceSession, manifest: Manifest, chunk: int = DEFAULT_CHUNK
     ) -> None:
         super().__init__(session, manifest, chunk)
-        self._context_length = manifest.context_length
-        self._bindings = Bindings(session, self._names, self._vocab_size)
+        self._bindings = Bindings(session, self._names, self.vocab_size)
+
+    def decoder(self, state: State) -> Decoder:
+        """Go on from `state`, which nobody will use again, one token at a time."""
+        return _InPlaceDecoder(self, state)
+
+    def claim(self, state: State | None, batch: int, end: int, capacity: int) -> Buffer:
+        """A buffer that holds the rows of `state` and is the caller's to extend to `end`.
+
+        Args:
+            state: None at the start of the sequences.
+            batch: Number of sequences.
+            end: Rows that the caller will write, and those of `state`.
+            capacity: Rows of the buffer, if a new one must be made.
+        """
+        past = 0 if state is None else state.length
+        if state is not None and state.buffer.claim(past, end):
+            return state.buffer
+        heads, row_size = self._row_shape
+        buffer = Buffer(
+            [np.zeros((batch, heads, capacity, row_size), self._dtype) for _ in self._names],
+            np.zeros((batch, capacity), np.int64),
+            rows=end,
+        )
+        if state is not None:
+            for target, source in zip(buffer.tensors, state.buffer.tensors, strict=True):
+                target[:, :, :past] = source[:, :, :past]
+            buffer.mask[:, :past] = state.mask
+        return buffer
+
+    def claim_all(self, state: State) -> Buffer:
+        """A buffer that holds the rows of `state`, with room for others, and is the caller's."""
+        capacity = state.buffer.capacity
+        if capacity == state.length:
+            capacity = grown_capacity(capacity + 1, self._most_rows)
+        return self.claim(state, state.batch_size, capacity, capacity)
+
+    def bind(self, buffer: Buffer) -> InPlaceBinding:
+        """What runs the graph on a buffer."""
+        return self._bindings.of(buffer)
 
     def _run(
         self,
@@ -41,47 +75,82 @@ class InPlaceStepper(Stepper):
         state: State | None,
         last_only: bool,
         consume: bool,
+        capacity: int,
     ) -> tuple[NDArray[np.float32], State]:
         batch, new = input_ids.shape
         past = 0 if state is None else state.length
         total = past + new
-        buffer = self._claim(state, batch, total)
+        buffer = self.claim(state, batch, total, capacity)
         try:
             buffer.mask[:, past:total] = 1 if mask is None else mask
             if batch > 1 and new > 1 and past > 0:
                 # The kernel takes several new tokens after a past for one sequence only.
                 rows = [
-                    self._bindings.new([tensor[b : b + 1] for tensor in buffer.tensors]).run(
-                        input_ids[b : b + 1], buffer.mask[b : b + 1, :total], last_only
+                    _run_to(
+                        self._bindings.new(
+                            [tensor[b : b + 1] for tensor in buffer.tensors], buffer.mask[b : b + 1]
+                        ),
+                        total,
+                        input_ids[b : b + 1],
+                        last_only,
                     )
                     for b in range(batch)
                 ]
                 logits = np.concatenate(rows)
             else:
-                binding = self._bindings.of(buffer)
-                logits = binding.run(input_ids, buffer.mask[:, :total], last_only)
+                logits = _run_to(self.bind(buffer), total, input_ids, last_only)
         except BaseException:
             buffer.release(past)
             raise
         return logits, State(buffer, total, self)
 
-    def _claim(self, state: State | None, batch: int, total: int) -> Buffer:
-        """A buffer that holds the rows of `state` and is the caller's to extend to `total`."""
-        past = 0 if state is None else state.length
-        if state is not None and state.buffer.claim(past, total):
-            return state.buffer
-        capacity = grown_capacity(total, self._context_length)
-        heads, row_size = self._row_shape
-        buffer = Buffer(
-            [np.zeros((batch, heads, capacity, row_size), self._dtype) for _ in self._names],
-            np.zeros((batch, capacity), np.int64),
-            rows=total,
-        )
-        if state is not None:
-            for target, source in zip(buffer.tensors, state.buffer.tensors, strict=True):
-                target[:, :, :past] = source[:, :, :past]
-            buffer.mask[:, :past] = state.mask
-        return buffer
+
+def _run_to(
+    binding: InPlaceBinding, total: int, input_ids: NDArray[np.int64], last_only: bool
+) -> NDArray[np.float32]:
+    """Feed the tokens after which there are `total` of them."""
+    binding.put(INPUT_IDS, input_ids)
+    binding.bind_mask(total)
+    return binding.run(last_only)
+
+
+class _InPlaceDecoder(Decoder):
+    """Has all rows of a buffer for itself: nothing is new at a step but the length of the mask.
+
+    What Python does between two steps finds its code and data swept out of the caches, and takes
+    five times as long as it does alone.
+    """
+
+    def __init__(self, stepper: InPlaceStepper, state: State) -> None:
+        super().__init__(stepper, state)
+        self._in_place = stepper
+        self._logits = np.empty((state.batch_size, 1, stepper.vocab_size), np.float32)
+        self._rows = list(self._logits[:, 0])
+        self._length = self._capacity = state.length
+        self._binding: InPlaceBinding
+        self._mask: NDArray[np.int64]
+
+    def step(self, mask: NDArray[np.int64] | None) -> Sequence[NDArray[np.float32]]:
+        """Feed `tokens`; see `Decoder.step`."""
+        if self._length == self._capacity:
+            self._take_buffer()
+        self._length += 1
+        if mask is not None:
+            self._mask[:, self._length - 1 : self._length] = mask
+        self._binding.bind_mask(self._length)
+        self._binding.run_as_bound()
+        return self._rows
+
+    def _take_buffer(self) -> None:
+        buffer = self._in_place.claim_all(self._state)
+        self._mask = buffer.mask
+        self._mask[:, self._length :] = 1
+        self._binding = self._in_place.bind(buffer)
+        self._binding.bind_input(INPUT_IDS, self.tokens)
+        self._binding.bind_logits(self._logits)
+        self._capacity = buffer.capacity
+        # The state when this buffer is full, which is when it is needed again.
+        self._state = State(buffer, self._capacity, self._in_place)
 
 
 class CopyingStepper(Stepper):
@@ -101,6 +170,7 @@ class CopyingStepper(Stepper):
         state: State | None,
         last_only: bool,
         consume: bool,
+        capacity: int,
     ) -> tuple[NDArray[np.float32], State]:
         batch = input_ids.shape[0]
         mask = np.ones_like(input_ids) if mask is None else mask

@@ -6,6 +6,12 @@ outputs of the state contract. Does not know how a step is run.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
@@ -26,7 +32,11 @@ _PROVIDERS = {"cpu": "CPUExecutionProvider"}
 _WARNING, _ERROR = 2, 3
 # Kinds and element types of a state that this version can keep; names of NumPy and of ONNX Runtime.
 _KINDS = ("growing", "window")
-_DTYPES = {"float32": "tensor(float)"}
+_DTYPES = {"float32": "tensor(float)", "int8": "tensor(int8)"}
+
+# ONNX Runtime reads it when it makes a session, and from nowhere but the environment.
+_NO_FLASH_ATTENTION = "ORT_GQA_DISABLE_FLASH_ATTENTION"
+_ENVIRONMENT_LOCK = threading.Lock()
 
 # Element type and shape of an input or output; None is any size.
 _Signature = tuple[str, tuple[int | None, ...]]
@@ -52,7 +62,7 @@ def open_session(
     Args:
         bundle: An opened bundle.
         device: "cpu".
-        threads: Threads that one operator may use; None lets ONNX Runtime decide.
+        threads: Threads that one operator may use; None is as many as `usable_cores` finds.
         verbose: Let the warnings of ONNX Runtime through.
 
     Raises:
@@ -76,6 +86,10 @@ def open_session(
                 f"{bundle.path}: this doge-onnx does not know the state {name} {value!r} "
                 f"(only {', '.join(known)}); upgrade doge-onnx"
             )
+    if state.kind == "window" and state.dtype != "float32":
+        raise BundleError(
+            f"{bundle.path}: a window state has rows of float32, not of {state.dtype}; export again"
+        )
     graph = bundle.path / GRAPH_NAME
     # ONNX Runtime looks after paths that leave the directory, and newer versions do so better than
     # older ones, but it knows nothing of the manifest, and only its files were checked.
@@ -87,11 +101,16 @@ def open_session(
             )
     options = ort.SessionOptions()
     options.log_severity_level = _WARNING if verbose else _ERROR
-    if threads is not None:
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
+    if threads is None:
+        threads = usable_cores()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    heads = bundle.read_json("config.json").get("num_attention_heads")
+    # Threads without a head of their own would have nothing to do.
+    by_heads = state.dtype == "float32" and isinstance(heads, int) and 0 < threads <= heads
     try:
-        session = ort.InferenceSession(str(graph), options, providers=[_PROVIDERS[device]])
+        with _attention_by_heads() if by_heads else contextlib.nullcontext():
+            session = ort.InferenceSession(str(graph), options, providers=[_PROVIDERS[device]])
     except MemoryError:
         raise
     # The exceptions of ONNX Runtime share no base class but this one.
@@ -100,6 +119,58 @@ def open_session(
         raise BundleError(f"ONNX Runtime cannot load {graph}: {reason}") from error
     _check_signature(session, bundle.manifest, str(graph))
     return session
+
+
+def usable_cores() -> int:
+    """Physical cores that this process may use, or 0, which lets ONNX Runtime decide.
+
+    A second thread on a core has no unit of its own to multiply with, and threads beyond what a
+    container may use stop each other in the middle of a step.
+    """
+    try:
+        processors = os.sched_getaffinity(0)
+    except AttributeError:  # not on Linux
+        return 0
+    cores = {
+        _read(f"/sys/devices/system/cpu/cpu{p}/topology/thread_siblings_list") or str(p)
+        for p in processors
+    }
+    return max(1, min(len(cores), _quota()))
+
+
+def _quota() -> int:
+    """Processors that the control group of this process may keep busy; many if it says nothing."""
+    words = _read("/sys/fs/cgroup/cpu.max").split() or [
+        _read(f"/sys/fs/cgroup/cpu/cpu.cfs_{name}_us") for name in ("quota", "period")
+    ]
+    if len(words) != 2 or not all(word.isdecimal() for word in words) or words[1] == "0":
+        return sys.maxsize
+    return int(words[0]) // int(words[1])
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+@contextlib.contextmanager
+def _attention_by_heads() -> Iterator[None]:
+    """Let the sessions that are made meanwhile compute attention head by head.
+
+    With fp32 rows that is 7 to 17 % of a step faster from 512 tokens on than what ONNX Runtime
+    does by default, and equal below; with int8 rows it is slower. A user's own choice stays.
+    """
+    with _ENVIRONMENT_LOCK:
+        if _NO_FLASH_ATTENTION in os.environ:
+            yield
+            return
+        os.environ[_NO_FLASH_ATTENTION] = "1"
+        try:
+            yield
+        finally:
+            del os.environ[_NO_FLASH_ATTENTION]
 
 
 def has_logits_to_keep(session: ort.InferenceSession) -> bool:

@@ -124,12 +124,19 @@ def max_rows(context_length: int) -> int:
     return 2 * context_length
 
 
-def grown_capacity(rows: int, context_length: int) -> int:
+def grown_capacity(rows: int, context_length: int, follow: int | None = None) -> int:
     """Capacity of a new buffer for at least `rows` rows.
 
     Doubles, so that copying costs O(1) per row over a whole run, but reserves no more
     than the context length before padding makes that necessary.
+
+    Args:
+        rows: Rows that must fit.
+        context_length: Most tokens of a sequence.
+        follow: Most rows that will follow those, if that is known.
     """
+    if follow is not None:
+        return min(rows + follow, grown_capacity(rows + 1, context_length))
     capacity = _FIRST_CAPACITY
     while capacity < rows:
         capacity *= 2

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from doge_onnx.bundle import CLOSED_GATE, Manifest
 from doge_onnx.errors import InputError
 from doge_onnx.runtime.binding import Bindings
-from doge_onnx.runtime.state import Buffer, State, grown_capacity
+from doge_onnx.runtime.session import ATTENTION_MASK, INPUT_IDS, POSITION_IDS
+from doge_onnx.runtime.state import Buffer, State
 from doge_onnx.runtime.step import DEFAULT_CHUNK, Stepper
 
 _MAX_TOKENS = 2**24
@@ -32,9 +33,9 @@ class WindowStepper(Stepper):
         window = manifest.state.keep_window_size
         assert window is not None
         super().__init__(session, manifest, min(chunk, window))
-        self._window = window
+        self._window = self._most_rows = window
         self._gate = manifest.state.head_dim
-        self._bindings = Bindings(session, self._names, self._vocab_size)
+        self._bindings = Bindings(session, self._names, self.vocab_size)
 
     def _run(
         self,
@@ -43,6 +44,7 @@ class WindowStepper(Stepper):
         state: State | None,
         last_only: bool,
         consume: bool,
+        capacity: int,
     ) -> tuple[NDArray[np.float32], State]:
         batch, new = input_ids.shape
         past = 0 if state is None else state.length
@@ -55,13 +57,16 @@ class WindowStepper(Stepper):
                 f"a text of more than {_MAX_TOKENS} tokens is too long for this state: it tells "
                 "tokens apart by their positions, in float32"
             )
-        buffer = self._buffer(state, batch, past + new, consume)
-        logits = self._bindings.of(buffer).run(
-            input_ids, mask, last_only, np.maximum(counts - 1, 0)
-        )
-        return logits, State(buffer, past + new, self, counts[:, -1])
+        buffer = self._buffer(state, batch, past + new, consume, capacity)
+        binding = self._bindings.of(buffer)
+        binding.put(INPUT_IDS, input_ids)
+        binding.put(ATTENTION_MASK, mask)
+        binding.put(POSITION_IDS, np.maximum(counts - 1, 0))
+        return binding.run(last_only), State(buffer, past + new, self, counts[:, -1])
 
-    def _buffer(self, state: State | None, batch: int, total: int, consume: bool) -> Buffer:
+    def _buffer(
+        self, state: State | None, batch: int, total: int, consume: bool, capacity: int
+    ) -> Buffer:
         """A buffer that holds `state`, is the caller's, and has the rows that `total` tokens need.
 
         A step overwrites rows, so unless the state may be consumed it gets a copy.
@@ -71,7 +76,7 @@ class WindowStepper(Stepper):
         if state is not None and consume and needed <= rows:
             return state.buffer
         if needed > rows:
-            needed = min(self._window, grown_capacity(total, self._window))
+            needed = min(self._window, capacity)
         heads, row_size = self._row_shape
         tensors = [
             np.zeros((batch, heads, max(rows, needed), row_size), self._dtype) for _ in self._names

@@ -1,0 +1,81 @@
+"""Bundles of this package."""
+
+from __future__ import annotations
+
+import time
+from importlib.metadata import version
+
+import numpy as np
+import onnx
+from peer import About, Job
+
+import doge_onnx
+
+# Inputs of operators that read a row of them for a token, by number: embeddings, RoPE tables.
+LOOKED_UP = {
+    "Gather": (0,),
+    "GatherBlockQuantized": (0, 2, 3),
+    "RotaryEmbedding": (2, 3),
+    "GroupQueryAttention": (7, 8),
+}
+
+
+def build(job: Job) -> None:
+    """Export the checkpoint."""
+    doge_onnx.export(job.checkpoint, job.model, verify=False, **job.options)
+
+
+def load(job: Job) -> Bundle:
+    """Load the bundle."""
+    return Bundle(job)
+
+
+class Bundle:
+    """A loaded bundle."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.model = doge_onnx.load(job.model, threads=job.threads)
+
+    def about(self) -> About:
+        """What there is to know of it."""
+        state = self.model.manifest.state
+        row = 2 * state.num_layers * state.num_heads * state.row_size
+        return About(
+            {name: version(name) for name in ("doge-onnx", "onnxruntime", "numpy")},
+            f"its KV cache is in {state.dtype}",
+            weight_bytes(onnx.load(self.job.model / "model.onnx", load_external_data=False)),
+            row * np.dtype(state.dtype).itemsize,
+        )
+
+    def decode(self, prompt: list[int], tokens: int) -> float:
+        """Seconds per token that a consumer of the stream waits."""
+        pieces = self.model.stream(prompt, max_new_tokens=1 + tokens, temperature=0.0)
+        next(pieces)
+        started = time.perf_counter()
+        count = sum(1 for _ in pieces)
+        seconds = time.perf_counter() - started
+        if count != tokens:
+            raise RuntimeError(f"{count} tokens instead of {tokens}")
+        return seconds / tokens
+
+    def prefill(self, prompt: list[int]) -> float:
+        """Seconds for the prompt in one call."""
+        started = time.perf_counter()
+        self.model.forward([prompt])
+        return time.perf_counter() - started
+
+
+def weight_bytes(model: onnx.ModelProto) -> int:
+    """Bytes of the initializers, less those that only single rows are taken from."""
+    read = {
+        name
+        for node in model.graph.node
+        for number, name in enumerate(node.input)
+        if number not in LOOKED_UP.get(node.op_type, ())
+    }
+    return sum(
+        int(np.prod(tensor.dims)) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        for tensor in model.graph.initializer
+        if tensor.name in read
+    )

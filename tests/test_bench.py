@@ -1,0 +1,573 @@
+"""`bench`: what is measured in which order, what is made of it, and how it looks.
+
+No test looks at how long something took: clocks are scripted, but for one real run whose
+figures only have to be possible.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from dataclasses import replace
+
+import fake_bundle
+import numpy as np
+import onnx
+import pytest
+from fake_bundle import CONTEXT, HEADS, LAYERS, ROW, VOCAB
+from onnx import TensorProto, helper
+from typer.testing import CliRunner
+
+import doge_onnx
+from doge_onnx import cli, cli_options
+from doge_onnx.bundle import GRAPH_NAME, Bundle, read_manifest
+from doge_onnx.errors import BundleError, InputError
+from doge_onnx.runtime import bench
+from doge_onnx.runtime.bench import Cell, Samples, Spread
+from doge_onnx.runtime.completion import Timings
+from doge_onnx.runtime.external_data import external_files
+from doge_onnx.runtime.weights import Table, Weights, read_weights
+
+ROW_BYTES = 2 * LAYERS * HEADS * ROW * 4
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(cli.app, ["bench", *map(str, arguments)])
+
+
+@pytest.fixture
+def fake(tmp_path):
+    return fake_bundle.write(tmp_path / "b")
+
+
+@pytest.fixture(autouse=True)
+def small_array(monkeypatch):
+    monkeypatch.setattr(bench, "_MAX_ARRAY_BYTES", 2**20)
+
+
+# --- the weights that a step reads --------------------------------------------------------
+
+
+def save(path, nodes, tensors):
+    graph = helper.make_graph(nodes, "g", [], [], tensors)
+    path.write_bytes(helper.make_model(graph).SerializeToString())
+    return path
+
+
+def tensor(name, shape, kind=TensorProto.FLOAT):
+    result = onnx.TensorProto(name=name, data_type=kind, dims=shape)
+    result.data_location = TensorProto.EXTERNAL
+    return result
+
+
+def test_tables_are_told_from_what_is_read_whole(fake):
+    weights = fake_bundle.weights()
+    tables = {(len(weights[name]), weights[name].nbytes) for name in ("embed", "position")}
+    graph = onnx.load(fake / GRAPH_NAME).graph
+    total = sum(onnx.numpy_helper.to_array(entry).nbytes for entry in graph.initializer)
+    found = read_weights(fake / GRAPH_NAME)
+    assert {(table.rows, table.size) for table in found.tables} == tables
+    assert found.whole == total - sum(size for _, size in tables)
+
+
+def test_a_table_that_is_also_the_head_is_read_whole(tmp_path):
+    nodes = [
+        helper.make_node("Gather", ["tied", "ids"], ["x"]),
+        helper.make_node("FusedMatMul", ["x", "tied"], ["logits"]),
+        helper.make_node("Gather", ["tied", "more"], ["v"]),
+        helper.make_node("Gather", ["untied", "ids"], ["y"]),
+        # What is looked up in is a table, what says where to look is none.
+        helper.make_node("Gather", ["z", "where"], ["w"]),
+    ]
+    tensors = [
+        tensor("tied", [50, 4]),
+        tensor("untied", [30, 4]),
+        tensor("where", [3], TensorProto.INT64),
+    ]
+    found = read_weights(save(tmp_path / "m", nodes, tensors))
+    assert found == Weights(50 * 16 + 3 * 8, (Table(30, 30 * 16),))
+
+
+def test_quantized_weights_count_with_their_scales(tmp_path):
+    nodes = [
+        helper.make_node("GatherBlockQuantized", ["q", "ids", "rows_s"], ["x"]),
+        helper.make_node("MatMulNBits", ["x", "q", "s"], ["logits"]),
+        helper.make_node("DequantizeLinear", ["packed", "scalar"], ["y"]),
+        helper.make_node("RotaryEmbedding", ["y", "p", "cos", "cos"], ["z"]),
+    ]
+    tensors = [
+        tensor("q", [64, 2, 16], TensorProto.UINT8),
+        tensor("s", [64, 2]),
+        tensor("rows_s", [64, 2, 1]),
+        tensor("packed", [5, 3], TensorProto.INT4),
+        tensor("scalar", [], TensorProto.FLOAT16),
+        tensor("cos", [40, 8]),
+    ]
+    found = read_weights(save(tmp_path / "m", nodes, tensors))
+    assert found.whole == 64 * 32 + 64 * 8 + 8 + 2
+    assert set(found.tables) == {Table(64, 64 * 8), Table(40, 40 * 32)}
+
+
+def test_dimensions_in_one_field_are_read_too(tmp_path):
+    # Model, graph, initializer: dims [300, 2] packed, float, named "w".
+    entry = b"\x0a\x03\xac\x02\x02" + b"\x10\x01" + b"\x42\x01w"
+    graph = b"\x2a" + bytes([len(entry)]) + entry
+    (tmp_path / "m").write_bytes(b"\x3a" + bytes([len(graph)]) + graph)
+    assert read_weights(tmp_path / "m") == Weights(2400, ())
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\x3a\x7f\x01", b"\xff" * 20, b"\x3b", b"\x3a\x02\x2a\x04\x10\x01\x10\x01"]
+)
+def test_what_is_no_model_is_refused(content, tmp_path):
+    (tmp_path / "m").write_bytes(content)
+    with pytest.raises(BundleError, match="not a readable ONNX model"):
+        read_weights(tmp_path / "m")
+    with pytest.raises(BundleError, match="cannot read"):
+        read_weights(tmp_path / "missing")
+
+
+def test_rows_are_counted_for_each_token_up_to_the_whole_table():
+    weights = Weights(1000, (Table(100, 800), Table(64, 640)))
+    assert weights.step_bytes(1) == 1000 + 8 + 10
+    assert weights.step_bytes(3) == 1000 + 3 * 8 + 3 * 10
+    assert weights.step_bytes(3, experts=64, experts_per_token=5) == 1000 + 3 * 8 + 15 * 10
+    assert weights.step_bytes(90, experts=64, experts_per_token=5) == 1000 + 90 * 8 + 640
+
+
+def test_an_exported_model_reads_its_parameters_once(tiny_bundle):
+    parameters = read_manifest(tiny_bundle).parameters
+    # Besides them there are small constants and zeros that fill matrices up.
+    read = read_weights(tiny_bundle / GRAPH_NAME).step_bytes(batch=1)
+    assert 4 * parameters <= read < 1.05 * 4 * parameters
+
+
+# --- the bytes of a step ------------------------------------------------------------------
+
+
+def test_a_step_reads_weights_and_every_row_of_the_state():
+    weights, manifest = Weights(1000, (Table(100, 800),)), fake_bundle.manifest()
+    assert bench.step_bytes(weights, manifest, {}, Cell(20, 1), 1) == 1008 + 20 * ROW_BYTES
+    # 20, 21 and 22 rows.
+    assert bench.step_bytes(weights, manifest, {}, Cell(20, 1), 3) == 1008 + 21 * ROW_BYTES
+    assert bench.step_bytes(weights, manifest, {}, Cell(20, 4), 3) == 1032 + 4 * 21 * ROW_BYTES
+
+
+def test_an_int8_state_is_a_quarter():
+    manifest = fake_bundle.manifest(dtype="int8")
+    assert bench.step_bytes(Weights(0, ()), manifest, {}, Cell(20, 1), 1) == 20 * ROW_BYTES // 4
+
+
+def test_a_window_state_reads_no_more_than_its_window():
+    manifest = fake_bundle.manifest(kind="window", keep_window_size=21)
+    # 20, 21, 21 and 21 rows.
+    read = bench.step_bytes(Weights(0, ()), manifest, {}, Cell(20, 1), 4)
+    assert read == round(20.75 * ROW_BYTES)
+
+
+@pytest.mark.parametrize(
+    ("config", "rows"),
+    [
+        ({"is_moe": True, "num_experts": 64, "num_experts_per_tok": 5}, 5),
+        ({"is_moe": False, "num_experts": 64, "num_experts_per_tok": 5}, 1),
+        ({"is_moe": True, "num_experts": None}, 1),
+        ({}, 1),
+    ],
+)
+def test_the_config_says_how_many_experts_a_token_uses(config, rows):
+    weights, manifest = Weights(0, (Table(64, 640),)), fake_bundle.manifest()
+    read = bench.step_bytes(weights, manifest, config, Cell(1, 1), 1)
+    assert read == rows * 10 + ROW_BYTES
+
+
+# --- what is run, and in which order ------------------------------------------------------
+
+
+def test_contexts_that_do_not_fit_are_left_out_with_the_reason():
+    # 9 tokens are generated: 8 steps, and the one before them.
+    fits = CONTEXT - 9
+    cells, left_out = bench.choose_cells(
+        fake_bundle.manifest(), [CONTEXT, fits, 16, fits + 1, 16], [8, 1], 8
+    )
+    assert cells == [(16, 1), (16, 8), (fits, 1), (fits, 8)]
+    assert [entry.context for entry in left_out] == [fits + 1, CONTEXT]
+    assert f"at most {fits} " in left_out[0].reason
+    assert f"context length of {CONTEXT}" in left_out[0].reason
+
+
+def test_a_window_has_room_for_every_context():
+    manifest = fake_bundle.manifest(kind="window")
+    cells, left_out = bench.choose_cells(manifest, [10 * CONTEXT], [1], 8)
+    assert (cells, left_out) == ([(10 * CONTEXT, 1)], [])
+
+
+def test_the_longest_context_that_fits_runs_in_full(fake):
+    tokens = 3
+    (cell,), _ = bench.choose_cells(read_manifest(fake), [CONTEXT - tokens - 1], [1], tokens)
+    model = bench._load(fake, None)
+    prompts = bench.random_prompts(cell, VOCAB)
+    assert len(model.generate(prompts, max_new_tokens=tokens + 1)[0].token_ids) == tokens + 1
+    # One more does not.
+    longer = bench.random_prompts(Cell(cell.context + 1, 1), VOCAB)
+    assert len(model.generate(longer, max_new_tokens=tokens + 1)[0].token_ids) == tokens
+
+
+class Script:
+    """A model that takes 1, 2, 3 ... seconds for a prefill, and ten times that for decode."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, prompts, count):
+        self.calls.append((len(prompts[0]), len(prompts), count))
+        seconds = float(len(self.calls))
+        return Timings(len(prompts[0]), seconds, count, 10 * seconds)
+
+
+def test_repetitions_alternate_and_warm_up_does_not_count():
+    cells = [Cell(5, 1), Cell(5, 2), Cell(9, 1), Cell(9, 2)]
+    script, begun = Script(), []
+    samples = bench.measure_cells(script, cells, VOCAB, 4, 2, lambda *where: begun.append(where))
+    # The shortest prompts of each batch warm it up, in either order.
+    assert sorted(script.calls[:2]) == [(5, 1, 5), (5, 2, 5)]
+    assert script.calls[2:] == 2 * [(*cell, 5) for cell in cells]
+    assert begun == [(repetition, cell) for repetition in (0, 1) for cell in cells]
+    # The calls are 1 to 10, and the first two are not counted.
+    assert [samples[cell].prefill for cell in cells] == [[3, 7], [4, 8], [5, 9], [6, 10]]
+    assert samples[cells[0]].step == [30 / 4, 70 / 4]
+
+
+def test_prompts_are_random_but_always_the_same():
+    prompts = bench.random_prompts(Cell(40, 3), VOCAB)
+    assert np.shape(prompts) == (3, 40)
+    assert len({tuple(prompt) for prompt in prompts}) == 3
+    assert 0 <= np.min(prompts) < VOCAB // 4
+    assert VOCAB * 3 // 4 < np.max(prompts) < VOCAB
+    assert bench.random_prompts(Cell(40, 3), VOCAB) == prompts
+    assert bench.random_prompts(Cell(40, 2), VOCAB)[0] != prompts[0]
+
+
+def test_neither_an_end_of_text_nor_recommended_options_change_a_run(tmp_path):
+    recommended = {
+        "eos_token_id": list(range(VOCAB)),
+        "do_sample": True,
+        "repetition_penalty": 1.5,
+        "max_new_tokens": 2,
+    }
+    path = fake_bundle.write(tmp_path / "b", generation=recommended)
+    assert len(doge_onnx.load(path).generate([3, 4], max_new_tokens=9).token_ids) == 1
+    plain = fake_bundle.write(tmp_path / "plain", generation={"eos_token_id": []})
+    expected = doge_onnx.load(plain).generate([3, 4], max_new_tokens=9, temperature=0).token_ids
+    assert bench._load(path, None).generate([3, 4], max_new_tokens=9).token_ids == expected
+    assert len(expected) == 9
+
+
+# --- figures ------------------------------------------------------------------------------
+
+
+def test_a_spread_is_median_and_extremes():
+    assert Spread.of([5, 1, 2]) == Spread(median=2, min=1, max=5)
+    assert Spread.of([4.0, 1.0]) == Spread(2.5, 1, 4)
+
+
+def test_the_figures_of_a_cell():
+    samples = Samples(prefill=[2.0, 1.0, 4.0], step=[0.5, 0.25, 0.1])
+    found = bench.summarise_cell(Cell(100, 4), samples, read=3000, bandwidth=48_000.0)
+    assert found.first_token_seconds == Spread(2, 1, 4)
+    assert found.prefill_tokens_per_second == Spread(200, 100, 400)
+    assert found.step_seconds == Spread(0.25, 0.1, 0.5)
+    assert found.decode_tokens_per_second == Spread(16, 8, 40)
+    assert (found.bytes_per_step, found.bytes_per_token) == (3000, 750)
+    assert found.mbu == pytest.approx(3000 / 0.25 / 48_000)
+
+
+def start(number, peak):
+    return {
+        "import_seconds": number,
+        "load_seconds": 10 * number,
+        "first_token_seconds": 100 * number,
+        "peak_memory_bytes": peak,
+    }
+
+
+def test_the_figures_of_fresh_processes():
+    found = bench.summarise_start([start(1, 500), start(3, 700), start(2, 600)], 16, 400)
+    assert found.import_seconds == Spread(2, 1, 3)
+    assert found.load_seconds == Spread(20, 10, 30)
+    assert found.first_token_seconds == Spread(200, 100, 300)
+    assert found.peak_memory_bytes == Spread(600, 500, 700)
+    assert (found.peak_to_file, found.context) == (1.5, 16)
+
+
+def test_memory_that_the_system_does_not_tell_is_none():
+    found = bench.summarise_start([start(1, None), start(2, None)], 16, 400)
+    assert (found.peak_memory_bytes, found.peak_to_file) == (None, None)
+
+
+def test_peak_memory_remembers_what_is_free_again():
+    before = bench.peak_memory()
+    assert before is not None
+    # More than the process has ever had, whatever other tests left behind.
+    array = np.ones(before + 2**20, np.uint8)
+    del array
+    assert bench.peak_memory() > before
+
+
+def test_the_array_is_small_where_memory_is_short(monkeypatch):
+    monkeypatch.setattr(bench, "_MAX_ARRAY_BYTES", 2**30)
+    for kilobytes, expected in ((2**30, 2**30), (2**20, 2**28), (10, 2**24), (None, 2**30)):
+        monkeypatch.setattr(bench, "_proc_kilobytes", lambda *_, value=kilobytes: value)
+        assert bench._array_bytes() == expected
+
+
+def test_bandwidth_is_the_best_of_several_reads(monkeypatch):
+    # Reads of 4, 2 and 5 seconds.
+    clock = iter([0.0, 4.0, 10.0, 12.0, 20.0, 25.0])
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(bench, "_READS", 3)
+    monkeypatch.setattr(bench, "_array_bytes", lambda: 8000)
+    assert bench.read_bandwidth(3) == 4000
+
+
+# --- the whole ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Nothing is really started; the bandwidth grows with each repetition."""
+    bandwidths = iter([1e9, 3e9, 2e9])
+    seen = {}
+
+    def measure_start(path, threads, context, tokens):
+        seen["start"] = (threads, context, tokens)
+        return start(1.0, 10**9)
+
+    def read_bandwidth(threads):
+        seen["threads"] = threads
+        return next(bandwidths)
+
+    monkeypatch.setattr(bench, "measure_start", measure_start)
+    monkeypatch.setattr(bench, "read_bandwidth", read_bandwidth)
+    return seen
+
+
+def test_a_report_holds_every_cell_and_the_best_bandwidth(fake, scripted):
+    steps = []
+    report = doge_onnx.bench(
+        fake, contexts=[4, 16, 999], batches=[1, 3], tokens=2, threads=1, progress=steps.append
+    )
+    assert [(cell.context, cell.batch) for cell in report.cells] == [
+        (4, 1),
+        (4, 3),
+        (16, 1),
+        (16, 3),
+    ]
+    assert [entry.context for entry in report.left_out] == [999]
+    assert report.read_bytes_per_second == 3e9
+    assert (report.threads, scripted["threads"]) == (1, 1)
+    # 512 do not fit: the prompt, two steps, and the token that the last one chooses.
+    assert scripted["start"] == (1, CONTEXT - 3, 2)
+    weights = read_weights(fake / GRAPH_NAME)
+    for cell in report.cells:
+        expected = weights.step_bytes(cell.batch) + cell.batch * ROW_BYTES * (cell.context + 0.5)
+        assert cell.bytes_per_step == expected
+        assert cell.mbu == pytest.approx(expected / cell.step_seconds.median / 3e9)
+    assert report.file_bytes == (fake / GRAPH_NAME).stat().st_size
+    assert steps[0] == "loading and warming up"
+    assert "repetition 2 of 3: context 16, batch 3" in steps
+
+
+def test_without_threads_the_bandwidth_has_those_of_onnx_runtime(fake, scripted):
+    report = doge_onnx.bench(fake, contexts=[4], batches=[1], tokens=1, repetitions=1)
+    assert report.threads == scripted["threads"] == bench.physical_cores()
+    assert 1 <= report.threads <= os.cpu_count()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"contexts": [0]}, "contexts must be positive"),
+        ({"contexts": []}, "contexts must be a list"),
+        ({"contexts": "16"}, "contexts must be a list"),
+        ({"contexts": 16}, "contexts must be a list"),
+        ({"contexts": [1.5]}, "contexts must be positive and whole"),
+        ({"batches": [1, -1]}, "batches must be positive"),
+        ({"batches": [True]}, "batches must be positive and whole, not True"),
+        ({"tokens": 0}, "tokens must be positive"),
+        ({"repetitions": 0}, "repetitions must be positive"),
+        ({"threads": 0}, "threads must be a positive"),
+        ({"contexts": [CONTEXT]}, f"no context fits into the {CONTEXT} tokens"),
+        ({"tokens": CONTEXT}, "no context fits"),
+    ],
+)
+def test_impossible_measurements_are_refused(options, words, fake, scripted):
+    with pytest.raises(InputError, match=words):
+        doge_onnx.bench(fake, **options)
+
+
+def test_a_broken_bundle_is_refused_before_anything_is_measured(fake, scripted):
+    (fake / "config.json").write_text("{}")
+    with pytest.raises(BundleError, match=r"config\.json"):
+        doge_onnx.bench(fake)
+    assert scripted == {}
+
+
+def test_a_process_that_fails_is_one_line(tmp_path):
+    with pytest.raises(BundleError) as caught:
+        bench.measure_start(tmp_path, None, 16, 2)
+    assert "ended with exit code 1: " in str(caught.value)
+    assert "is not a bundle" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_real_run_gives_possible_figures(tiny_bundle):
+    options = ["--contexts", "8,600,99999", "--batches", "1,2", "--tokens", 2, "--repetitions", 2]
+    result = invoke(tiny_bundle, *options, "--threads", 1, "--json")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("\n") == 1
+    report = json.loads(result.stdout, parse_constant=pytest.fail)
+    manifest = Bundle.open(tiny_bundle).manifest
+    names = {GRAPH_NAME} | external_files(tiny_bundle / GRAPH_NAME)
+    size = sum((tiny_bundle / name).stat().st_size for name in names)
+    assert {name: report[name] for name in ("bundle", "precision", "threads", "file_bytes")} == {
+        "bundle": str(tiny_bundle),
+        "precision": "fp32",
+        "threads": 1,
+        "file_bytes": size,
+    }
+    assert [(cell["context"], cell["batch"]) for cell in report["cells"]] == [
+        (8, 1),
+        (8, 2),
+        (600, 1),
+        (600, 2),
+    ]
+    assert [entry["context"] for entry in report["left_out"]] == [99999]
+    begun = report["start"]
+    assert begun["context"] == 512
+    spreads = [begun[name] for name in ("import_seconds", "load_seconds", "first_token_seconds")]
+    spreads.append(begun["peak_memory_bytes"])
+    for cell in report["cells"]:
+        spreads += [value for value in cell.values() if isinstance(value, dict)]
+        # The weights once, and at least the rows of the prompts.
+        row = 8 * manifest.state.num_layers * manifest.state.num_heads * manifest.state.row_size
+        least = 4 * manifest.parameters + cell["batch"] * cell["context"] * row
+        assert least < cell["bytes_per_step"] < 1.1 * least
+        assert cell["mbu"] > 0
+    assert len(spreads) == 4 + 4 * 4
+    for spread in spreads:
+        assert 0 < spread["min"] <= spread["median"] <= spread["max"]
+        assert spread["median"] == statistics.mean([spread["min"], spread["max"]])
+    load, first = begun["load_seconds"], begun["first_token_seconds"]
+    assert first["min"] > load["min"] + begun["import_seconds"]["min"]
+    assert size < begun["peak_memory_bytes"]["min"] < 2**30
+    assert begun["peak_to_file"] == begun["peak_memory_bytes"]["median"] / size
+    assert report["read_bytes_per_second"] > 1e6
+
+
+# --- the command --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def canned(fake, scripted, monkeypatch):
+    """The command with a report whose figures are as wide as they get."""
+    real = doge_onnx.bench(fake, contexts=[4, 16, 999], tokens=1, repetitions=1)
+    rate = Spread(12345.6, 10000.4, 23456.7)
+    cells = [
+        replace(
+            cell,
+            first_token_seconds=Spread(98.7654321, 1, 100),
+            prefill_tokens_per_second=rate,
+            decode_tokens_per_second=rate,
+            bytes_per_token=1.2345e9,
+            mbu=0.875 + number,
+        )
+        for number, cell in enumerate(real.cells)
+    ]
+    report = replace(real, cells=tuple(cells))
+    given = {}
+    monkeypatch.setattr(
+        doge_onnx, "bench", lambda bundle, **options: given.update(options) or report
+    )
+    return given, report
+
+
+def test_the_table_fits_a_pipe_and_cuts_nothing(canned, fake):
+    result = invoke(fake)
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "…" not in result.stdout
+    rows = [line.split() for line in lines]
+    speeds = ["98,765", "12,346", "12,346", "10,000", "-", "23,457", "1,234"]
+    assert rows[-4:] == [
+        ["4", "1", *speeds, "88%"],
+        ["4", "4", *speeds, "188%"],
+        ["16", "1", *speeds, "288%"],
+        ["16", "4", *speeds, "388%"],
+    ]
+    assert ["read", "bandwidth", "1.0", "GB/s"] in rows
+    assert any("1000.0 MB" in line and "times the files" in line for line in lines)
+    notes = result.stderr.splitlines()
+    assert notes[0] == f"measuring {fake}"
+    assert any(line.startswith("left out: context 999: ") for line in notes)
+    assert notes[-1].startswith("MBU above 100%")
+
+
+def test_json_is_all_that_is_on_stdout(canned, fake):
+    _, report = canned
+    result = invoke(fake, "--json")
+    assert json.loads(result.stdout) == json.loads(json.dumps(report.as_dict()))
+
+
+def test_options_reach_the_library(canned, fake):
+    given, _ = canned
+    sizes = ["--contexts", "16,512", "--batches", "8"]
+    counts = ["--tokens", "5", "--repetitions", "7", "--threads", "2"]
+    assert invoke(fake, *sizes, *counts).exit_code == 0
+    del given["progress"]
+    assert given == {
+        "contexts": (16, 512),
+        "batches": (8,),
+        "tokens": 5,
+        "repetitions": 7,
+        "threads": 2,
+    }
+    assert invoke(fake).exit_code == 0
+    assert {given[name] for name in ("contexts", "batches", "tokens", "repetitions")} == {None}
+
+
+def test_help_names_the_defaults():
+    for option, default in (
+        (cli_options.Contexts, ",".join(map(str, bench.DEFAULT_CONTEXTS))),
+        (cli_options.Batches, ",".join(map(str, bench.DEFAULT_BATCHES))),
+        (cli_options.DecodeSteps, str(bench.DEFAULT_TOKENS)),
+        (cli_options.Repetitions, str(bench.DEFAULT_REPETITIONS)),
+    ):
+        assert option.__metadata__[0].help.endswith(f"Default: {default}.")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--contexts", "0"],
+        ["--contexts", "16,-1"],
+        ["--contexts", ""],
+        ["--batches", "1,"],
+        ["--batches", "many"],
+        ["--tokens", "0"],
+        ["--repetitions", "0"],
+        ["--threads", "0"],
+    ],
+)
+def test_wrong_usage_is_told_from_failure(options, fake):
+    result = invoke(fake, *options)
+    assert result.exit_code == 2
+    assert "Usage: " in result.output
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_failure_is_one_line_and_no_result(options, tmp_path):
+    result = invoke(tmp_path, *options)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.splitlines()[-1].startswith(f"error: {tmp_path} is not a bundle")
