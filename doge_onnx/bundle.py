@@ -173,7 +173,7 @@ def _typed_fields(cls: type, raw: Mapping[str, Any], version: int, origin: Path)
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle on disk whose manifest was read."""
+    """A bundle on disk whose manifest was read and whose files were all checked."""
 
     path: Path
     manifest: Manifest
@@ -185,17 +185,6 @@ class Bundle:
         Raises:
             BundleError: There is no bundle, or it is incomplete, altered or too new.
         """
-        bundle = cls.open_unchecked(path)
-        bundle.check()
-        return bundle
-
-    @classmethod
-    def open_unchecked(cls, path: str | Path) -> Bundle:
-        """Open a bundle whose files have the right sizes; what is in them is for `check`.
-
-        Raises:
-            BundleError: There is no bundle, or it is incomplete or too new.
-        """
         path = Path(path)
         if not path.is_dir():
             raise BundleError(f"{path} is not a directory; make a bundle with `doge-onnx export`")
@@ -203,23 +192,8 @@ class Bundle:
         if GRAPH_NAME not in manifest.files:
             raise BundleError(f"{path / MANIFEST_NAME} lists no {GRAPH_NAME}; export again")
         for name, entry in manifest.files.items():
-            _check_size(path, name, entry)
+            _check_file(path, name, entry)
         return cls(path, manifest)
-
-    def check(self) -> None:
-        """Check every file against its checksum.
-
-        Raises:
-            BundleError: A file is altered or cannot be read.
-        """
-        for name, entry in self.manifest.files.items():
-            path = self.path / name
-            try:
-                if sha256(path) == entry.get("sha256"):
-                    continue
-            except OSError as error:
-                raise BundleError(f"cannot read {path}: {error}") from None
-            raise BundleError(f"{path} differs from the checksum in its manifest; export again")
 
     def file(self, name: str) -> Path | None:
         """Path of one of the bundle's files, or None if the bundle has no such file."""
@@ -385,7 +359,7 @@ def _file_entry(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": sha256(path)}
 
 
-def _check_size(directory: Path, name: str, entry: Any) -> None:
+def _check_file(directory: Path, name: str, entry: Any) -> None:
     # A name with a separator, or "..", would let a manifest point outside its bundle.
     if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
         raise BundleError(f"{directory / MANIFEST_NAME} names {name!r}, which is not a file name")
@@ -394,6 +368,8 @@ def _check_size(directory: Path, name: str, entry: Any) -> None:
         size = path.stat().st_size
         if not isinstance(entry, dict) or size != entry.get("size"):
             raise BundleError(f"{path} does not have the size that its manifest says; export again")
+        if sha256(path) != entry.get("sha256"):
+            raise BundleError(f"{path} differs from the checksum in its manifest; export again")
     except FileNotFoundError:
         raise BundleError(f"the bundle {directory} lacks {name}; export again") from None
     except OSError as error:

@@ -7,7 +7,6 @@ themselves are elsewhere: sessions, steps and states, options, sampling, text.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -45,18 +44,11 @@ def load(
         prefill_chunk = DEFAULT_CHUNK
     if isinstance(prefill_chunk, bool) or not isinstance(prefill_chunk, int) or prefill_chunk < 1:
         raise InputError(f"prefill_chunk must be a positive whole number, not {prefill_chunk!r}")
-    opened = Bundle.open_unchecked(bundle)
-    # Checksums take as long as ONNX Runtime does, and both leave the interpreter free.
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        check = pool.submit(opened.check)
-        try:
-            defaults = Defaults.read(opened)
-            tokenizer = opened.file("tokenizer.json")
-            codec = None if tokenizer is None else Codec(tokenizer)
-            session = open_session(opened, device, threads, verbose)
-        finally:
-            # An altered file explains every other failure, and lets no model out.
-            check.result()
+    opened = Bundle.open(bundle)
+    defaults = Defaults.read(opened)
+    tokenizer = opened.file("tokenizer.json")
+    codec = None if tokenizer is None else Codec(tokenizer)
+    session = open_session(opened, device, threads, verbose)
     kind = _stepper_class(opened.manifest.state)
     return Model(opened, kind(session, opened.manifest, prefill_chunk), defaults, codec)
 
