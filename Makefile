@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := build/demo
 
-.PHONY: demo test lint types tests bench peers clean
+.PHONY: demo test lint types tests bench peers precisions clean
 
 demo: $(STAMP)
 	@mkdir -p build
@@ -31,6 +31,10 @@ bench: $(STAMP)
 
 peers: $(STAMP)
 	$(BIN)/python benchmarks/peers
+
+precisions: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
+	$(BIN)/python benchmarks/precisions.py --write
 
 # torch is pinned in constraints.txt: an unpinned one may bring gigabytes of CUDA packages.
 $(STAMP): pyproject.toml constraints.txt

@@ -225,11 +225,11 @@ def bench(
         bundle: The directory that `export` wrote.
         contexts: Lengths of the prompts, in tokens; None is 16, 512 and 1900. What does not
             fit into the context length is left out.
-        batches: Numbers of sequences that run side by side; None is 1 and 4. All contexts are
+        batches: Numbers of sequences that run side by side; None is 1 and 8. All contexts are
             measured with each.
         tokens: Decode steps after each prompt, in each repetition; None is 16.
         repetitions: How often each figure is measured; None is 3.
-        threads: Threads that one operator may use; None lets ONNX Runtime decide.
+        threads: Threads that one operator may use; None is one for each core that may be used.
         progress: Called with a line of text when a step begins.
 
     Raises:

@@ -95,6 +95,11 @@ class Manifest:
     quality: dict[str, Any] | None = field(default=None, metadata={"since": 2})
     format_version: int = FORMAT_VERSION
 
+    @property
+    def quantized(self) -> bool:
+        """Whether weights or state have fewer bits than the checkpoint means."""
+        return self.precision != "fp32" or self.state.dtype != "float32"
+
     def to_json(self) -> str:
         """The manifest as it stands in the file."""
         return json.dumps(asdict(self), indent=2) + "\n"

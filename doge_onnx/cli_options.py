@@ -283,7 +283,7 @@ Stats = Annotated[
 ]
 Threads = Annotated[
     int | None,
-    typer.Option(min=1, metavar="N", help="CPU threads to use. Default: ONNX Runtime decides."),
+    typer.Option(min=1, metavar="N", help="CPU threads to use. Default: one for each core."),
 ]
 PrefillChunk = Annotated[
     int | None,
@@ -312,7 +312,7 @@ Batches = Annotated[
     typer.Option(
         parser=Counts.parse,
         metavar="N,N,...",
-        help="Numbers of sequences that run side by side. Default: 1,4.",
+        help="Numbers of sequences that run side by side. Default: 1,8.",
     ),
 ]
 DecodeSteps = Annotated[

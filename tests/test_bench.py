@@ -380,7 +380,7 @@ def test_a_report_holds_every_cell_and_the_best_bandwidth(fake, scripted):
 
 def test_without_threads_the_bandwidth_has_those_of_onnx_runtime(fake, scripted):
     report = doge_onnx.bench(fake, contexts=[4], batches=[1], tokens=1, repetitions=1)
-    assert report.threads == scripted["threads"] == bench.physical_cores()
+    assert report.threads == scripted["threads"] == bench.default_threads()
     assert 1 <= report.threads <= os.cpu_count()
 
 

@@ -120,6 +120,16 @@ def test_a_link_that_leads_out_of_the_bundle_is_refused(tmp_path):
         doge_onnx.load(path)
 
 
+@pytest.mark.parametrize("domain", ["com.microsoft", ""])
+def test_a_kernel_that_is_not_there_is_a_reason_to_upgrade(tmp_path, domain):
+    model = fake_bundle.model()
+    model.graph.node[0].op_type = "NotYetAnOperator"
+    model.graph.node[0].domain = domain
+    path = fake_bundle.write(tmp_path / "b", graph=model.SerializeToString())
+    with pytest.raises(BundleError, match=r"lacks a kernel.*upgrade.*--precision fp32"):
+        doge_onnx.load(path)
+
+
 def test_a_graph_that_onnx_runtime_refuses_gives_one_line(tmp_path):
     model = fake_bundle.model()
     model.graph.node[0].op_type = "NoSuchOperator"

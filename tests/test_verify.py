@@ -36,6 +36,14 @@ def test_an_export_is_compared_with_the_reference(main):
     assert main.manifest.parity["reference"].startswith("transformers ")
 
 
+@pytest.mark.parametrize("options", [{"precision": "int8"}, {"kv_cache": "int8"}])
+def test_a_quantized_bundle_is_not_held_to_parity(options, one_layer, make_bundle):
+    made = make_bundle(one_layer, verify=False, **options)
+    with pytest.raises(BundleError, match="doge-onnx eval"):
+        verifier.verify(made.path, one_layer)
+    assert made.manifest.parity is None
+
+
 def test_an_export_without_comparison_says_so(second):
     assert second.report.parity is None
     assert second.manifest.parity is None

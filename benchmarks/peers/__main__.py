@@ -63,16 +63,17 @@ class Runtime:
 
 
 RUNTIMES = {
-    # The options are keywords of `doge_onnx.export`. Others are compared by "precision".
+    # The options are keywords of `doge_onnx.export`. Others are compared by "precision". Which
+    # codes stand for random weights does not change the speed, and nearest is quicker to find.
     OURS: Runtime(
         "peer_doge_onnx",
         None,
         {
             "fp32": {"precision": "fp32"},
-            "int8": {"precision": "int8"},
-            "int4": {"precision": "int4"},
-            "int8-kv8": {"precision": "int8", "kv_cache": "int8"},
-            "int4-kv8": {"precision": "int4", "kv_cache": "int8"},
+            "int8": {"precision": "int8", "rounding": "nearest"},
+            "int4": {"precision": "int4", "rounding": "nearest"},
+            "int8-kv8": {"precision": "int8", "kv_cache": "int8", "rounding": "nearest"},
+            "int4-kv8": {"precision": "int4", "kv_cache": "int8", "rounding": "nearest"},
         },
     ),
     "llama.cpp": Runtime(

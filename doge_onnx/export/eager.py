@@ -21,6 +21,8 @@ from doge_onnx.export.state import GrowingState
 from doge_onnx.export.step import RecurrentStep
 from doge_onnx.runtime.evaluate import sample_text
 
+# Parameters up to which a step of a few tokens is quicker with one thread.
+_SMALL = 50_000_000
 # Key and value of each layer.
 Past = list[tuple[Tensor, Tensor]]
 
@@ -56,6 +58,7 @@ class EagerModel:
         self._layers = config.num_hidden_layers
         self._bos, self._never = config.bos_token_id, config.eos_token_ids
         self._dtype = dtype
+        self._small = checkpoint.parameters < _SMALL
         self._state = GrowingState(checkpoint, context_length, STANDARD)
         self._step = RecurrentStep(checkpoint, self._state, STANDARD).to(dtype).eval()
 
@@ -93,7 +96,7 @@ class EagerModel:
             return logits[:, 0].float().numpy(), past
 
         numbers = range(first_row, first_row + rows)
-        with _one_thread():
+        with _one_thread() if self._small else contextlib.nullcontext():
             return sample_text(step, self._bos, self._never, self.vocab_size, seed, numbers, length)
 
 

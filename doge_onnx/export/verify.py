@@ -24,7 +24,7 @@ from torch import Tensor
 from doge_onnx import bundle
 from doge_onnx.bundle import Manifest
 from doge_onnx.config import DogeConfig
-from doge_onnx.errors import CheckpointError, ParityError
+from doge_onnx.errors import BundleError, CheckpointError, ParityError
 from doge_onnx.export import checkpoint as checkpoints
 from doge_onnx.export.checkpoint import Checkpoint
 from doge_onnx.export.eager import EagerModel, Past
@@ -121,9 +121,15 @@ def verify(
         The figures. Whether they pass is the report's `passed`; its `require` raises.
 
     Raises:
-        BundleError: The bundle is incomplete, altered or too new.
+        BundleError: The bundle is incomplete, altered or too new, or it is quantized.
         CheckpointError: The checkpoint cannot be read, or is not of the bundle's shape.
     """
+    manifest = bundle.read_manifest(Path(bundle_path))
+    if manifest.quantized:
+        raise BundleError(
+            f"{bundle_path} is quantized, and so differs from its checkpoint; measure by how much: "
+            f"doge-onnx eval {bundle_path} --reference {reference}"
+        )
     source = checkpoints.find(reference, revision)
     report = compare(Path(bundle_path), source.directory, progress or (lambda _: None))
     compared = {"checkpoint": source.model, "revision": source.revision}

@@ -29,10 +29,11 @@ from doge_onnx.runtime.completion import Timings
 from doge_onnx.runtime.external_data import external_files
 from doge_onnx.runtime.model import Model, load
 from doge_onnx.runtime.options import Defaults
+from doge_onnx.runtime.session import usable_cores
 from doge_onnx.runtime.weights import Weights, read_weights
 
 DEFAULT_CONTEXTS = (16, 512, 1900)
-DEFAULT_BATCHES = (1, 4)
+DEFAULT_BATCHES = (1, 8)
 DEFAULT_TOKENS = 16
 DEFAULT_REPETITIONS = 3
 # Tokens of the prompt of a fresh process, if they fit.
@@ -225,7 +226,7 @@ def bench(
         state=f"{manifest.state.kind}, {manifest.state.dtype}",
         file_bytes=file_bytes,
         machine=_machine(),
-        threads=threads or physical_cores(),
+        threads=threads or default_threads(),
         read_bytes_per_second=bandwidth,
         tokens=tokens,
         repetitions=repetitions,
@@ -423,12 +424,9 @@ def read_bandwidth(threads: int) -> float:
     return data.nbytes / best
 
 
-def physical_cores() -> int:
-    """Cores of the machine, as many threads as ONNX Runtime takes if it is not told."""
-    siblings = set()
-    for path in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/topology/thread_siblings_list"):
-        siblings.add(path.read_text(encoding="ascii"))
-    return len(siblings) or os.cpu_count() or 1
+def default_threads() -> int:
+    """As many threads as a model takes that is not told."""
+    return usable_cores() or os.cpu_count() or 1
 
 
 def _array_bytes() -> int:
@@ -465,7 +463,7 @@ def _measure_model(
 
     def begin(repetition: int, cell: Cell) -> None:
         if cell == cells[0]:
-            bandwidths.append(read_bandwidth(threads or physical_cores()))
+            bandwidths.append(read_bandwidth(threads or default_threads()))
         report(
             f"repetition {repetition + 1} of {repetitions}: context {cell.context}, "
             f"batch {cell.batch}"

@@ -30,6 +30,12 @@ LOGITS_TO_KEEP = "logits_to_keep"
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider"}
 _WARNING, _ERROR = 2, 3
+# What ONNX Runtime says of an operator that it has no kernel for, or does not know at all.
+_LACKING = (
+    "Could not find an implementation",
+    "is not a registered function/op",
+    "No Op registered for",
+)
 # Kinds and element types of a state that this version can keep; names of NumPy and of ONNX Runtime.
 _KINDS = ("growing", "window")
 _DTYPES = {"float32": "tensor(float)", "int8": "tensor(int8)"}
@@ -116,6 +122,11 @@ def open_session(
     # The exceptions of ONNX Runtime share no base class but this one.
     except Exception as error:
         reason = " ".join(str(error).split())
+        if any(words in reason for words in _LACKING):
+            reason = (
+                f"onnxruntime {ort.__version__} lacks a kernel that it needs; upgrade onnxruntime, "
+                f"or export with --precision fp32 --kv-cache fp32 ({reason})"
+            )
         raise BundleError(f"ONNX Runtime cannot load {graph}: {reason}") from error
     _check_signature(session, bundle.manifest, str(graph))
     return session

@@ -1,22 +1,18 @@
 """How many bytes of its weights a graph must read in one step.
 
-Knows just enough of the protobuf wire format to find the size of every weight in a model file
-and the operators that read it, without the `onnx` package and without reading the weights.
-Does not know what they mean.
+Knows just enough of ONNX to find the size of every weight in a model file and the operators
+that read it, without reading the weights. Does not know what they mean.
 """
 
 from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from doge_onnx.errors import BundleError
+from doge_onnx.runtime.protobuf import fields, messages, read_model, varint
 
-# Wire types of protobuf.
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 # Field numbers of onnx.proto.
 _MODEL_GRAPH = 7
 _GRAPH_NODE, _GRAPH_INITIALIZER = 1, 5
@@ -85,26 +81,20 @@ def read_weights(path: Path) -> Weights:
     Raises:
         BundleError: The file cannot be read or is not a protobuf message.
     """
-    try:
-        with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as m:
-            return _sort(m)
-    except (ValueError, IndexError):  # an empty file cannot be mapped: ValueError too
-        raise BundleError(f"{path} is not a readable ONNX model; export again") from None
-    except OSError as error:
-        raise BundleError(f"cannot read {path}: {error}") from None
+    return read_model(path, _sort)
 
 
 def _sort(data: mmap.mmap) -> Weights:
     weights: dict[bytes, Table] = {}
     # Of each name that an operator reads: whether all operators only look rows up in it.
     looked_up: dict[bytes, bool] = {}
-    for graph in _messages(data, slice(0, len(data)), _MODEL_GRAPH):
-        for tensor in _messages(data, graph, _GRAPH_INITIALIZER):
+    for graph in messages(data, slice(0, len(data)), _MODEL_GRAPH):
+        for tensor in messages(data, graph, _GRAPH_INITIALIZER):
             name, weight = _tensor(data, tensor)
             weights[name] = weight
-        for node in _messages(data, graph, _GRAPH_NODE):
-            names = [data[span] for span in _messages(data, node, _NODE_INPUT)]
-            kind = b"".join(data[span] for span in _messages(data, node, _NODE_OP_TYPE)).decode()
+        for node in messages(data, graph, _GRAPH_NODE):
+            names = [data[span] for span in messages(data, node, _NODE_INPUT)]
+            kind = b"".join(data[span] for span in messages(data, node, _NODE_OP_TYPE)).decode()
             for number, name in enumerate(names):
                 rows_only = number in _LOOKED_UP.get(kind, ())
                 looked_up[name] = looked_up.get(name, True) and rows_only
@@ -117,7 +107,7 @@ def _tensor(data: mmap.mmap, span: slice) -> tuple[bytes, Table]:
     """Name and size of a tensor; a scalar has one row."""
     name, bits = b"", 0
     dims: list[int] = []
-    for number, value in _fields(data, span):
+    for number, value in fields(data, span):
         if number == _TENSOR_NAME and isinstance(value, slice):
             name = data[value]
         elif number == _TENSOR_DATA_TYPE and isinstance(value, int):
@@ -128,48 +118,6 @@ def _tensor(data: mmap.mmap, span: slice) -> tuple[bytes, Table]:
             # All of them in one field, as proto3 writes them.
             position = value.start
             while position < value.stop:
-                size, position = _varint(data, position)
+                size, position = varint(data, position)
                 dims.append(size)
     return name, Table(dims[0] if dims else 1, (math.prod(dims) * bits + 7) // 8)
-
-
-def _messages(data: mmap.mmap, span: slice, wanted: int) -> Iterator[slice]:
-    """Where the messages or strings of the field `wanted` are, in the message at `span`."""
-    for number, value in _fields(data, span):
-        if number == wanted and isinstance(value, slice):
-            yield value
-
-
-def _fields(data: mmap.mmap, span: slice) -> Iterator[tuple[int, int | slice | None]]:
-    """The fields of the message at `span`: number, and value or place; None for floats."""
-    position: int = span.start
-    while position < span.stop:
-        tag, position = _varint(data, position)
-        wire_type = tag & 7
-        value: int | slice | None = None
-        if wire_type == _VARINT:
-            value, position = _varint(data, position)
-        elif wire_type == _BYTES:
-            size, start = _varint(data, position)
-            position = start + size
-            value = slice(start, position)
-        elif wire_type in (_FIXED32, _FIXED64):
-            position += 4 if wire_type == _FIXED32 else 8
-        else:
-            raise ValueError("not an ONNX wire type")
-        if position > span.stop:
-            raise ValueError("truncated message")
-        yield tag >> 3, value
-
-
-def _varint(data: mmap.mmap, position: int) -> tuple[int, int]:
-    """The variable-length integer at `position`, and the position after it."""
-    value = shift = 0
-    while shift < 64:
-        byte = data[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, position
-        shift += 7
-    raise ValueError("not a variable-length integer")
