@@ -25,9 +25,10 @@ from doge_onnx.errors import BundleError
 FORMAT_VERSION = 2
 MANIFEST_NAME = "doge_onnx.json"
 GRAPH_NAME = "model.onnx"
-# The gate of a key that must never be attended to (padding, a free row): exp() of it is 0
-# beside any real score. Finite, because a row whose keys are all closed would else be NaN.
-CLOSED_GATE = -1e9
+# What closes a key that must never be attended to (padding, a free row): its gate, or a summand
+# of it. exp() of it is 0 beside any real score, and no real gate makes up for it. Finite, because
+# a row whose keys are all closed would else be NaN.
+CLOSED_GATE = -1e30
 # The Hub's tools recognise external data by this name only.
 WEIGHTS_NAME = "model.onnx_data"
 

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 _stdout = Console(highlight=False, markup=False)
 _stderr = Console(highlight=False, markup=False, stderr=True)
+# Mean KL divergence, in nats per token, that deserves a warning.
+_NOTABLE_KL = 0.05
 
 
 def prepare_streams() -> None:
@@ -115,6 +117,8 @@ def export_summary(out: str, report: ExportReport) -> None:
             f"KL divergence {lost.mean_kl:.2g} nats per token, top-1 agreement "
             f"{lost.top1_agreement:.1%} (on {lost.tokens:,} tokens that the checkpoint wrote)"
         )
+        if lost.mean_kl is not None and lost.mean_kl > _NOTABLE_KL:
+            note(f"warning: {lost.mean_kl:.3f} nats per token are much to lose; try int8, or fp32")
     _print_rows(rows)
 
 
@@ -176,7 +180,7 @@ def quality_json(report: QualityReport) -> None:
 def manifest(shown: Manifest) -> None:
     """Print a manifest for a person."""
     state = shown.state
-    row = f"{state.num_heads} heads x {state.row_size} channels ({state.head_dim} + gate + zeros)"
+    row = f"{state.num_heads} heads x {state.row_size} channels ({state.head_dim} + gates + rest)"
     _print_section(
         "Model",
         {

@@ -3,7 +3,7 @@
     python examples/bare_loop.py BUNDLE PROMPT
 
 Everything that the model remembers is the state: a key and a value tensor per layer, float32
-[batch, heads, tokens so far, channels]. A step takes new tokens and the state, and returns
+or int8 [batch, heads, tokens so far, channels]. A step takes new tokens and the state, and returns
 logits and the state with the new tokens' rows added. Prefill is a step with the whole prompt
 and an empty state, decode a step with one token.
 
@@ -20,12 +20,13 @@ import onnxruntime as ort
 from tokenizers import Tokenizer
 
 MAX_NEW_TOKENS = 60
+DTYPES = {"tensor(float)": np.float32, "tensor(int8)": np.int8}
 
 
 def empty_state(session: ort.InferenceSession) -> dict[str, Any]:
     """A state of no tokens, for one sequence; the graph's inputs say how large a row is."""
     return {
-        entry.name: np.zeros((1, entry.shape[1], 0, entry.shape[3]), np.float32)
+        entry.name: np.zeros((1, entry.shape[1], 0, entry.shape[3]), DTYPES[entry.type])
         for entry in session.get_inputs()
         if entry.name.startswith("past_key_values.")
     }

@@ -14,13 +14,14 @@ from conftest import TINY_CHECKPOINT
 from stepping import row
 
 import doge_onnx
+from doge_onnx import cli_output
 from doge_onnx.bundle import GRAPH_NAME, MANIFEST_NAME, read_manifest
 from doge_onnx.errors import DogeOnnxError, QualityError
 from doge_onnx.export import checkpoint as checkpoint_reader
 from doge_onnx.export import exporter, lowering, quality
 from doge_onnx.export.exporter import export
 from doge_onnx.export.operators import STANDARD
-from doge_onnx.export.quantize import RECIPES, find_recipe, quantize
+from doge_onnx.export.quantize import RECIPES, quantize, recipe_for
 from doge_onnx.export.state import GrowingState, Int8Rows
 from doge_onnx.export.step import RecurrentStep
 
@@ -71,7 +72,7 @@ def eager_logits(directory, precision, text, ids) -> torch.Tensor:
     checkpoint = checkpoint_reader.read(directory)
     state = GrowingState(checkpoint, 64, STANDARD)
     step = RecurrentStep(checkpoint, state, STANDARD).eval()
-    quantize(step, find_recipe(precision, None, None, checkpoint.config), text)
+    quantize(step, recipe_for(precision, None, None, checkpoint.config), text)
     empty = torch.zeros(1, state.heads.num_keys, 0, state.heads.row)
     past = [(empty, empty)] * checkpoint.config.num_hidden_layers
     return step((row(ids), torch.ones(1, len(ids), dtype=torch.int64)), past)[0][0].detach()
@@ -250,13 +251,46 @@ def test_a_loss_beyond_the_limit_leaves_nothing_behind(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
-def test_a_notable_loss_is_mentioned(tmp_path, monkeypatch):
-    directory = checkpoints.make(tmp_path / "checkpoint", num_hidden_layers=1)
+def test_a_notable_loss_is_mentioned(tiny_int4, capsys):
+    cli_output.export_summary("out", tiny_int4)
+    assert "warning" not in capsys.readouterr().err
+    notable = replace(tiny_int4, quality=replace(tiny_int4.quality, mean_kl=0.25))
+    cli_output.export_summary("out", notable)
+    assert "warning: 0.250 nats" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_no_number_is_no_success(tmp_path, original, monkeypatch):
     measure = quality.measure
-    monkeypatch.setattr(quality, "measure", lambda *a, **k: replace(measure(*a, **k), mean_kl=0.25))
-    said = []
-    export(directory, tmp_path / "out", precision="int8", progress=said.append)
-    assert any("0.250 nats" in line for line in said)
+    monkeypatch.setattr(
+        quality, "measure", lambda *a, **k: replace(measure(*a, **k), mean_kl=float("nan"))
+    )
+    with pytest.raises(QualityError):
+        export(original, tmp_path / "out", precision="int8")
+    assert not list(tmp_path.iterdir())
+
+
+def test_keys_fit_the_int8_state_at_every_position(tmp_path):
+    directory = checkpoints.make(
+        tmp_path / "checkpoint", num_hidden_layers=1, head_dim=32, attention_bias=True
+    )
+    checkpoint = checkpoint_reader.read(directory)
+    state = GrowingState(checkpoint, 64, STANDARD, "int8")
+    step = RecurrentStep(checkpoint, state, STANDARD).eval()
+    ids = torch.tensor([text_of(97, 8)])
+    quantize(step, None, ids)
+    attention = step.layers[0].attention
+    reach = attention.int8_rows.key_scale[0, :, 0, :32] * 127
+    # The same tokens, wherever they stand.
+    seen = []
+    attention.attend = lambda q, k, v, *_: (seen.append(k), state.attend(q, k, v, *_))[1]
+    mask = torch.ones(1, 64, dtype=torch.int64)
+    for start in range(0, 56, 8):
+        tokens = state.tokens(ids, mask[:, : start + 8])
+        past = torch.zeros(1, state.heads.num_keys, start, state.heads.row, dtype=torch.int8)
+        step.layers[0](step.embedding(ids), None, tokens, past, past)
+    keys = torch.cat(seen, dim=1).unflatten(-1, (state.heads.num_keys, -1))[..., :32]
+    assert keys.shape[1] == 56
+    assert (keys.abs() <= reach * 1.0001).all()
 
 
 @pytest.mark.parametrize(

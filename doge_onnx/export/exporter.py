@@ -7,6 +7,7 @@ own. Whatever fails on the way leaves the destination as it was.
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import time
 from collections.abc import Callable
@@ -28,7 +29,7 @@ from doge_onnx.export.eager import EagerModel
 from doge_onnx.export.graph import trace
 from doge_onnx.export.lowering import Target, require_kernels
 from doge_onnx.export.lowering import target as find_target
-from doge_onnx.export.quantize import Recipe, find_recipe, quantize
+from doge_onnx.export.quantize import Recipe, check_choices, quantize, recipe_for
 from doge_onnx.export.state import GrowingState, WindowState
 from doge_onnx.export.step import RecurrentStep, State
 from doge_onnx.export.verify import ParityReport, compare
@@ -43,8 +44,6 @@ MAX_EMBEDDED_BYTES = 100 * 2**20
 MAX_CONTEXT_LENGTH = 2**20
 # What one bundle needs on the disk beside its weights: graph, tokenizer, tables.
 _SMALL_FILES_BYTES = 32 * 2**20
-# A bundle further from its checkpoint than this, in nats, comes with a warning.
-_NOTABLE_KL = 0.05
 # Of the text that the model writes for its own calibration: not that of the evaluation.
 _CALIBRATION_SEED = 8
 _CALIBRATION_LENGTH = 256
@@ -122,16 +121,15 @@ def export(
     out = Path(os.path.abspath(out))
     report = progress or (lambda _: None)
     chosen = find_target(target)
+    quantized = precision != "fp32" or kv_cache != "fp32"
+    check_choices(precision, block_size, rounding)
+    _check_combination(chosen, state, kv_cache, quantized, verify, max_kl)
     bundle.check_destination(out, force)
     source = checkpoints.find(model, revision)
     sidecar.check(source, report)
     checkpoint = checkpoints.read(source.directory, report)
     length = _context_length(context_length, checkpoint.config)
-    recipe = find_recipe(precision, block_size, rounding, checkpoint.config)
-    quantized = recipe is not None or kv_cache != "fp32"
-    _check_combination(chosen, quantized, verify, max_kl)
-    if quantized:
-        require_kernels("MatMulNBits", "GatherBlockQuantized", "GroupQueryAttention")
+    recipe = recipe_for(precision, block_size, rounding, checkpoint.config)
     built = _build_state(state, kv_cache, checkpoint, length, chosen)
     size = round(_bytes_per_weight(recipe) * checkpoint.parameters) + 4 * built.table_size
     bundle.check_free_space(out.parent, size + _SMALL_FILES_BYTES)
@@ -162,10 +160,8 @@ def export(
         if verify and quantized:
             del step
             lost = quality.measure(directory, checkpoint, progress=report)
-            if max_kl is not None:
-                lost.require(max_kl, str(out))
-            elif lost.mean_kl is not None and lost.mean_kl > _NOTABLE_KL:
-                report(f"this lost much: {lost.mean_kl:.3f} nats per token; try int8, or fp32")
+            # Without a limit it still has to be a number.
+            lost.require(math.inf if max_kl is None else max_kl, str(out))
             bundle.write_quality(directory, lost.as_dict())
             sidecar.rewrite_card(source, checkpoint.config, directory)
             manifest = bundle.read_manifest(directory)
@@ -179,7 +175,23 @@ def export(
     return ExportReport(out, manifest, parity, lost, size, time.perf_counter() - started)
 
 
-def _check_combination(target: Target, quantized: bool, verify: bool, max_kl: float | None) -> None:
+def _check_combination(
+    target: Target,
+    state: str,
+    kv_cache: str,
+    quantized: bool,
+    verify: bool,
+    max_kl: float | None,
+) -> None:
+    """What can be refused without knowing the model."""
+    if state not in STATES:
+        raise DogeOnnxError(f"state {state!r} is not known; choose from {', '.join(STATES)}")
+    if kv_cache not in KV_CACHES:
+        raise DogeOnnxError(
+            f"KV cache {kv_cache!r} is not known; choose from {', '.join(KV_CACHES)}"
+        )
+    if state == "window" and kv_cache != "fp32":
+        raise DogeOnnxError("a window state is fp32: what drops out of it is decided by its gates")
     if quantized and not target.quantized:
         raise DogeOnnxError(
             "standard ONNX has no fast operators for quantized weights or states; choose the "
@@ -191,6 +203,8 @@ def _check_combination(target: Target, quantized: bool, verify: bool, max_kl: fl
         raise DogeOnnxError("the loss is not measured when verification is off: drop one of both")
     if max_kl is not None and not max_kl >= 0:
         raise DogeOnnxError(f"the limit of the loss must be 0 or more nats, not {max_kl!r}")
+    if quantized:
+        require_kernels("MatMulNBits", "GatherBlockQuantized", "GroupQueryAttention")
 
 
 def _bytes_per_weight(recipe: Recipe | None) -> float:
@@ -224,12 +238,6 @@ def _context_length(asked: int | None, config: DogeConfig) -> int:
 def _build_state(
     name: str, kv_cache: str, checkpoint: Checkpoint, length: int, target: Target
 ) -> State:
-    if name not in STATES:
-        raise DogeOnnxError(f"state {name!r} is not known; choose from {', '.join(STATES)}")
-    if kv_cache not in KV_CACHES:
-        raise DogeOnnxError(
-            f"KV cache {kv_cache!r} is not known; choose from {', '.join(KV_CACHES)}"
-        )
     if name == "growing":
         state = GrowingState(checkpoint, length, target.operators, KV_CACHES[kv_cache])
         if kv_cache != "fp32" and state.window is not None:
@@ -238,8 +246,6 @@ def _build_state(
                 f"are largest; choose a context length of at most {state.window}, or fp32"
             )
         return state
-    if kv_cache != "fp32":
-        raise DogeOnnxError("a window state is fp32: what drops out of it is decided by its gates")
     if checkpoint.config.keep_window_size is None:
         raise DogeOnnxError("this model has no window (keep_window_size): its state has to grow")
     return WindowState(checkpoint)

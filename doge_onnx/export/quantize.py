@@ -93,7 +93,30 @@ RECIPES = {
 PRECISIONS = ("fp32", *RECIPES)
 
 
-def find_recipe(
+def check_choices(precision: str, block_size: int | None, rounding: str | None) -> None:
+    """Check what can be checked without knowing the model.
+
+    Raises:
+        DogeOnnxError: One of them is not known, or does not fit the precision.
+    """
+    if precision not in PRECISIONS:
+        raise DogeOnnxError(
+            f"precision {precision!r} is not known; choose from {', '.join(PRECISIONS)}"
+        )
+    if precision not in RECIPES:
+        for name, value in (("block size", block_size), ("rounding", rounding)):
+            if value is not None:
+                raise DogeOnnxError(
+                    f"a {name} is for quantized weights; choose the precision "
+                    f"{' or '.join(RECIPES)}"
+                )
+    if rounding is not None and rounding not in ROUNDINGS:
+        raise DogeOnnxError(
+            f"rounding {rounding!r} is not known; choose from {', '.join(ROUNDINGS)}"
+        )
+
+
+def recipe_for(
     precision: str, block_size: int | None, rounding: str | None, config: DogeConfig
 ) -> Recipe | None:
     """The recipe of a precision, with what an expert wants changed; None for fp32.
@@ -105,30 +128,16 @@ def find_recipe(
         config: The model's.
 
     Raises:
-        DogeOnnxError: One of them is not known, or does not fit the precision or the model.
+        DogeOnnxError: The block does not fit the model.
     """
-    if precision not in PRECISIONS:
-        raise DogeOnnxError(
-            f"precision {precision!r} is not known; choose from {', '.join(PRECISIONS)}"
-        )
     recipe = RECIPES.get(precision)
     if recipe is None:
-        for name, value in (("block size", block_size), ("rounding", rounding)):
-            if value is not None:
-                raise DogeOnnxError(
-                    f"a {name} is for quantized weights; choose the precision "
-                    f"{' or '.join(RECIPES)}"
-                )
         return None
     if rounding is not None:
-        if rounding not in ROUNDINGS:
-            raise DogeOnnxError(
-                f"rounding {rounding!r} is not known; choose from {', '.join(ROUNDINGS)}"
-            )
         recipe = replace(recipe, rounding=rounding)
     if block_size is not None:
         sizes = [size for size in BLOCK_SIZES if size <= _power_of_two(config.hidden_size)]
-        if block_size not in sizes:
+        if block_size not in sizes or not isinstance(block_size, int):
             raise DogeOnnxError(
                 f"block size {block_size!r} does not fit; for a hidden size of "
                 f"{config.hidden_size} choose from {', '.join(map(str, sizes))}"
@@ -260,7 +269,11 @@ class _Ranges:
     def _watch(self, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
         heads = self._attention.heads
         keys, values = (x.flatten(0, 1).unflatten(-1, (heads.num_keys, -1)) for x in (k, v))
-        self._key = torch.maximum(self._key, keys[..., : heads.dim].abs().amax(0))
+        # Not the channels themselves: a later position rotates each pair of them to where no
+        # channel of this text was. The length of the pair stays.
+        left, right = keys[..., : heads.dim].chunk(2, dim=-1)
+        reach = torch.hypot(left, right).amax(0)
+        self._key = torch.maximum(self._key, torch.cat([reach, reach], dim=-1))
         self._value = torch.maximum(self._value, values[..., : heads.dim].abs().amax(0))
         parts = keys[..., heads.dim : heads.dim + heads.gate_channels].unflatten(-1, (2, -1))
         self._gate = max(self._gate, float(parts.sum(-2).max()))

@@ -54,9 +54,11 @@ def compensated(weight: Tensor, bits: int, block_size: int, moments: Tensor) -> 
     rows, width = weight.shape
     power = moments.diagonal().double()
     order = power.argsort(descending=True, stable=True)
-    scales = _search(weight, bits, block_size, power.float())
+    damping = _DAMPING * power.mean().clamp(min=1e-12)
+    # Damped as well: a block whose inputs were all 0 must have sensible scales, too.
+    scales = _search(weight, bits, block_size, (power + damping).float())
     hessian = moments.double()[order][:, order]
-    hessian.diagonal().add_(_DAMPING * power.mean().clamp(min=1e-12))
+    hessian.diagonal().add_(damping)
     # An input that is always 0 has nothing to make up for.
     hessian.diagonal()[power[order] == 0] = 1.0
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))

@@ -155,8 +155,14 @@ def card(source: Source, config: DogeConfig, manifest: Manifest) -> str:
         past, present = "past_sequence_length", "total_sequence_length"
         rest = (
             "then comes its gate, which Dynamic Mask Attention adds to the key's score (one "
-            "for each query head, where the checkpoint has them)."
+            "for each query head, where the checkpoint has them), and a channel that closes the "
+            "keys of padding."
         )
+        if state.dtype == "int8":
+            rest += (
+                " All are int8, in steps that are constants of the graph; a gate has two channels, "
+                "whole coarse steps and the rest in fine ones."
+            )
 
     def rows(length: str) -> str:
         return f"`[batch_size, {state.num_heads}, {length}, {state.row_size}]`"

@@ -146,8 +146,8 @@ class BenchReport:
         state: Kind and element type of its state.
         file_bytes: Of graph and weights on the disk.
         machine: Processor, cores, system, and versions of the libraries.
-        threads: Asked for, or else the number that ONNX Runtime chooses on its own; bandwidth
-            is measured with as many.
+        threads: Asked for, or else one for each core that may be used; bandwidth is measured
+            with as many.
         read_bytes_per_second: The best that this many threads read from memory.
         tokens: Decode steps of each repetition.
         repetitions: How often each figure was measured.

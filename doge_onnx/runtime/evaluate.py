@@ -299,12 +299,18 @@ def check_options(window: int | None, max_tokens: int | None, seed: int | None) 
     Raises:
         InputError: One is out of its range.
     """
-    options = (("window", window, 2), ("max_tokens", max_tokens, 2), ("seed", seed, 0))
-    for name, value, least in options:
+    options = (
+        ("window", window, 2, 2**20),
+        ("max_tokens", max_tokens, 2, 2**40),
+        ("seed", seed, 0, None),
+    )
+    for name, value, least, most in options:
         if value is not None and (
             isinstance(value, bool) or not isinstance(value, int) or value < least
         ):
             raise InputError(f"{name} must be a whole number, {least} or more, not {value!r}")
+        if value is not None and most is not None and value > most:
+            raise InputError(f"{name} must be at most {most}, not {value}")
 
 
 def sampled_text(source: Scorer, seed: int, window: int, max_tokens: int) -> Text:
