@@ -502,9 +502,9 @@ def test_the_table_fits_a_pipe_and_cuts_nothing(canned, fake):
     speeds = ["98,765", "12,346", "12,346", "10,000", "-", "23,457", "1,234"]
     assert rows[-4:] == [
         ["4", "1", *speeds, "88%"],
-        ["4", "4", *speeds, "188%"],
+        ["4", "8", *speeds, "188%"],
         ["16", "1", *speeds, "288%"],
-        ["16", "4", *speeds, "388%"],
+        ["16", "8", *speeds, "388%"],
     ]
     assert ["read", "bandwidth", "1.0", "GB/s"] in rows
     assert any("1000.0 MB" in line and "times the files" in line for line in lines)

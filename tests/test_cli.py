@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import doge_onnx
 from doge_onnx import cli, cli_options
 from doge_onnx.bundle import MANIFEST_NAME, read_manifest
-from doge_onnx.export import exporter, lowering
+from doge_onnx.export import exporter, lowering, quantize
 from doge_onnx.runtime.model import Model
 
 PROMPT = "It was a dark and stormy night"
@@ -79,7 +79,10 @@ def test_every_option_of_every_verb_is_explained():
 
 
 def test_choices_are_those_of_the_library():
-    assert tuple(cli_options.Precisions) == exporter.PRECISIONS
+    assert tuple(cli_options.Precisions) == quantize.PRECISIONS
+    assert tuple(cli_options.Roundings) == quantize.ROUNDINGS
+    assert tuple(cli_options.KVCaches) == tuple(exporter.KV_CACHES)
+    assert tuple(cli_options.States) == exporter.STATES
     assert tuple(cli_options.Targets) == tuple(lowering.TARGETS)
 
 
