@@ -1,6 +1,6 @@
 """What each precision costs and gives: the table in the README and the plot in docs/.
 
-    python benchmarks/precisions.py [--shape 160M] [--text FILE] [--write]
+    python benchmarks/precisions.py [--shape 20M] [--text FILE] [--write]
 
 Quality is that of examples/doge-tiny, against its own fp32, on a text that it writes itself or
 on one from a file; size and speed are those of a random checkpoint of the shape, since codes do
@@ -46,9 +46,9 @@ EVALUATED = 12_288
 def main() -> None:
     """Measure, and print or write what was measured."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", default="160M", choices=SHAPES)
+    parser.add_argument("--shape", default="20M", choices=SHAPES)
     parser.add_argument("--text", type=Path, help="UTF-8 text to measure the quality on")
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--repetitions", type=int, default=2)
     parser.add_argument("--write", action="store_true", help="replace table and plot")
     arguments = parser.parse_args()
     transformers.logging.disable_progress_bar()

@@ -2,10 +2,9 @@
 
     python examples/bare_loop.py BUNDLE PROMPT
 
-Everything that the model remembers is the state: a key and a value tensor per layer, float32
-or int8 [batch, heads, tokens so far, channels]. A step takes new tokens and the state, and returns
-logits and the state with the new tokens' rows added. Prefill is a step with the whole prompt
-and an empty state, decode a step with one token.
+Everything that the model remembers is the state: a key and a value tensor per layer, float32 or
+int8 [batch, heads, tokens so far, channels]. A step takes new tokens and the state, and returns
+logits and the state with rows added. Prefill is a step with the whole prompt and no rows yet.
 
 `doge_onnx` is faster: it lets the graph add rows in place. This works with both targets.
 """
