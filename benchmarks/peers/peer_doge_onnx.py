@@ -6,18 +6,11 @@ import time
 from importlib.metadata import version
 
 import numpy as np
-import onnx
 from peer import About, Job
 
 import doge_onnx
-
-# Inputs of operators that read a row of them for a token, by number: embeddings, RoPE tables.
-LOOKED_UP = {
-    "Gather": (0,),
-    "GatherBlockQuantized": (0, 2, 3),
-    "RotaryEmbedding": (2, 3),
-    "GroupQueryAttention": (7, 8),
-}
+from doge_onnx.bundle import GRAPH_NAME
+from doge_onnx.runtime.weights import read_weights
 
 
 def build(job: Job) -> None:
@@ -44,7 +37,7 @@ class Bundle:
         return About(
             {name: version(name) for name in ("doge-onnx", "onnxruntime", "numpy")},
             f"its KV cache is in {state.dtype}",
-            weight_bytes(onnx.load(self.job.model / "model.onnx", load_external_data=False)),
+            read_weights(self.job.model / GRAPH_NAME).step_bytes(1),
             row * np.dtype(state.dtype).itemsize,
         )
 
@@ -64,18 +57,3 @@ class Bundle:
         started = time.perf_counter()
         self.model.forward([prompt])
         return time.perf_counter() - started
-
-
-def weight_bytes(model: onnx.ModelProto) -> int:
-    """Bytes of the initializers, less those that only single rows are taken from."""
-    read = {
-        name
-        for node in model.graph.node
-        for number, name in enumerate(node.input)
-        if number not in LOOKED_UP.get(node.op_type, ())
-    }
-    return sum(
-        int(np.prod(tensor.dims)) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-        for tensor in model.graph.initializer
-        if tensor.name in read
-    )
