@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := build/demo
 
-.PHONY: demo test lint types tests bench peers precisions clean
+.PHONY: demo test lint types tests environments bench peers precisions clean
 
 demo: $(STAMP)
 	@mkdir -p build
@@ -23,8 +23,12 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
-tests: $(STAMP)
+tests: $(STAMP) environments
 	$(BIN)/pytest
+
+# For tests with packages that cannot share an environment with the others.
+environments: $(STAMP)
+	$(BIN)/python tools/environments.py $(wildcard tests/requirements/*.txt)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/speed.py

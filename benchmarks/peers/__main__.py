@@ -31,19 +31,21 @@ from typing import Any
 
 import torch
 import transformers
-from environments import environment
 from peer import CONTEXT_LENGTH, Job, Shape
 from process import Worker, WorkerError
 from report import Row, markdown, summarise
 
 # Python puts only this directory there.
-sys.path.append(str(Path(__file__).parent.parent))
+sys.path += [str(Path(__file__).parent.parent), str(Path(__file__).parents[2] / "tools")]
 
 from checkpoints import SHAPES, random_checkpoint
+from environments import environment
 from speed import read_bandwidth
 
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 OURS = "doge-onnx"
-BUILD = Path(__file__).parent.parent.parent / "build" / "peers"
+BUILD = ROOT / "build" / "peers"
 PREFILL = 512
 
 
@@ -172,7 +174,9 @@ def interpreters(names: list[str]) -> dict[str, Path]:
         requirements = RUNTIMES[name].requirements
         try:
             pythons[name] = (
-                Path(sys.executable) if requirements is None else environment(BUILD, requirements)
+                Path(sys.executable)
+                if requirements is None
+                else environment(HERE / requirements, BUILD)
             )
         except subprocess.CalledProcessError as error:
             failed(name, str(error))

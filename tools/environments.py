@@ -1,0 +1,45 @@
+"""Python environments beside the main one, for packages that cannot share an environment with it.
+
+Knows how to make one from a file of requirements, and when it has to be made anew. What is in
+which is said by the files: `tests/requirements` and `benchmarks/peers`.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def environment(requirements: Path, directory: Path = ROOT / "build" / "environments") -> Path:
+    """The interpreter of an environment that has what a file lists; made if it is not there.
+
+    Args:
+        requirements: A file as pip takes it; paths in `-e` and the like are relative to the
+            root of the repository. Its stem is the environment's name.
+        directory: Where environments are.
+    """
+    wanted = requirements.read_text(encoding="utf-8")
+    # What they may refer to. The project's own code is read where it stands.
+    for name in ("constraints.txt", "pyproject.toml"):
+        if name == "constraints.txt" or "-e ." in wanted:
+            wanted += (ROOT / name).read_text(encoding="utf-8")
+    path = directory.absolute() / requirements.stem
+    python, stamp = path / "bin" / "python", path / "installed.txt"
+    if not stamp.exists() or stamp.read_text(encoding="utf-8") != wanted:
+        print(f"installing {requirements.name} into {path}", file=sys.stderr)
+        subprocess.run([sys.executable, "-m", "venv", "--clear", path], check=True)
+        subprocess.run(
+            [python, "-m", "pip", "install", "--quiet", "-r", requirements.absolute()],
+            check=True,
+            cwd=ROOT,
+        )
+        stamp.write_text(wanted, encoding="utf-8")
+    return python
+
+
+if __name__ == "__main__":
+    for file in sys.argv[1:]:
+        environment(Path(file))
