@@ -17,12 +17,12 @@ import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from doge_onnx.errors import BundleError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST_NAME = "doge_onnx.json"
 GRAPH_NAME = "model.onnx"
 # What closes a key that must never be attended to (padding, a free row): its gate, or a summand
@@ -79,6 +79,7 @@ class Manifest:
         parity: Figures of the comparison with the reference, or None if none was made.
         files: Size and SHA-256 of every file of the bundle but the manifest itself.
         quality: Figures of the evaluation of a quantized bundle, or None if none was made.
+        graph: Which of the files is the graph; external weights are in the same directory.
         format_version: Version of this format.
     """
 
@@ -94,6 +95,7 @@ class Manifest:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     # "since" is the first format version with the field; older ones mean its default.
     quality: dict[str, Any] | None = field(default=None, metadata={"since": 2})
+    graph: str = field(default=GRAPH_NAME, metadata={"since": 3})
     format_version: int = FORMAT_VERSION
 
     @property
@@ -195,11 +197,20 @@ class Bundle:
         if not path.is_dir():
             raise BundleError(f"{path} is not a directory; make a bundle with `doge-onnx export`")
         manifest = read_manifest(path)
-        if GRAPH_NAME not in manifest.files:
-            raise BundleError(f"{path / MANIFEST_NAME} lists no {GRAPH_NAME}; export again")
+        if manifest.graph not in manifest.files:
+            raise BundleError(f"{path / MANIFEST_NAME} lists no {manifest.graph}; export again")
         for name, entry in manifest.files.items():
             _check_file(path, name, entry)
         return cls(path, manifest)
+
+    @property
+    def graph(self) -> Path:
+        """Path of the graph."""
+        return self.path / self.manifest.graph
+
+    def weights(self, location: str) -> Path | None:
+        """Path of a file that the graph calls `location`, or None if it is not the bundle's."""
+        return self.file(str(PurePosixPath(self.manifest.graph).parent / location))
 
     def file(self, name: str) -> Path | None:
         """Path of one of the bundle's files, or None if the bundle has no such file."""
@@ -335,9 +346,9 @@ def writing(out: Path, force: bool = False) -> Iterator[Path]:
 def seal(directory: Path, manifest: Manifest) -> Manifest:
     """Write the manifest of a finished directory, with the checksum of each of its files."""
     files = {
-        path.name: _file_entry(path)
-        for path in sorted(directory.iterdir())
-        if path.name != MANIFEST_NAME
+        path.relative_to(directory).as_posix(): _file_entry(path)
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path != directory / MANIFEST_NAME
     }
     manifest = replace(manifest, files=files)
     (directory / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
@@ -366,9 +377,11 @@ def _file_entry(path: Path) -> dict[str, Any]:
 
 
 def _check_file(directory: Path, name: str, entry: Any) -> None:
-    # A name with a separator, or "..", would let a manifest point outside its bundle.
-    if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
-        raise BundleError(f"{directory / MANIFEST_NAME} names {name!r}, which is not a file name")
+    # An absolute path, a drive, or "..", would let a manifest point outside its bundle.
+    if any(part in ("", ".", "..") or set(part) & set("\\:\0") for part in name.split("/")):
+        raise BundleError(
+            f"{directory / MANIFEST_NAME} names {name!r}, which is no file of a bundle"
+        )
     path = directory / name
     try:
         size = path.stat().st_size

@@ -61,7 +61,7 @@ def main() -> None:
     options = ort.SessionOptions()
     # Keeps quiet about `logits_to_keep`, an optional input that has a default.
     options.log_severity_level = 3
-    session = ort.InferenceSession(bundle / "model.onnx", options)
+    session = ort.InferenceSession(bundle / config["graph"], options)
     eos = config.get("eos_token_id")
     ends = eos if isinstance(eos, list) else [eos]
 

@@ -171,6 +171,8 @@ def test_a_manifest_that_is_none(path, content):
 
 
 FIELDS = sorted(set(asdict(MANIFEST)) - {"format_version"})
+# And the format version that brought them.
+NEWER = {"quality": 2, "graph": 3}
 STATE_FIELDS = sorted(asdict(MANIFEST.state))
 
 
@@ -213,9 +215,19 @@ def test_fields_of_a_later_version_do_not_matter(path):
     assert replace(Bundle.open(path).manifest, files={}) == MANIFEST
 
 
+@pytest.mark.parametrize("field", NEWER)
+def test_newer_fields_are_required_since_their_version(path, field):
+    def age(raw):
+        del raw[field]
+        raw["format_version"] = NEWER[field]
+
+    edit_manifest(path, age)
+    assert f"lacks the field {field!r}" in refusal(path)
+
+
 def test_a_bundle_of_the_first_format_is_read(path):
     def age(raw):
-        del raw["quality"]
+        del raw["quality"], raw["graph"]
         raw["format_version"] = 1
 
     edit_manifest(path, age)
@@ -227,10 +239,11 @@ def test_a_bundle_of_the_first_format_is_read(path):
     assert replace(Bundle.open(path).manifest, files={}) == expected
 
 
-@pytest.mark.parametrize("field", sorted(set(FIELDS) - {"quality"}))
+@pytest.mark.parametrize("field", sorted(set(FIELDS) - set(NEWER)))
 def test_the_first_format_had_all_other_fields(path, field):
     def age(raw):
-        del raw["quality"], raw[field]
+        for name in (*NEWER, field):
+            del raw[name]
         raw["format_version"] = 1
 
     edit_manifest(path, age)
@@ -251,7 +264,10 @@ def test_the_graph_must_be_listed(path):
 
 @pytest.mark.parametrize(
     "name",
-    ["../secret", "/etc/hostname", "sub/file", "sub\\file", "..", ".", "", "nul\0byte"],
+    [
+        *("../secret", "/etc/hostname", "sub\\file", "..", ".", "", "nul\0byte", "C:secret"),
+        *("sub/../../secret", "sub//secret", "sub/"),
+    ],
 )
 def test_a_manifest_cannot_name_what_is_outside(path, name):
     secret = path.parent / "secret"
@@ -260,7 +276,29 @@ def test_a_manifest_cannot_name_what_is_outside(path, name):
     edit_manifest(path, lambda raw: raw["files"].update({name: entry}))
     message = refusal(path)
     assert repr(name) in message
-    assert "is not a file name" in message
+    assert "is no file of a bundle" in message
+
+
+def test_a_graph_in_a_directory_of_its_own(tmp_path):
+    out = tmp_path / "bundle"
+    manifest = replace(MANIFEST, graph=f"onnx/{GRAPH_NAME}")
+    with bundle.writing(out) as scratch:
+        (scratch / "onnx").mkdir()
+        (scratch / "onnx" / GRAPH_NAME).write_bytes(b"a graph")
+        (scratch / "onnx" / WEIGHTS_NAME).write_bytes(b"its weights")
+        (scratch / "config.json").write_text("{}")
+        bundle.seal(scratch, manifest)
+    opened = Bundle.open(out)
+    assert set(opened.manifest.files) == {
+        "config.json",
+        f"onnx/{GRAPH_NAME}",
+        f"onnx/{WEIGHTS_NAME}",
+    }
+    assert opened.graph == out / "onnx" / GRAPH_NAME
+    assert opened.weights(WEIGHTS_NAME) == out / "onnx" / WEIGHTS_NAME
+    assert opened.weights("../config.json") is None
+    (out / "onnx" / WEIGHTS_NAME).write_bytes(b"other stuff")
+    assert f"onnx/{WEIGHTS_NAME}" in refusal(out)
 
 
 @pytest.mark.parametrize("entry", [None, 7, "abc", [], {}, {"size": 7}, {"sha256": "abc"}])

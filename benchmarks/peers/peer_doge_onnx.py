@@ -9,7 +9,7 @@ import numpy as np
 from peer import About, Job
 
 import doge_onnx
-from doge_onnx.bundle import GRAPH_NAME
+from doge_onnx.bundle import read_manifest
 from doge_onnx.runtime.weights import read_weights
 
 
@@ -37,7 +37,7 @@ class Bundle:
         return About(
             {name: version(name) for name in ("doge-onnx", "onnxruntime", "numpy")},
             f"its KV cache is in {state.dtype}",
-            read_weights(self.job.model / GRAPH_NAME).step_bytes(1),
+            read_weights(self.job.model / read_manifest(self.job.model).graph).step_bytes(1),
             row * np.dtype(state.dtype).itemsize,
         )
 

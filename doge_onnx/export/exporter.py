@@ -171,7 +171,7 @@ def export(
             compared = {"checkpoint": source.model, "revision": source.revision}
             bundle.write_parity(directory, parity.as_dict() | compared)
             manifest = bundle.read_manifest(directory)
-        size = sum(path.stat().st_size for path in directory.iterdir())
+        size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
     return ExportReport(out, manifest, parity, lost, size, time.perf_counter() - started)
 
 

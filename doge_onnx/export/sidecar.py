@@ -15,7 +15,6 @@ import tokenizers
 
 from doge_onnx.bundle import (
     CLOSED_GATE,
-    GRAPH_NAME,
     MANIFEST_NAME,
     Manifest,
     read_manifest,
@@ -103,7 +102,7 @@ def genai_config(config: DogeConfig, manifest: Manifest) -> dict[str, Any]:
             "context_length": manifest.context_length,
             **ids,
             "decoder": {
-                "filename": GRAPH_NAME,
+                "filename": manifest.graph,
                 "session_options": {"provider_options": []},
                 "num_attention_heads": config.num_attention_heads,
                 "num_hidden_layers": state.num_layers,

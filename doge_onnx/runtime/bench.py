@@ -23,7 +23,7 @@ import numpy as np
 import onnxruntime as ort
 
 import doge_onnx
-from doge_onnx.bundle import GRAPH_NAME, Bundle, Manifest
+from doge_onnx.bundle import Bundle, Manifest
 from doge_onnx.errors import BundleError, InputError
 from doge_onnx.runtime.completion import Timings
 from doge_onnx.runtime.external_data import external_files
@@ -216,9 +216,9 @@ def bench(
     for number in range(repetitions):
         report(f"starting a fresh process, {number + 1} of {repetitions}")
         starts.append(measure_start(opened.path, threads, start_context, tokens))
-    graph = opened.path / GRAPH_NAME
-    names = {GRAPH_NAME} | external_files(graph)
-    file_bytes = sum(int(manifest.files[name]["size"]) for name in names)
+    graph = opened.graph
+    files = {graph} | {graph.parent / name for name in external_files(graph)}
+    file_bytes = sum(path.stat().st_size for path in files)
     weights, config = read_weights(graph), opened.read_json("config.json")
     return BenchReport(
         bundle=str(bundle),

@@ -16,7 +16,7 @@ from typing import Any
 
 import onnxruntime as ort
 
-from doge_onnx.bundle import GRAPH_NAME, MANIFEST_NAME, Bundle, Manifest
+from doge_onnx.bundle import MANIFEST_NAME, Bundle, Manifest
 from doge_onnx.errors import BundleError, InputError
 from doge_onnx.runtime.external_data import external_files
 
@@ -96,11 +96,11 @@ def open_session(
         raise BundleError(
             f"{bundle.path}: a window state has rows of float32, not of {state.dtype}; export again"
         )
-    graph = bundle.path / GRAPH_NAME
+    graph = bundle.graph
     # ONNX Runtime looks after paths that leave the directory, and newer versions do so better than
     # older ones, but it knows nothing of the manifest, and only its files were checked.
     for name in sorted(external_files(graph)):
-        if bundle.file(name) is None:
+        if bundle.weights(name) is None:
             raise BundleError(
                 f"{graph} keeps weights in {name!r}, which is not one of the files in its "
                 f"{MANIFEST_NAME}; do not use this bundle, export again"
