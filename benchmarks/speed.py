@@ -31,6 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 import doge_onnx
+from doge_onnx.runtime.bench import default_threads, read_bandwidth
 
 PREFILL = 512
 DECODED = 32
@@ -46,7 +47,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
-    bandwidth = read_bandwidth()
+    bandwidth = read_bandwidth(default_threads())
     rows = []
     for shape in arguments.shapes:
         with tempfile.TemporaryDirectory() as scratch:
@@ -196,13 +197,6 @@ def prompt(length: int) -> list[int]:
     """Random token ids."""
     ids: list[int] = np.random.default_rng(length).integers(0, 32768, length).tolist()
     return ids
-
-
-def read_bandwidth() -> float:
-    """Bytes per second that all threads together read from memory."""
-    data = torch.ones(2**28)
-    best = min(seconds(lambda: float(data.sum())) for _ in range(5))
-    return data.nbytes / best
 
 
 if __name__ == "__main__":

@@ -192,6 +192,8 @@ def evaluate(
             other = evaluator.BundleScorer(reference)
         else:
             length = window or evaluator.FILE_WINDOW
+            if scorer.context_length is not None:
+                length = min(length, scorer.context_length)
             with _export_extra():
                 from doge_onnx.export import quality
 

@@ -89,6 +89,26 @@ def test_a_table_that_is_also_the_head_is_read_whole(tmp_path):
     assert found == Weights(50 * 16 + 3 * 8, (Table(30, 30 * 16),))
 
 
+def test_a_weight_in_another_shape_is_the_same_weight(tmp_path):
+    nodes = [
+        helper.make_node("Unsqueeze", ["table_s", "axes"], ["table_s3"]),
+        helper.make_node("Reshape", ["table_s3", "shape"], ["table_s4"]),
+        helper.make_node("GatherBlockQuantized", ["table", "ids", "table_s4"], ["x"]),
+        helper.make_node("Unsqueeze", ["tied_s", "axes"], ["tied_s3"]),
+        helper.make_node("GatherBlockQuantized", ["tied", "ids", "tied_s3"], ["y"]),
+        helper.make_node("MatMulNBits", ["y", "tied", "tied_s"], ["logits"]),
+    ]
+    tensors = [
+        tensor("table", [64, 2, 16], TensorProto.UINT8),
+        tensor("table_s", [64, 2]),
+        tensor("tied", [32, 2, 16], TensorProto.UINT8),
+        tensor("tied_s", [32, 2]),
+    ]
+    found = read_weights(save(tmp_path / "m", nodes, tensors))
+    assert found.whole == 32 * 32 + 32 * 8
+    assert set(found.tables) == {Table(64, 64 * 32), Table(64, 64 * 8)}
+
+
 def test_quantized_weights_count_with_their_scales(tmp_path):
     nodes = [
         helper.make_node("GatherBlockQuantized", ["q", "ids", "rows_s"], ["x"]),
@@ -378,7 +398,7 @@ def test_a_report_holds_every_cell_and_the_best_bandwidth(fake, scripted):
     assert "repetition 2 of 3: context 16, batch 3" in steps
 
 
-def test_without_threads_the_bandwidth_has_those_of_onnx_runtime(fake, scripted):
+def test_without_threads_the_bandwidth_has_those_of_a_model(fake, scripted):
     report = doge_onnx.bench(fake, contexts=[4], batches=[1], tokens=1, repetitions=1)
     assert report.threads == scripted["threads"] == bench.default_threads()
     assert 1 <= report.threads <= os.cpu_count()

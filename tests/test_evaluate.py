@@ -157,6 +157,13 @@ def test_time_ends_an_evaluation_after_a_whole_window():
     assert score(model, None, text([0, 1, 2], [0, 1, 2]), max_seconds=100).tokens == 4
 
 
+def test_a_slow_machine_reads_the_least_tokens_all_the_same():
+    windows = [[0, 1, 2]] * 5
+    for least, predicted in ((0, 2), (3, 2), (4, 4), (9, 6), (100, 10)):
+        report = score(Fake(np.eye(3)), None, text(*windows), max_seconds=0, min_tokens=least)
+        assert report.tokens == predicted
+
+
 # --- sampled texts ----------------------------------------------------------------------------
 
 
@@ -338,6 +345,21 @@ def test_windows_never_exceed_a_context(tmp_path):
     assert evaluate(BundleScorer(path), short, max_tokens=50).window == 10
 
 
+def test_a_checkpoint_gets_no_longer_a_context_than_its_bundle(tmp_path, monkeypatch):
+    asked = []
+
+    def open_checkpoint(reference, context_length, **_):
+        asked.append(context_length)
+        raise InputError("enough")
+
+    monkeypatch.setattr(quality, "open_checkpoint", open_checkpoint)
+    path = fake_bundle.write(tmp_path / "b")
+    for window in (8, 2**20, None):
+        with pytest.raises(InputError, match="enough"):
+            doge_onnx.evaluate(path, TINY_CHECKPOINT, window=window)
+    assert asked == [8, fake_bundle.CONTEXT, fake_bundle.CONTEXT]
+
+
 def test_a_context_of_one_token_has_nothing_to_predict(tmp_path):
     path = fake_bundle.write(tmp_path / "b", context_length=1)
     with pytest.raises(InputError, match="nothing to predict"):
@@ -454,6 +476,7 @@ def test_large_models_get_less_text_and_less_time(tiny_bundle, checkpoint, monke
         quality.measure(tiny_bundle, checkpoint, max_seconds=7)
     assert [options["max_tokens"] for options in asked] == [8192, 2000, 1024]
     assert {options["max_seconds"] for options in asked} == {7}
+    assert {options["min_tokens"] for options in asked} == {1024}
 
 
 def test_the_card_and_the_manifest_show_the_figures(tiny_bundle, checkpoint, tmp_path):

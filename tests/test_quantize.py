@@ -269,6 +269,17 @@ def test_a_loss_that_is_no_number_is_no_success(tmp_path, original, monkeypatch)
     assert not list(tmp_path.iterdir())
 
 
+def test_a_loss_that_cannot_be_measured_is_refused_early(tmp_path, original):
+    steps = []
+    with pytest.raises(DogeOnnxError, match="context length of 1"):
+        export(
+            original, tmp_path / "out", precision="int8", context_length=1, progress=steps.append
+        )
+    assert "building the recurrent step" not in steps
+    options = {"rounding": "nearest", "verify": False}
+    export(original, tmp_path / "out", precision="int8", context_length=1, **options)
+
+
 def test_keys_fit_the_int8_state_at_every_position(tmp_path):
     directory = checkpoints.make(
         tmp_path / "checkpoint", num_hidden_layers=1, head_dim=32, attention_bias=True

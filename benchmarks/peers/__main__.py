@@ -40,7 +40,8 @@ sys.path += [str(Path(__file__).parent.parent), str(Path(__file__).parents[2] / 
 
 from checkpoints import SHAPES, random_checkpoint
 from environments import environment
-from speed import read_bandwidth
+
+from doge_onnx.runtime.bench import read_bandwidth
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -107,7 +108,7 @@ def main() -> None:
     versions: dict[str, str] = {}
     notes: dict[tuple[str, str], dict[str, None]] = {}
     for shape in arguments.shapes:
-        bandwidth = max(bandwidth, read_bandwidth())
+        bandwidth = max(bandwidth, read_bandwidth(arguments.threads))
         with tempfile.TemporaryDirectory(dir=BUILD) as scratch:
             workers = start(shape, Path(scratch), pythons, arguments)
             for (name, variant), worker in workers.items():

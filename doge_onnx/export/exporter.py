@@ -129,6 +129,11 @@ def export(
     sidecar.check(source, report)
     checkpoint = checkpoints.read(source.directory, report)
     length = _context_length(context_length, checkpoint.config)
+    if quantized and verify and length < 2:
+        raise DogeOnnxError(
+            "with a context length of 1 there is no loss to measure: choose more, or turn "
+            "verification off"
+        )
     recipe = recipe_for(precision, block_size, rounding, checkpoint.config)
     built = _build_state(state, kv_cache, checkpoint, length, chosen)
     size = round(_bytes_per_weight(recipe) * checkpoint.parameters) + 4 * built.table_size

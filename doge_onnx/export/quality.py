@@ -63,7 +63,8 @@ def measure(
     Args:
         directory: The bundle.
         checkpoint: With all its tensors, which it keeps.
-        max_seconds: About how long reading and writing may take. Larger models get less text.
+        max_seconds: About how long reading and writing may take. Larger models get less text, but
+            enough to tell a good export from a bad one.
         progress: Called with a few words whenever a step begins.
 
     Raises:
@@ -76,5 +77,6 @@ def measure(
         EagerModel(checkpoint, SAMPLE_WINDOW),
         max_tokens=min(max(tokens, _MIN_TOKENS), DEFAULT_TOKENS),
         max_seconds=max_seconds,
+        min_tokens=_MIN_TOKENS,
         progress=progress,
     )

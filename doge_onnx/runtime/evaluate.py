@@ -249,6 +249,7 @@ def evaluate(
     max_tokens: int | None = None,
     seed: int | None = None,
     max_seconds: float | None = None,
+    min_tokens: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> QualityReport:
     """Measure the quality of a bundle.
@@ -263,7 +264,8 @@ def evaluate(
             own. Never more than the context length; None is a size that is good for most.
         max_tokens: Most tokens of the text; None is `DEFAULT_TOKENS`.
         seed: Of a text that is sampled; None is `DEFAULT_SEED`.
-        max_seconds: No window is begun after that time; the first one always is.
+        max_seconds: No window is begun after that time, if `min_tokens` have been read.
+        min_tokens: Least tokens of the text, however long it takes; there is always a window.
         progress: Called with a few words whenever a step begins.
 
     Raises:
@@ -290,7 +292,7 @@ def evaluate(
     else:
         report("reading the text")
         chosen = file_text(Path(text), bundle.encode, window, max_tokens)
-    return score(bundle, reference, chosen, max_seconds)
+    return score(bundle, reference, chosen, max_seconds, min_tokens)
 
 
 def check_options(window: int | None, max_tokens: int | None, seed: int | None) -> None:
@@ -351,12 +353,17 @@ def file_text(path: Path, encode: Callable[[str], list[int]], window: int, max_t
 
 
 def score(
-    bundle: Scorer, reference: Scorer | None, text: Text, max_seconds: float | None = None
+    bundle: Scorer,
+    reference: Scorer | None,
+    text: Text,
+    max_seconds: float | None = None,
+    min_tokens: int = 0,
 ) -> QualityReport:
     """Read a text with one or both models, window by window; see `evaluate`."""
     started = time.monotonic()
     losses: list[Floats] = []
     comparisons: list[_Comparison] = []
+    read = 0
     for ids in text.windows:
         ours = bundle.logits(ids)
         theirs = None if reference is None else reference.logits(ids)
@@ -369,7 +376,9 @@ def score(
                 comparisons.append(
                     _compare(ours[chunk], log_probabilities, theirs[chunk], targets[chunk])
                 )
-        if max_seconds is not None and time.monotonic() - started >= max_seconds:
+        read += len(ids)
+        late = max_seconds is not None and time.monotonic() - started >= max_seconds
+        if late and read >= min_tokens:
             break
     compared = _join(comparisons) if comparisons else None
     return QualityReport(

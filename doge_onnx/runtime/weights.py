@@ -16,7 +16,7 @@ from doge_onnx.runtime.protobuf import fields, messages, read_model, varint
 # Field numbers of onnx.proto.
 _MODEL_GRAPH = 7
 _GRAPH_NODE, _GRAPH_INITIALIZER = 1, 5
-_NODE_INPUT, _NODE_OP_TYPE = 1, 4
+_NODE_INPUT, _NODE_OUTPUT, _NODE_OP_TYPE = 1, 2, 4
 _TENSOR_DIMS, _TENSOR_DATA_TYPE, _TENSOR_NAME = 1, 2, 8
 # Bits of an element, by the number of its type in onnx.proto; what is not here holds no weights.
 _BITS = {
@@ -34,6 +34,8 @@ _LOOKED_UP = {
     "RotaryEmbedding": {2, 3},
     "GroupQueryAttention": {7, 8},
 }
+# Operators whose output is their first input in another shape.
+_RESHAPING = ("Reshape", "Squeeze", "Unsqueeze")
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,8 @@ def _sort(data: mmap.mmap) -> Weights:
     weights: dict[bytes, Table] = {}
     # Of each name that an operator reads: whether all operators only look rows up in it.
     looked_up: dict[bytes, bool] = {}
+    # Names of weights in another shape. Nodes come after those whose output they read.
+    weight_of: dict[bytes, bytes] = {}
     for graph in messages(data, slice(0, len(data)), _MODEL_GRAPH):
         for tensor in messages(data, graph, _GRAPH_INITIALIZER):
             name, weight = _tensor(data, tensor)
@@ -95,7 +99,11 @@ def _sort(data: mmap.mmap) -> Weights:
         for node in messages(data, graph, _GRAPH_NODE):
             names = [data[span] for span in messages(data, node, _NODE_INPUT)]
             kind = b"".join(data[span] for span in messages(data, node, _NODE_OP_TYPE)).decode()
-            for number, name in enumerate(names):
+            if kind in _RESHAPING and weight_of.get(names[0], names[0]) in weights:
+                outputs = messages(data, node, _NODE_OUTPUT)
+                weight_of |= {data[span]: weight_of.get(names[0], names[0]) for span in outputs}
+                continue
+            for number, name in enumerate(weight_of.get(name, name) for name in names):
                 rows_only = number in _LOOKED_UP.get(kind, ())
                 looked_up[name] = looked_up.get(name, True) and rows_only
     tables = {name: w for name, w in weights.items() if looked_up.get(name, False) and w.rows}
