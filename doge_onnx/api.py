@@ -68,6 +68,7 @@ def export(
     context_length: int | None = None,
     target: str = "ort",
     state: str = "growing",
+    layout: str = "flat",
     block_size: int | None = None,
     rounding: str | None = None,
     verify: bool = True,
@@ -87,6 +88,8 @@ def export(
         target: "ort" for ONNX Runtime's fused operators, "portable" for standard ones.
         state: "growing" for a state with a row for every token, "window" for one that has as
             many rows as the model's window has keys, however long the text gets.
+        layout: "flat" for a graph beside the other files, "hub" for the directory and the name
+            by which transformers.js finds it.
         block_size: For experts: how many quantized weights share a scale, a power of 2 from
             16 to 256; None is what suits each matrix.
         rounding: For experts: "gptq" or "nearest"; None is "gptq".
@@ -113,6 +116,7 @@ def export(
             context_length=context_length,
             target=target,
             state=state,
+            layout=layout,
             block_size=block_size,
             rounding=rounding,
             verify=verify,

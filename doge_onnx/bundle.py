@@ -29,8 +29,18 @@ GRAPH_NAME = "model.onnx"
 # of it. exp() of it is 0 beside any real score, and no real gate makes up for it. Finite, because
 # a row whose keys are all closed would else be NaN.
 CLOSED_GATE = -1e30
-# The Hub's tools recognise external data by this name only.
-WEIGHTS_NAME = "model.onnx_data"
+# The Hub's tools recognise external data by this end of its name only.
+WEIGHTS_SUFFIX = "_data"
+WEIGHTS_NAME = GRAPH_NAME + WEIGHTS_SUFFIX
+LAYOUTS = ("flat", "hub")
+# Where transformers.js looks for the graph of each of its dtypes: fp32, fp16, q8 and q4. No two
+# have the same name, so that one repository can hold all of them.
+_HUB_GRAPHS = {
+    "fp32": "onnx/model.onnx",
+    "fp16": "onnx/model_fp16.onnx",
+    "int8": "onnx/model_quantized.onnx",
+    "int4": "onnx/model_q4.onnx",
+}
 
 
 @dataclass(frozen=True)
@@ -232,6 +242,21 @@ class Bundle:
         if not isinstance(value, dict):
             raise BundleError(f"{path} does not hold a JSON object")
         return value
+
+
+def graph_name(layout: str, precision: str) -> str:
+    """Path of the graph in a bundle: "flat" has it beside the other files, "hub" as on the Hub.
+
+    Raises:
+        BundleError: One of the two is not known.
+    """
+    if layout not in LAYOUTS:
+        raise BundleError(f"layout {layout!r} is not known; choose from {', '.join(LAYOUTS)}")
+    if layout == "flat":
+        return GRAPH_NAME
+    if precision not in _HUB_GRAPHS:
+        raise BundleError(f"the Hub has no name for graphs of precision {precision!r}")
+    return _HUB_GRAPHS[precision]
 
 
 def is_bundle(path: str | Path) -> bool:

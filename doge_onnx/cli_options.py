@@ -48,6 +48,13 @@ class States(StrEnum):
     window = "window"
 
 
+class Layouts(StrEnum):
+    """What --layout takes."""
+
+    flat = "flat"
+    hub = "hub"
+
+
 class Counts(tuple[int, ...]):
     """What --contexts and --batches take: positive whole numbers with commas between them."""
 
@@ -134,6 +141,14 @@ State = Annotated[
     typer.Option(
         help="'growing': one row for each token, up to the context length. 'window': as many rows "
         "as the model's keep window has keys, for texts of any length."
+    ),
+]
+Layout = Annotated[
+    Layouts,
+    typer.Option(
+        help="'flat': the graph is model.onnx, beside the other files. 'hub': it is "
+        "onnx/model.onnx, onnx/model_quantized.onnx (int8) or onnx/model_q4.onnx (int4), where "
+        "transformers.js looks for it."
     ),
 ]
 Verify = Annotated[

@@ -83,6 +83,7 @@ def export(
     context_length: int | None = None,
     target: str = "ort",
     state: str = "growing",
+    layout: str = "flat",
     block_size: int | None = None,
     rounding: str | None = None,
     verify: bool = True,
@@ -103,6 +104,8 @@ def export(
         target: "ort" for ONNX Runtime's fused kernels, "portable" for standard ONNX.
         state: "growing" for a state with a row for every token, "window" for one that has as
             many rows as the model's window has keys, however long the text gets.
+        layout: "flat" for a graph beside the other files, "hub" for one where transformers.js
+            looks for it.
         block_size: Of quantized weights: how many share a scale. None for what is best.
         rounding: Of quantized weights: "gptq" or "nearest". None for what is best.
         verify: Check the result before it is put in place: compare it with transformers, or,
@@ -124,6 +127,7 @@ def export(
     quantized = precision != "fp32" or kv_cache != "fp32"
     check_choices(precision, block_size, rounding)
     _check_combination(chosen, state, kv_cache, quantized, verify, max_kl)
+    graph = bundle.graph_name(layout, precision)
     bundle.check_destination(out, force)
     source = checkpoints.find(model, revision)
     sidecar.check(source, report)
@@ -147,6 +151,7 @@ def export(
         state=_state_layout(built, checkpoint.config, chosen),
         source={"model": source.model, "revision": source.revision},
         versions=_versions(),
+        graph=graph,
     )
     parity, lost = None, None
     with bundle.writing(out, force) as directory:
@@ -159,7 +164,7 @@ def export(
         step = RecurrentStep(own, built, chosen.operators)
         if quantized:
             quantize(step, recipe, text, report)
-        _write_graph(step, chosen, directory, size <= MAX_EMBEDDED_BYTES, report)
+        _write_graph(step, chosen, directory / graph, size <= MAX_EMBEDDED_BYTES, report)
         sidecar.write(source, checkpoint.config, manifest, directory)
         manifest = bundle.seal(directory, manifest)
         if verify and quantized:
@@ -273,7 +278,7 @@ def _state_layout(state: State, config: DogeConfig, target: Target) -> StateLayo
 def _write_graph(
     step: RecurrentStep,
     target: Target,
-    directory: Path,
+    path: Path,
     embedded: bool,
     report: Callable[[str], None],
 ) -> None:
@@ -282,8 +287,9 @@ def _write_graph(
     model.producer_name = "doge-onnx"
     model.producer_version = importlib.metadata.version("doge-onnx")
     report("writing the graph")
-    path = directory / bundle.GRAPH_NAME
-    ir.save(model, path, external_data=None if embedded else bundle.WEIGHTS_NAME)
+    path.parent.mkdir(exist_ok=True)
+    weights = path.name + bundle.WEIGHTS_SUFFIX
+    ir.save(model, path, external_data=None if embedded else weights)
     report("checking the graph")
     try:
         onnx.checker.check_model(str(path), full_check=True)
