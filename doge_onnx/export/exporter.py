@@ -27,7 +27,7 @@ from doge_onnx.export import quality, sidecar
 from doge_onnx.export.checkpoint import Checkpoint
 from doge_onnx.export.eager import EagerModel
 from doge_onnx.export.graph import trace
-from doge_onnx.export.lowering import Target, require_kernels
+from doge_onnx.export.lowering import Target, for_web, require_kernels
 from doge_onnx.export.lowering import target as find_target
 from doge_onnx.export.quantize import Recipe, check_choices, quantize, recipe_for
 from doge_onnx.export.state import GrowingState, WindowState
@@ -123,7 +123,7 @@ def export(
     # Absolute, so that "." and "x/.." have a name and a parent.
     out = Path(os.path.abspath(out))
     report = progress or (lambda _: None)
-    chosen = find_target(target)
+    chosen = for_web(find_target(target)) if layout == "hub" else find_target(target)
     quantized = precision != "fp32" or kv_cache != "fp32"
     check_choices(precision, block_size, rounding)
     _check_combination(chosen, state, kv_cache, quantized, verify, max_kl)

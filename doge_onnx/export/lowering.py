@@ -60,6 +60,16 @@ def target(name: str) -> Target:
     return TARGETS[name]
 
 
+def for_web(chosen: Target) -> Target:
+    """The same target, without the operator that some builds of ONNX Runtime for browsers lack.
+
+    Those with WebGPU have no GatherBlockQuantized for the CPU, and transformers.js fetches such a
+    build unless its user names another. Instead of it are five nodes, in each lookup.
+    """
+    rows = {torch.ops.doge_onnx.quantized_rows.default: _lower_quantized_rows_plainly}
+    return replace(chosen, lowerings=chosen.lowerings | rows) if chosen.quantized else chosen
+
+
 def require_kernels(*names: str) -> None:
     """Check that the installed ONNX Runtime can run some of its own operators on a CPU.
 
@@ -108,6 +118,7 @@ _STRING = onnx.defs.OpSchema.AttrType.STRING
 # Of MatMulNBits: the kernels that round activations to 8 bits, block by block. Those that do
 # not are many times slower at one row.
 _INT8_ACTIVATIONS = 4
+_UINT8 = onnx.TensorProto.UINT8
 
 _skip_norm = _contrib("SkipSimplifiedLayerNormalization", 3, 4, epsilon=_FLOAT)
 _rotary = _contrib("RotaryEmbedding", 4, 1, num_heads=_INT, rotary_embedding_dim=_INT)
@@ -272,6 +283,25 @@ def _lower_quantized_rows(codes: Any, scales: Any, indices: Any, bits: int) -> A
     )
     kept = [0] * len(indices.shape)
     return op.Reshape(rows, op.Constant(value_ints=[*kept, blocks * size]))
+
+
+def _lower_quantized_rows_plainly(codes: Any, scales: Any, indices: Any, bits: int) -> Any:
+    _, blocks, blob = codes.shape
+    rows = op.Gather(codes, indices)
+    kept = [0] * len(indices.shape)
+    if bits == 4:
+        four = op.Constant(value=onnx.helper.make_tensor("four", _UINT8, [1], [4]))
+        low = op.Constant(value=onnx.helper.make_tensor("low", _UINT8, [1], [15]))
+        pairs = [
+            op.Unsqueeze(half, [-1])
+            for half in (op.BitwiseAnd(rows, low), op.BitShift(rows, four, direction="RIGHT"))
+        ]
+        shape = op.Constant(value_ints=[*kept, blocks, 2 * blob])
+        rows = op.Reshape(op.Concat(*pairs, axis=-1), shape)
+    zero = op.Constant(value=onnx.helper.make_tensor("zero", _UINT8, [], [2 ** (bits - 1)]))
+    values = op.DequantizeLinear(rows, op.Constant(value_float=1.0), zero)
+    values = op.Mul(values, op.Gather(op.Unsqueeze(scales, [2]), indices))
+    return op.Reshape(values, op.Constant(value_ints=[*kept, blocks * blob * 8 // bits]))
 
 
 def _lower_silu(x: Any) -> Any:
