@@ -61,13 +61,20 @@ def target(name: str) -> Target:
 
 
 def for_web(chosen: Target) -> Target:
-    """The same target, without the operator that some builds of ONNX Runtime for browsers lack.
+    """The same target, without what ONNX Runtime's builds for browsers lack.
 
-    Those with WebGPU have no GatherBlockQuantized for the CPU, and transformers.js fetches such a
-    build unless its user names another. Instead of it are five nodes, in each lookup.
+    1.  Those with WebGPU have no GatherBlockQuantized for the CPU, and transformers.js fetches such
+        a build unless its user names another. Instead of it are five nodes, in each lookup.
+    2.  The RMSNormalization of WebGPU takes one weight for each channel, and not some for each
+        head. They are multiplied afterwards: one more node for each layer.
     """
-    rows = {torch.ops.doge_onnx.quantized_rows.default: _lower_quantized_rows_plainly}
-    return replace(chosen, lowerings=chosen.lowerings | rows) if chosen.quantized else chosen
+    if not chosen.in_place:
+        return chosen
+    plain = {
+        torch.ops.doge_onnx.rms_norm.default: _lower_rms_norm_plainly,
+        torch.ops.doge_onnx.quantized_rows.default: _lower_quantized_rows_plainly,
+    }
+    return replace(chosen, lowerings=chosen.lowerings | plain)
 
 
 def require_kernels(*names: str) -> None:
@@ -145,6 +152,13 @@ _fused_matmul = _contrib("FusedMatMul", 2, 1, transB=_INT)
 
 def _lower_rms_norm(x: Any, weight: Any, eps: float) -> Any:
     return op.RMSNormalization(x, weight, axis=-1, epsilon=eps)
+
+
+def _lower_rms_norm_plainly(x: Any, weight: Any, eps: float) -> Any:
+    if len(weight.shape) == 1:
+        return _lower_rms_norm(x, weight, eps)
+    ones = op.Constant(value_floats=[1.0] * weight.shape[-1])
+    return op.Mul(_lower_rms_norm(x, ones, eps), weight)
 
 
 def _lower_skip_rms_norm(x: Any, skip: Any, weight: Any, eps: float) -> Any:

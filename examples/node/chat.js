@@ -45,6 +45,7 @@ function locate(bundle) {
     const directory = path.resolve(bundle);
     return [directory, (name) => readFile(path.join(directory, name), "utf8")];
   }
+  if (!/^\w[\w.-]*(\/\w[\w.-]*)?$/.test(bundle)) throw new Error(`there is no directory ${bundle}`);
   const { remoteHost, remotePathTemplate } = transformers.env;
   const address = remoteHost + remotePathTemplate.replace("{model}", bundle).replace("{revision}", "main");
   const read = async (name) => {
