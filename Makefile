@@ -26,9 +26,12 @@ types: $(STAMP)
 tests: $(STAMP) environments
 	$(BIN)/pytest
 
-# For tests with packages that cannot share an environment with the others.
+# For tests with packages that cannot share an environment with the others, and for those in
+# JavaScript. What cannot be had here is told, and its tests are skipped.
 environments: $(STAMP)
 	$(BIN)/python tools/environments.py $(wildcard tests/requirements/*.txt)
+	$(BIN)/python tools/javascript.py examples tests/javascript
+	$(BIN)/python tools/chromium.py
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/speed.py
@@ -47,4 +50,4 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf build $(VENV)
+	rm -rf build $(VENV) examples/node_modules tests/javascript/node_modules
