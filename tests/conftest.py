@@ -31,3 +31,20 @@ def tiny_portable_bundle(tmp_path_factory):
     """examples/doge-tiny in standard operators; copy it before changing anything."""
     out = tmp_path_factory.mktemp("bundles") / "tiny-portable"
     return doge_onnx.export(TINY_CHECKPOINT, out, target="portable", verify=False).path
+
+
+@pytest.fixture(scope="session")
+def tiny_hub_bundle(tmp_path_factory):
+    """examples/doge-tiny in the layout of the Hub, by precision; each is made once."""
+    made = {}
+
+    def get(precision):
+        if precision not in made:
+            out = tmp_path_factory.mktemp("bundles") / f"tiny-hub-{precision}"
+            # The quickest rounding: how good it is does not matter here.
+            rounding = None if precision == "fp32" else "nearest"
+            options = {"precision": precision, "rounding": rounding, "layout": "hub"}
+            made[precision] = doge_onnx.export(TINY_CHECKPOINT, out, verify=False, **options).path
+        return made[precision]
+
+    return get

@@ -16,6 +16,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import doge_onnx
+from doge_onnx import bundle as bundles
 from doge_onnx import cli, cli_options
 from doge_onnx.bundle import MANIFEST_NAME, read_manifest
 from doge_onnx.export import exporter, lowering, quantize
@@ -83,6 +84,7 @@ def test_choices_are_those_of_the_library():
     assert tuple(cli_options.Roundings) == quantize.ROUNDINGS
     assert tuple(cli_options.KVCaches) == tuple(exporter.KV_CACHES)
     assert tuple(cli_options.States) == exporter.STATES
+    assert tuple(cli_options.Layouts) == bundles.LAYOUTS
     assert tuple(cli_options.Targets) == tuple(lowering.TARGETS)
 
 

@@ -70,7 +70,7 @@ def for_web(chosen: Target) -> Target:
     """
     if not chosen.in_place:
         return chosen
-    plain = {
+    plain: dict[Any, Callable[..., Any]] = {
         torch.ops.doge_onnx.rms_norm.default: _lower_rms_norm_plainly,
         torch.ops.doge_onnx.quantized_rows.default: _lower_quantized_rows_plainly,
     }

@@ -2,8 +2,9 @@
 //
 //   node browse.js CHROMIUM SCENARIO
 //
-// The scenario is JSON: { url, flags, prompts, maxNewTokens, stop, build, picture }. Prints, as JSON, what was
-// seen: the progress bar, the answers, the speeds, the error.
+// The scenario is JSON: the page's url, and optionally Chromium's flags, the prompts, maxNewTokens,
+// whether to stop each answer, the build of ONNX Runtime to put in place of the page's own, and the
+// name of a picture to take. Prints, as JSON, what was seen.
 
 import { chromium } from "playwright-core";
 
@@ -34,7 +35,12 @@ try {
   const page = await browser.newPage({ viewport: { width: 900, height: 640 } });
   page.setDefaultTimeout(120_000);
   page.on("pageerror", (error) => seen.failures.push(error.message));
-  page.on("request", (request) => seen.requests.push(request.url()));
+  page.on("response", (response) => seen.requests.push(response.url()));
+  if (scenario.build) {
+    await page.route(/ort-wasm-simd-threaded\.(mjs|wasm)$/, (route) =>
+      route.continue({ url: route.request().url().replace("threaded", `threaded.${scenario.build}`) }),
+    );
+  }
   await page.addInitScript(watchProgress);
   await page.goto(scenario.url);
   const ready = page.locator("#send:enabled");
