@@ -224,6 +224,7 @@ def test_the_page_writes_the_text_that_python_writes(precision, browse, hub, gre
 def test_the_build_that_transformers_js_fetches_has_all_operators(browse, hub, greedy):
     # The page names a build, which has more of them and is smaller. Who does not gets this one.
     seen = browse(hub("int4"), build="asyncify")
+    assert seen["error"] is None
     assert seen["answers"] == [greedy("int4")]
     assert any(address.endswith(".asyncify.wasm") for address in seen["requests"])
 
@@ -276,6 +277,7 @@ def test_the_page_refuses_a_text_that_is_too_long_and_goes_on(browse, hub, greed
 def test_webgpu_runs_every_operator(browse, hub, greedy):
     seen = browse(hub("int4"), "?device=webgpu", flags=SOFTWARE_WEBGPU, maxNewTokens=3)
     assert seen["model"] == "doge-tiny · q4 · WebGPU"
+    assert seen["error"] is None
     (answer,) = seen["answers"]
     assert answer
     assert greedy("int4").startswith(answer)

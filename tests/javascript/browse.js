@@ -46,6 +46,7 @@ try {
   const ready = page.locator("#send:enabled");
   const error = page.locator("#error:visible");
   await ready.or(error).waitFor();
+  if (await error.isVisible()) scenario.prompts = [];
   for (const prompt of scenario.prompts) {
     await page.getByLabel("Your text").fill(prompt);
     await page.getByLabel("At most").fill(String(scenario.maxNewTokens));
