@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import torch
 from onnxruntime.capi import onnxruntime_pybind11_state
@@ -157,7 +158,7 @@ def _lower_rms_norm(x: Any, weight: Any, eps: float) -> Any:
 def _lower_rms_norm_plainly(x: Any, weight: Any, eps: float) -> Any:
     if len(weight.shape) == 1:
         return _lower_rms_norm(x, weight, eps)
-    ones = op.Constant(value_floats=[1.0] * weight.shape[-1])
+    ones = _typed_like(weight, op.Constant(value_floats=[1.0] * weight.shape[-1]))
     return op.Mul(_lower_rms_norm(x, ones, eps), weight)
 
 
@@ -313,9 +314,13 @@ def _lower_quantized_rows_plainly(codes: Any, scales: Any, indices: Any, bits: i
         shape = op.Constant(value_ints=[*kept, blocks, 2 * blob])
         rows = op.Reshape(op.Concat(*pairs, axis=-1), shape)
     zero = op.Constant(value=onnx.helper.make_tensor("zero", _UINT8, [], [2 ** (bits - 1)]))
-    values = op.DequantizeLinear(rows, op.Constant(value_float=1.0), zero)
+    values = op.DequantizeLinear(rows, _typed_like(scales, op.Constant(value_float=1.0)), zero)
     values = op.Mul(values, op.Gather(op.Unsqueeze(scales, [2]), indices))
     return op.Reshape(values, op.Constant(value_ints=[*kept, blocks * blob * 8 // bits]))
+
+
+def _typed_like(x: Any, number: Any) -> Any:
+    return number if x.dtype == ir.DataType.FLOAT else op.CastLike(number, x)
 
 
 def _lower_silu(x: Any) -> Any:
