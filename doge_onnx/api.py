@@ -29,6 +29,7 @@ _EXPORT_EXTRA = {
     "safetensors",
     "huggingface_hub",
     "transformers",
+    "yaml",
 }
 
 

@@ -28,8 +28,8 @@ from doge_onnx.errors import (
     InputError,
     QualityError,
 )
+from doge_onnx.export import card, quality
 from doge_onnx.export import checkpoint as checkpoints
-from doge_onnx.export import quality, sidecar
 from doge_onnx.export.eager import EagerModel
 from doge_onnx.runtime import evaluate as evaluator
 from doge_onnx.runtime.evaluate import BundleScorer, Text, evaluate, score
@@ -481,21 +481,20 @@ def test_large_models_get_less_text_and_less_time(tiny_bundle, checkpoint, monke
 
 def test_the_card_and_the_manifest_show_the_figures(tiny_bundle, checkpoint, tmp_path):
     copy = Path(shutil.copytree(tiny_bundle, tmp_path / "copy"))
-    card = (copy / "README.md").read_text(encoding="utf-8")
-    assert "Quality" not in card
+    before = (copy / "README.md").read_text(encoding="utf-8")
+    assert "Quality" not in before
     assert "Quality" not in invoke("info", copy).stdout
     report = evaluate(BundleScorer(copy), EagerModel(checkpoint, 64), max_tokens=TOKENS)
     bundles.write_quality(copy, report.as_dict())
-    source = checkpoints.find(TINY_CHECKPOINT)
-    sidecar.rewrite_card(source, checkpoint.config, copy)
+    card.write(checkpoints.find(TINY_CHECKPOINT), checkpoint.config, {}, copy)
     opened = Bundle.open(copy)
     assert opened.manifest.quality == report.as_dict()
     shown = (copy / "README.md").read_text(encoding="utf-8")
     assert f"| mean KL divergence, nats per token | {report.mean_kl:.3g} |\n" in shown
     assert "| top-1 agreement | 100.00% |\n" in shown
     assert "logits | - in the median, - at most |\n" in shown
-    start, end = shown.index("\n## Quality"), shown.index("\n`doge_onnx.json` holds")
-    assert shown[:start] + shown[end:] == card
+    start, end = shown.index("## Quality"), shown.index("## The graph")
+    assert shown[:start] + shown[end:] == before
     assert f"mean kl  {'':10}" in invoke("info", copy).stdout
 
 

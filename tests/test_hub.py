@@ -24,10 +24,10 @@ FILES = {
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
+    "README.md",
 }
 UNWANTED = (
     ".gitattributes",
-    "README.md",
     "configuration_doge.py",
     "modeling_doge.py",
     "optimizer.pt",

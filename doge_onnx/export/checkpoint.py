@@ -34,6 +34,8 @@ from doge_onnx.errors import CheckpointError
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+# Read for its license; a bundle has a card of its own.
+CARD_NAME = "README.md"
 # What a bundle takes over from its checkpoint, unchanged.
 SIDE_FILES = (
     CONFIG_NAME,
@@ -112,8 +114,8 @@ class Checkpoint:
 def find(model: str | Path, revision: str | None = None) -> Source:
     """Find a checkpoint: a local directory, or else a model of the Hub, fetched if need be.
 
-    Of the Hub's files only the config, the tokenizer and safetensors are fetched, into the
-    Hub's own cache.
+    Of the Hub's files only the config, the tokenizer, the model card and safetensors are
+    fetched, into the Hub's own cache.
 
     Raises:
         CheckpointError: There is no such directory or model, or the Hub cannot be reached
@@ -132,7 +134,7 @@ def find(model: str | Path, revision: str | None = None) -> Source:
         snapshot = snapshot_download(
             str(model),
             revision=revision,
-            allow_patterns=[*SIDE_FILES, "*.safetensors", INDEX_NAME],
+            allow_patterns=[*SIDE_FILES, "*.safetensors", INDEX_NAME, CARD_NAME],
             # Intermediate training states sit in subdirectories, with weights of their own.
             ignore_patterns=["*/*"],
         )

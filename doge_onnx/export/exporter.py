@@ -22,8 +22,8 @@ from doge_onnx import bundle
 from doge_onnx.bundle import Manifest, StateLayout
 from doge_onnx.config import DogeConfig
 from doge_onnx.errors import BundleError, DogeOnnxError
+from doge_onnx.export import card, metadata, quality, sidecar
 from doge_onnx.export import checkpoint as checkpoints
-from doge_onnx.export import quality, sidecar
 from doge_onnx.export.checkpoint import Checkpoint
 from doge_onnx.export.eager import EagerModel
 from doge_onnx.export.graph import trace
@@ -131,6 +131,7 @@ def export(
     bundle.check_destination(out, force)
     source = checkpoints.find(model, revision)
     sidecar.check(source, report)
+    taken_over = metadata.inherited(source, report)
     checkpoint = checkpoints.read(source.directory, report)
     length = _context_length(context_length, checkpoint.config)
     if quantized and verify and length < 2:
@@ -166,21 +167,21 @@ def export(
             quantize(step, recipe, text, report)
         _write_graph(step, chosen, directory / graph, size <= MAX_EMBEDDED_BYTES, report)
         sidecar.write(source, checkpoint.config, manifest, directory)
-        manifest = bundle.seal(directory, manifest)
+        bundle.seal(directory, manifest)
         if verify and quantized:
             del step
             lost = quality.measure(directory, checkpoint, progress=report)
             # Without a limit it still has to be a number.
             lost.require(math.inf if max_kl is None else max_kl, str(out))
             bundle.write_quality(directory, lost.as_dict())
-            sidecar.rewrite_card(source, checkpoint.config, directory)
-            manifest = bundle.read_manifest(directory)
         elif verify:
             parity = compare(directory, source.directory, progress=report)
             parity.require(str(out))
             compared = {"checkpoint": source.model, "revision": source.revision}
             bundle.write_parity(directory, parity.as_dict() | compared)
-            manifest = bundle.read_manifest(directory)
+        # Last, for it shows what was measured.
+        card.write(source, checkpoint.config, taken_over, directory)
+        manifest = bundle.read_manifest(directory)
         size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
     return ExportReport(out, manifest, parity, lost, size, time.perf_counter() - started)
 

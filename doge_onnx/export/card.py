@@ -1,0 +1,274 @@
+"""The model card of a bundle: what it is, how to run it, what was measured, and its interface.
+
+Knows how a manifest reads to a person, and which tools load which bundles. The snippets that it
+shows are run by the tests as they stand. What the card says to programs is `metadata`'s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from doge_onnx.bundle import (
+    CLOSED_GATE,
+    MANIFEST_NAME,
+    Manifest,
+    StateLayout,
+    read_manifest,
+    replace_file,
+)
+from doge_onnx.config import DogeConfig
+from doge_onnx.export import metadata
+from doge_onnx.export.checkpoint import CARD_NAME, Source
+from doge_onnx.export.metadata import Metadata
+
+# What a reader, and a test, puts the bundle's place into.
+PLACE = "path/to/this/directory"
+
+_PYTHON = f"""\
+import doge_onnx
+
+model = doge_onnx.load("{PLACE}")
+print(model.generate("Hey how are you doing?", max_new_tokens=100).text)
+"""
+_PYTHON_IDS = f"""\
+import doge_onnx
+
+model = doge_onnx.load("{PLACE}")
+print(model.generate([1, 2, 3], max_new_tokens=100).token_ids)
+"""
+_GENAI = f"""\
+import onnxruntime_genai as og
+
+model = og.Model("{PLACE}")
+tokenizer = og.Tokenizer(model)
+pieces = tokenizer.create_stream()
+params = og.GeneratorParams(model)
+params.set_search_options(max_length=100)
+generator = og.Generator(model, params)
+generator.append_tokens(tokenizer.encode("Hey how are you doing?"))
+while not generator.is_done():
+    generator.generate_next_token()
+    print(pieces.decode(generator.get_next_tokens()[0]), end="", flush=True)
+"""
+
+
+@dataclass(frozen=True)
+class Snippet:
+    """How one tool runs the bundle.
+
+    Attributes:
+        tool: Its name.
+        tag: The Hub's tag for models that it loads, or None if the Hub has none.
+        language: Of the code, as Markdown knows it.
+        code: The code itself.
+    """
+
+    tool: str
+    tag: str | None
+    language: str
+    code: str
+
+
+def snippets(manifest: Manifest) -> list[Snippet]:
+    """How the bundle can be run; only what works with what is in it.
+
+    Args:
+        manifest: With its list of files.
+    """
+    has_text = "tokenizer.json" in manifest.files
+    found = [Snippet("doge-onnx", None, "python", _PYTHON if has_text else _PYTHON_IDS)]
+    # onnxruntime-genai wants both files of the tokenizer.
+    if {"genai_config.json", "tokenizer.json", "tokenizer_config.json"} <= manifest.files.keys():
+        found.append(Snippet("onnxruntime-genai", "onnxruntime-genai", "python", _GENAI))
+    return found
+
+
+def write(source: Source, config: DogeConfig, taken_over: Metadata, directory: Path) -> None:
+    """Write the card of a sealed bundle, with the figures that are in its manifest by now.
+
+    Args:
+        source: Where the checkpoint came from.
+        config: Its config.
+        taken_over: What its own card says that is true of the bundle too.
+        directory: The bundle; nobody may be reading it yet.
+
+    Raises:
+        BundleError: There is no readable manifest, or the card cannot be written.
+    """
+    text = render(source, config, taken_over, read_manifest(directory))
+    replace_file(directory, CARD_NAME, text)
+
+
+def render(source: Source, config: DogeConfig, taken_over: Metadata, manifest: Manifest) -> str:
+    """The text of a bundle's card; for the arguments see `write`."""
+    shown = snippets(manifest)
+    tags = [snippet.tag for snippet in shown if snippet.tag]
+    block = metadata.compose(source, config, manifest, tags, taken_over)
+    # The name of a directory may hold anything.
+    name = " ".join(source.model.replace("`", "'").split())
+    at = f" at revision `{source.revision}`" if source.revision else ""
+    engine = "ONNX Runtime" if manifest.target == "ort" else "any engine that runs standard ONNX"
+    sections = [
+        f"""\
+# {name}, exported to ONNX
+
+`{name}`{at}, a Doge language model of {manifest.parameters:,} parameters, exported by
+doge-onnx {manifest.versions["doge-onnx"]} in recurrent-step form: one graph takes new tokens and a
+state, and returns logits and the next state. The graph is made for {engine}.
+""",
+        _sizes(manifest),
+        "## Use\n\n" + "\n".join(_shown(snippet) for snippet in shown),
+        _parity(manifest),
+        _quality(manifest),
+        _graph(config, manifest),
+        f"""\
+`{MANIFEST_NAME}` holds the versions, checksums and all figures of the comparison with the
+original model; `doge-onnx info` prints it.
+""",
+    ]
+    return f"---\n{block}\n---\n\n" + "\n".join(section for section in sections if section)
+
+
+def _shown(snippet: Snippet) -> str:
+    return f"With {snippet.tool}:\n\n```{snippet.language}\n{snippet.code}```\n"
+
+
+def _sizes(manifest: Manifest) -> str:
+    state = manifest.state
+    row = 2 * state.num_layers * state.num_heads * state.row_size * np.dtype(state.dtype).itemsize
+    directory = PurePosixPath(manifest.graph).parent
+    # The graph's directory holds its weights; where that is the bundle's own, other files too.
+    weights = sum(
+        int(entry["size"])
+        for name, entry in manifest.files.items()
+        if PurePosixPath(name).parent == directory
+        and PurePosixPath(name).name.startswith(PurePosixPath(manifest.graph).name)
+    )
+    rows: dict[str, str] = {
+        "weights": manifest.precision,
+        "graph and weights": f"{weights / 1e6:.1f} MB",
+        "context length": f"{manifest.context_length:,} tokens",
+        "state": f"{state.dtype}, {row:,} bytes per token",
+    }
+    if state.kind == "window":
+        assert state.keep_window_size is not None
+        total = row * state.keep_window_size
+        rows["context length"] = "no end"
+        rows["state"] = (
+            f"{state.dtype}, at most {state.keep_window_size} rows, {total / 1e6:.1f} MB, however "
+            "long the text gets"
+        )
+    return _table("", "", rows)
+
+
+def _table(name: str, value: str, rows: dict[str, str]) -> str:
+    lines = [f"| {name} | {value} |", "|---|---|"]
+    return "\n".join(lines + [f"| {key} | {text} |" for key, text in rows.items()]) + "\n"
+
+
+def _number(figures: dict[str, Any], name: str, form: str) -> str:
+    value = figures.get(name)
+    return "-" if value is None else format(value, form)
+
+
+def _parity(manifest: Manifest) -> str:
+    """The section on how exactly the bundle computes what its checkpoint means, if known."""
+    figures = manifest.parity
+    if figures is None:
+        return ""
+    greedy = f"{figures.get('greedy_matched')} of {figures.get('greedy_total')} tokens"
+    rows = {
+        "prompt in one step (prefill)": _number(figures, "prefill", ".1e"),
+        "token by token (decode)": _number(figures, "decode", ".1e"),
+        "padded batch": _number(figures, "batch", ".1e"),
+        "tolerance": _number(figures, "tolerance", ".1e"),
+        "largest logit": _number(figures, "logit_scale", ".1f"),
+        "greedy tokens that match": greedy,
+    }
+    return (
+        f"## Parity\n\nLargest difference of a logit from {figures.get('reference')}, on "
+        f"{figures.get('tokens')} tokens:\n\n" + _table("figure", "value", rows)
+    )
+
+
+def _quality(manifest: Manifest) -> str:
+    """The section on what the bundle loses against its reference, if that is known."""
+    figures = manifest.quality
+    if figures is None:
+        return ""
+    rows = {
+        "perplexity": _number(figures, "perplexity", ".4g"),
+        "perplexity of the reference": _number(figures, "reference_perplexity", ".4g"),
+        "mean KL divergence, nats per token": _number(figures, "mean_kl", ".3g"),
+        "top-1 agreement": _number(figures, "top1_agreement", ".2%"),
+        "top-1/top-2 gap where they disagree, logits": (
+            f"{_number(figures, 'top2_gap_median', '.3g')} in the median, "
+            f"{_number(figures, 'top2_gap_max', '.3g')} at most"
+        ),
+    }
+    return (
+        f"## Quality\n\nWeights of {manifest.precision} and a state of {manifest.state.dtype}, "
+        f"measured against {figures.get('reference')} on {_number(figures, 'tokens', ',')} tokens "
+        f"of text, {figures.get('text')}:\n\n" + _table("figure", "value", rows)
+    )
+
+
+def _graph(config: DogeConfig, manifest: Manifest) -> str:
+    """The section on inputs and outputs, for whoever feeds the graph without this package."""
+    state = manifest.state
+    if state.kind == "window":
+        past = present = "past_sequence_length"
+        mask, positions = "sequence_length", "`[batch_size, sequence_length]`"
+    else:
+        past, present = "past_sequence_length", "total_sequence_length"
+        mask, positions = present, None
+
+    def rows(length: str) -> str:
+        return f"`[batch_size, {state.num_heads}, {length}, {state.row_size}]`"
+
+    position_ids = f"| `position_ids` | int64 | {positions} |\n" if positions else ""
+    return f"""\
+## The graph
+
+`{manifest.graph}`:
+
+| input | type | shape |
+|---|---|---|
+| `input_ids` | int64 | `[batch_size, sequence_length]` |
+| `attention_mask` | int64 | `[batch_size, {mask}]`, 0 for padding |
+{position_ids}| `past_key_values.{{i}}.key`, `.value` | {state.dtype} | {rows(past)} |
+
+| output | type | shape |
+|---|---|---|
+| `logits` | float32 | `[batch_size, sequence_length, {config.vocab_size}]` |
+| `present.{{i}}.key`, `.value` | {state.dtype} | {rows(present)} |
+
+There is one key/value pair for each of the {state.num_layers} layers. The first {state.head_dim}
+channels of a key are the key itself; {_channels(state)}
+"""
+
+
+def _channels(state: StateLayout) -> str:
+    """What the channels of a key behind the key itself are."""
+    if state.kind == "window":
+        return (
+            "the next holds its gate, which Dynamic Mask Attention adds to the key's score, "
+            "and the one after that its position plus one. A free row is zero but for a gate of "
+            f"{CLOSED_GATE:g}. There must be a row for each token of a step that is free, or "
+            f"{state.keep_window_size} rows."
+        )
+    words = (
+        "then comes its gate, which Dynamic Mask Attention adds to the key's score (one "
+        "for each query head, where the checkpoint has them), and a channel that closes the "
+        "keys of padding."
+    )
+    if state.dtype == "int8":
+        words += (
+            " All are int8, in steps that are constants of the graph; a gate has two channels, "
+            "whole coarse steps and the rest in fine ones."
+        )
+    return words

@@ -1,0 +1,302 @@
+"""The model card: what it says to programs and to people, and that its snippets run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import checkpoints
+import huggingface_hub
+import pytest
+from conftest import TINY_CHECKPOINT
+from environments import environment
+
+import doge_onnx
+from doge_onnx.bundle import Bundle, read_manifest
+from doge_onnx.config import DogeConfig
+from doge_onnx.export import card, metadata
+from doge_onnx.export.checkpoint import Source
+from doge_onnx.export.exporter import export
+
+ROOT = Path(__file__).parent.parent
+HUB_ID = "SmallDoge/Doge-20M"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+GOOD = """---
+license: apache-2.0
+language:
+- en
+- no
+datasets:
+- SmallDoge/SmallTalks
+tags: [doge]
+base_model: somebody/else
+pipeline_tag: question-answering
+---
+# Doge
+"""
+
+
+def read_block(directory: Path) -> dict:
+    """What the Hub's own reader makes of a card."""
+    loaded = huggingface_hub.ModelCard.load(directory / "README.md")
+    assert loaded.data.to_dict() == huggingface_hub.metadata_load(directory / "README.md")
+    return loaded.data.to_dict()
+
+
+def code_blocks(directory: Path, language: str) -> list[str]:
+    text = (directory / "README.md").read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```\n", text, flags=re.DOTALL)
+
+
+def source_with(tmp_path: Path, content: str | bytes, revision: str | None = COMMIT) -> Source:
+    data = content.encode() if isinstance(content, str) else content
+    (tmp_path / "README.md").write_bytes(data)
+    return Source(tmp_path, HUB_ID if revision else tmp_path.name, revision)
+
+
+# --- what a card says to programs -------------------------------------------------------------
+
+
+def test_the_metadata_of_a_local_checkpoint_claims_nothing_that_is_not_known(tiny_bundle):
+    assert read_block(tiny_bundle) == {
+        "library_name": "doge-onnx",
+        "pipeline_tag": "text-generation",
+        "tags": ["onnx", "onnxruntime", "doge", "onnxruntime-genai", "fp32"],
+    }
+
+
+def test_the_metadata_of_a_checkpoint_of_the_hub(tiny_bundle, tmp_path):
+    config = DogeConfig.from_file(TINY_CHECKPOINT / "config.json")
+    source = source_with(tmp_path, GOOD)
+    manifest = read_manifest(tiny_bundle)
+    manifest = dataclasses.replace(
+        manifest, precision="int4", files={**manifest.files, "chat_template.jinja": {}}
+    )
+    text = card.render(source, config, metadata.inherited(source), manifest)
+    (tmp_path / "README.md").write_text(text, encoding="utf-8")
+    assert read_block(tmp_path) == {
+        "license": "apache-2.0",
+        "language": ["en", "no"],
+        "datasets": ["SmallDoge/SmallTalks"],
+        "base_model": HUB_ID,
+        "base_model_relation": "quantized",
+        "library_name": "doge-onnx",
+        "pipeline_tag": "text-generation",
+        "tags": ["onnx", "onnxruntime", "doge", "onnxruntime-genai", "int4", "conversational"],
+    }
+    # Nothing is quantized: the Hub is not told that it was.
+    plain = dataclasses.replace(manifest, precision="fp32")
+    assert "base_model_relation" not in metadata.compose(source, config, plain, [], {})
+
+
+@pytest.fixture(scope="module")
+def window(tmp_path_factory) -> Path:
+    """A bundle with a window state, of a checkpoint with a tokenizer and a card."""
+    model = checkpoints.make(tmp_path_factory.mktemp("window") / "model", num_hidden_layers=1)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model / name).write_bytes((TINY_CHECKPOINT / name).read_bytes())
+    (model / "README.md").write_text(GOOD, encoding="utf-8")
+    return export(model, model.parent / "out", state="window", verify=False).path
+
+
+def test_an_export_takes_the_license_over(window):
+    block = read_block(window)
+    assert block["license"] == "apache-2.0"
+    assert block["language"] == ["en", "no"]
+    assert "base_model" not in block
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("", {}),
+        ("# no metadata\n\n---\nlicense: mit\n---\n", {}),
+        ("---\n---\n", {}),
+        ("---\nlicense: mit\n---", {"license": "mit"}),
+        ("\ufeff---\r\nlicense: mit\r\nlanguage: no\r\n---\r\n",
+         {"license": "mit", "language": "no"}),
+        ("---\nlicense: [mit, apache-2.0]\n---\n", {"license": ["mit", "apache-2.0"]}),
+        ("---\nlicense: other\nlicense_name: x\nlicense_link: https://a.b/c\n---\n",
+         {"license": "other", "license_name": "x", "license_link": "https://a.b/c"}),
+        ("---\nlicense_link: LICENSE.md\n---\n",
+         {"license_link": f"https://huggingface.co/{HUB_ID}/blob/{COMMIT}/LICENSE.md"}),
+    ],
+)  # fmt: skip
+def test_what_is_taken_over_from_a_card(tmp_path, content, expected):
+    assert metadata.inherited(source_with(tmp_path, content)) == expected
+
+
+def test_a_file_beside_a_local_card_is_no_link(tmp_path):
+    source = source_with(tmp_path, "---\nlicense_link: LICENSE\n---\n", revision=None)
+    assert metadata.inherited(source) == {}
+
+
+BOMB = "---\na: &a [x, x]\n" + "".join(
+    f"{after}: &{after} [*{before}, *{before}, *{before}, *{before}, *{before}, *{before}]\n"
+    for before, after in zip("abcdefghijklmnopqrstuvw", "bcdefghijklmnopqrstuvwx", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        # Values of other types and forms.
+        "license: null",
+        "license: 3",
+        "license: true",
+        "license: 2024-01-01",
+        "license: {mit: yes}",
+        "license: [[mit], 3, {a: b}]",
+        "license: 'mit\n\n  # injected'",
+        "license: ''",
+        "license: " + "m" * 5000,
+        "license_name: [a, b]",
+        "license_link: javascript:alert(1)",
+        "language: 7",
+        "datasets: ../../etc/passwd",
+        "- license: mit",
+        "license",
+        # Objects, which a careless reader would make.
+        'license: !!python/object/apply:os.system ["touch executed"]',
+        'license: !!python/name:os.system ""',
+        "license: !!binary bWl0",
+        "license: !!int ''",
+        "license: !!timestamp x",
+        # Not YAML at all, or too much of it.
+        "license: [mit",
+        "license: *nothing",
+        "license: \x00",
+        "\tlicense: mit",
+        "license: mit\n--- \nmore: 1\n...\n- x",
+        "x: " + "[" * 50_000,
+        "x: &x [*x]\nlicense: *x",
+    ],
+)
+def test_a_hostile_card_is_a_card_without_metadata(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    found = metadata.inherited(source_with(tmp_path, f"---\n{content}\n---\n"))
+    if "more: 1" in content:
+        # The first line of dashes ends the block.
+        assert found == {"license": "mit"}
+    else:
+        assert found == {}
+    assert not Path("executed").exists()
+
+
+@pytest.mark.parametrize("end", ["license: *x\n---\n", "<<: *x\nlicense: mit\n---\n"])
+def test_a_card_that_would_explode_does_not(tmp_path, end):
+    found = metadata.inherited(source_with(tmp_path, BOMB + end))
+    assert found == ({"license": "mit"} if "mit" in end else {})
+
+
+@pytest.mark.parametrize("content", [b"---\nlicense: mit\nx: \xff\xfe\n---\n", b"\xff" * 100])
+def test_a_card_that_is_no_text(tmp_path, content):
+    assert metadata.inherited(source_with(tmp_path, content)) in ({"license": "mit"}, {})
+
+
+def test_a_huge_card_is_read_in_part_and_said_so(tmp_path):
+    filler = "x: " + "y" * 200_000
+    said: list[str] = []
+    source = source_with(tmp_path, f"---\nlicense: mit\n{filler}\n---\n")
+    assert metadata.inherited(source, said.append) == {}
+    assert said == [f"the model card of {HUB_ID} says nothing of a license: its metadata does not "
+                    "end within 131072 bytes"]  # fmt: skip
+    source = source_with(tmp_path, f"---\nlicense: mit\n---\n{filler}")
+    assert metadata.inherited(source) == {"license": "mit"}
+
+
+def test_a_card_that_is_a_directory(tmp_path):
+    (tmp_path / "README.md").mkdir()
+    assert metadata.inherited(Source(tmp_path, "x", None)) == {}
+
+
+# --- what it says to people -------------------------------------------------------------------
+
+
+def test_the_figures_of_the_comparison_are_shown(main):
+    text = (main.path / "README.md").read_text(encoding="utf-8")
+    parity = main.report.parity
+    assert f"| prompt in one step (prefill) | {parity.prefill:.1e} |\n" in text
+    assert f"| tolerance | {parity.tolerance:.1e} |\n" in text
+    total = parity.greedy_total
+    assert f"| greedy tokens that match | {total} of {total} tokens |\n" in text
+    assert parity.reference in text
+
+
+def test_the_card_says_how_large_everything_is(tiny_bundle):
+    text = (tiny_bundle / "README.md").read_text(encoding="utf-8")
+    size = (tiny_bundle / "model.onnx").stat().st_size
+    assert f"| graph and weights | {size / 1e6:.1f} MB |\n" in text
+    # 4 layers, keys and values, 2 heads, 72 channels of 4 bytes.
+    assert "| state | float32, 4,608 bytes per token |\n" in text
+    assert Bundle.open(tiny_bundle).manifest.files["README.md"]["size"] == len(text.encode())
+
+
+def test_a_name_cannot_write_into_the_card(tiny_bundle):
+    source = Source(TINY_CHECKPOINT, "a`b\n# c\n---", None)
+    config = DogeConfig.from_file(TINY_CHECKPOINT / "config.json")
+    text = card.render(source, config, {}, read_manifest(tiny_bundle))
+    assert "# a'b # c ---, exported to ONNX\n" in text
+
+
+# --- the snippets -----------------------------------------------------------------------------
+
+
+def run(python: str | Path, code: str, bundle: Path) -> subprocess.CompletedProcess:
+    """Run a snippet exactly as it stands in the card, but for the bundle's place."""
+    assert card.PLACE in code
+    return subprocess.run(
+        [python, "-c", code.replace(card.PLACE, str(bundle))],
+        capture_output=True,
+        encoding="utf-8",
+        env=os.environ | {"PYTHONIOENCODING": "utf-8"},
+        check=True,
+        timeout=120,
+    )
+
+
+def test_the_python_snippet_runs(tiny_bundle):
+    code = code_blocks(tiny_bundle, "python")[0]
+    expected = doge_onnx.load(tiny_bundle).generate("Hey how are you doing?", max_new_tokens=100)
+    assert expected.finish_reason == "length"
+    assert run(sys.executable, code, tiny_bundle).stdout == expected.text + "\n"
+
+
+def test_without_a_tokenizer_the_snippet_takes_token_ids(second):
+    (code,) = code_blocks(second.path, "python")
+    expected = doge_onnx.load(second.path).generate([1, 2, 3], max_new_tokens=100)
+    assert run(sys.executable, code, second.path).stdout == f"{expected.token_ids}\n"
+
+
+@pytest.mark.parametrize("target", ["tiny_bundle", "tiny_portable_bundle"])
+def test_the_snippet_for_onnxruntime_genai_runs(target, request):
+    bundle = request.getfixturevalue(target)
+    _, code = code_blocks(bundle, "python")
+    # Which ids its tokenizer makes of the text is its own business.
+    code += "\nimport sys; print([int(i) for i in generator.get_sequence(0)], file=sys.stderr)\n"
+    code += "print(len(tokenizer.encode('Hey how are you doing?')), file=sys.stderr)\n"
+    result = run(environment(ROOT / "tests/requirements/genai.txt"), code, bundle)
+    sequence, length = (json.loads(line) for line in result.stderr.splitlines())
+    assert len(sequence) == 100
+    model = doge_onnx.load(bundle)
+    expected = model.generate(sequence[:length], max_new_tokens=100 - length, temperature=0)
+    assert sequence[length:] == expected.token_ids
+    assert result.stdout.strip() == expected.text.strip()
+
+
+def test_a_window_has_no_snippet_for_tools_that_cannot_feed_it(window):
+    (code,) = code_blocks(window, "python")
+    assert "doge_onnx.load" in code
+    assert "onnxruntime-genai" not in read_block(window)["tags"]
+
+
+def test_half_a_tokenizer_is_none_to_onnxruntime_genai(tiny_bundle):
+    manifest = read_manifest(tiny_bundle)
+    files = {name: entry for name, entry in manifest.files.items() if "_config" not in name}
+    shown = card.snippets(dataclasses.replace(manifest, files=files))
+    assert [snippet.tool for snippet in shown] == ["doge-onnx"]
