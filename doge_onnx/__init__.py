@@ -6,12 +6,13 @@ Example:
     >>> print(model.generate("Once upon a time", max_new_tokens=100).text)
 """
 
-from doge_onnx.api import bench, evaluate, export, load, verify
+from doge_onnx.api import bench, evaluate, export, load, push, verify
 from doge_onnx.errors import (
     BundleError,
     CheckpointError,
     ConfigError,
     DogeOnnxError,
+    HubError,
     InputError,
     MissingExtraError,
     ParityError,
@@ -29,6 +30,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DogeOnnxError",
+    "HubError",
     "InputError",
     "MissingExtraError",
     "ParityError",
@@ -38,5 +40,6 @@ __all__ = [
     "evaluate",
     "export",
     "load",
+    "push",
     "verify",
 ]

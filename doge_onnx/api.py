@@ -17,11 +17,13 @@ from doge_onnx.errors import InputError, MissingExtraError
 if TYPE_CHECKING:
     from doge_onnx.export.exporter import ExportReport
     from doge_onnx.export.verify import ParityReport
+    from doge_onnx.hub import PushReport
     from doge_onnx.runtime.bench import BenchReport
     from doge_onnx.runtime.evaluate import QualityReport, Scorer
     from doge_onnx.runtime.model import Model
 
-_EXPORT_EXTRA = {
+# What the extras bring, all together.
+_OPTIONAL = {
     "torch",
     "onnx",
     "onnx_ir",
@@ -106,7 +108,7 @@ def export(
         DogeOnnxError: The checkpoint cannot be read or is not supported, `out` cannot be
             written, or the graph differs from the reference; see the children of the class.
     """
-    with _export_extra():
+    with _extra("export"):
         from doge_onnx.export import exporter
 
         return exporter.export(
@@ -146,7 +148,7 @@ def verify(
     Raises:
         DogeOnnxError: One of the two cannot be read; see the children of the class.
     """
-    with _export_extra():
+    with _extra("export"):
         from doge_onnx.export import verify as verifier
 
         return verifier.verify(bundle, reference, revision=revision, progress=progress)
@@ -199,7 +201,7 @@ def evaluate(
             length = window or evaluator.FILE_WINDOW
             if scorer.context_length is not None:
                 length = min(length, scorer.context_length)
-            with _export_extra():
+            with _extra("export"):
                 from doge_onnx.export import quality
 
                 other = quality.open_checkpoint(
@@ -256,15 +258,59 @@ def bench(
     )
 
 
+def push(
+    bundle: str | Path,
+    repo: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    message: str | None = None,
+    dry_run: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> PushReport:
+    """Upload a bundle to the Hugging Face Hub, in one commit.
+
+    The files of the bundle go up, after their checksums were compared, and nothing else of its
+    directory. What is in the repository already stays, unless it has the same name.
+
+    Args:
+        bundle: The directory that `export` wrote.
+        repo: The repository, such as "user/model"; it is created if it does not exist.
+        private: Make a new repository private. One that exists must be private already.
+        revision: The branch; it is created if it does not exist. None is the main one.
+        message: Of the commit; None says what the bundle holds.
+        dry_run: Only check the bundle and report what would be uploaded.
+        progress: Called with a line of text when a step begins.
+
+    Raises:
+        BundleError: There is no bundle, or it is incomplete, altered or too new.
+        HubError: The name is not valid, there is no token or it may not write there, or the Hub
+            cannot be reached.
+        MissingExtraError: huggingface_hub is not installed.
+    """
+    with _extra("hub"):
+        from doge_onnx import hub
+
+        return hub.push(
+            bundle,
+            repo,
+            private=private,
+            revision=revision,
+            message=message,
+            dry_run=dry_run,
+            progress=progress,
+        )
+
+
 @contextlib.contextmanager
-def _export_extra() -> Iterator[None]:
-    """Say what to install if an import fails for want of the export extra."""
+def _extra(name: str) -> Iterator[None]:
+    """Say what to install if an import fails for want of an extra."""
     try:
         yield
     except ImportError as error:
         package = (error.name or "").partition(".")[0]
-        if package not in _EXPORT_EXTRA:
+        if package not in _OPTIONAL:
             raise
         raise MissingExtraError(
-            f"this needs {package}, which is not installed: pip install 'doge-onnx[export]'"
+            f"this needs {package}, which is not installed: pip install 'doge-onnx[{name}]'"
         ) from error

@@ -296,6 +296,35 @@ def info(
         cli_output.manifest(manifest)
 
 
+@app.command()
+def push(
+    bundle: cli_options.Bundle,
+    repo: cli_options.Repo,
+    private: cli_options.Private = False,
+    revision: cli_options.Branch = None,
+    message: cli_options.Message = None,
+    dry_run: cli_options.DryRun = False,
+) -> None:
+    """Upload a bundle to the Hugging Face Hub.
+
+    All files of the bundle are compared with their checksums, then they go up in one commit, and
+    nothing else of the directory. What is in the repository already stays, unless it has the
+    same name. Needs a token with write access: `hf auth login`, or the variable HF_TOKEN.
+    """
+    cli_output.note(f"pushing {bundle} to {repo}")
+    report = doge_onnx.push(
+        bundle,
+        repo,
+        private=private,
+        revision=revision,
+        message=message,
+        dry_run=dry_run,
+        # Lines rather than a spinner: the Hub's client draws bars of its own.
+        progress=lambda step: cli_output.note(f"  {step}"),
+    )
+    cli_output.push(report)
+
+
 def _prompt(argument: str | None) -> str:
     """The prompt itself, read from standard input where that was asked for."""
     if argument is not None and argument != "-":

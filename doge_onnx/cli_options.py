@@ -343,3 +343,34 @@ Repetitions = Annotated[
 JsonBench = Annotated[
     bool, typer.Option("--json", help="Print all figures as one JSON object, for a program.")
 ]
+Repo = Annotated[
+    str,
+    typer.Argument(
+        metavar="REPO",
+        help="Repository on the Hugging Face Hub, such as user/model; created if it does not "
+        "exist.",
+    ),
+]
+Private = Annotated[
+    bool,
+    typer.Option(
+        "--private", help="Make a new repository private; one that exists has to be so already."
+    ),
+]
+Branch = Annotated[
+    str | None,
+    typer.Option(
+        "--revision",
+        metavar="BRANCH",
+        help="Branch to upload to; created if it does not exist. Default: main.",
+    ),
+]
+Message = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TEXT", help="Message of the commit. Default: says what the bundle holds."
+    ),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Only check the bundle and print what would be uploaded.")
+]

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from doge_onnx.export.exporter import ExportReport
     from doge_onnx.export.verify import ParityReport
+    from doge_onnx.hub import PushReport
     from doge_onnx.runtime.bench import BenchReport, Spread
     from doge_onnx.runtime.completion import Completion, Timings
     from doge_onnx.runtime.evaluate import QualityReport
@@ -215,6 +216,22 @@ def manifest(shown: Manifest) -> None:
         "Files",
         {name: _megabytes(size) if isinstance(size, int) else None for name, size in sizes.items()},
     )
+
+
+def push(report: PushReport) -> None:
+    """Print what was uploaded, or would be, and where it is."""
+    _print_section("Files", {name: _megabytes(size) for name, size in report.files.items()})
+    _print_rows(
+        {
+            "size": _megabytes(report.size),
+            "repository": report.repo,
+            "branch": report.revision,
+            "message": report.message,
+            "url": report.url,
+        }
+    )
+    if report.url is None:
+        note("nothing was uploaded: this is a dry run")
 
 
 def bench(report: BenchReport) -> None:

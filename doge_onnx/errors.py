@@ -36,5 +36,9 @@ class QualityError(DogeOnnxError):
     """A bundle that is further from its reference than it may be, or cannot be evaluated."""
 
 
+class HubError(DogeOnnxError):
+    """An upload that the Hugging Face Hub refuses, or that does not reach it."""
+
+
 class MissingExtraError(DogeOnnxError):
     """A part of the package that needs an optional dependency which is not installed."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from hub import FakeHub
+from hub import FakeHub, isolate, use_endpoint
 
 from doge_onnx.errors import CheckpointError
 from doge_onnx.export.checkpoint import find, read
@@ -48,23 +48,10 @@ def hub(tmp_path, monkeypatch, original):
         files[name] = (original / name).read_bytes()
     unwanted = {name: f"{name} is not to be fetched".encode() for name in UNWANTED}
     fake = FakeHub(repositories={MODEL: {"main": {**files, **unwanted}}})
-    for name in ("NO_PROXY", "no_proxy"):
-        monkeypatch.setenv(name, "127.0.0.1")
-    constants = huggingface_hub.constants
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    isolate(monkeypatch, tmp_path)
     with fake.running():
-        _use_endpoint(monkeypatch, fake.endpoint)
+        use_endpoint(monkeypatch, fake.endpoint)
         yield fake
-
-
-def _use_endpoint(monkeypatch, endpoint: str) -> None:
-    constants = huggingface_hub.constants
-    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
 
 
 def hub_refusal(model: str = MODEL, revision: str | None = None) -> str:
@@ -155,7 +142,7 @@ def test_a_hub_that_cannot_be_reached(hub, monkeypatch):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{unused.getsockname()[1]}"
-        _use_endpoint(monkeypatch, endpoint)
+        use_endpoint(monkeypatch, endpoint)
         message = hub_refusal()
     assert f"the Hub at {endpoint} cannot be reached" in message
 

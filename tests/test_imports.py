@@ -106,7 +106,7 @@ def test_a_missing_extra_says_what_to_install(call):
 
 
 def test_another_import_error_is_a_bug_and_stays_one():
-    with pytest.raises(ImportError) as caught, api._export_extra():
+    with pytest.raises(ImportError) as caught, api._extra("export"):
         importlib.import_module("doge_onnx.no_such_module")
     assert not isinstance(caught.value, MissingExtraError)
 
