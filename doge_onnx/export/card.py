@@ -54,6 +54,32 @@ while not generator.is_done():
     generator.generate_next_token()
     print(pieces.decode(generator.get_next_tokens()[0]), end="", flush=True)
 """
+# With the number of heads, the size of a row, the dtype, and options of a large model.
+_JAVASCRIPT = """\
+import { readFile } from "node:fs/promises";
+import { AutoTokenizer, LlamaForCausalLM, TextStreamer } from "@huggingface/transformers";
+
+const bundle = "%s";
+const config = {
+  ...JSON.parse(await readFile(`${bundle}/config.json`)),
+  // It does not know Doge, and runs the graph as a Llama with rows that hold the gates, too.
+  model_type: "llama",
+  num_key_value_heads: %d,
+  head_dim: %d,
+};
+const options = { config, dtype: "%s"%s };
+const tokenizer = await AutoTokenizer.from_pretrained(bundle, { config });
+const model = await LlamaForCausalLM.from_pretrained(bundle, options);
+const streamer = new TextStreamer(tokenizer, { skip_prompt: true });
+const inputs = tokenizer("Hey how are you doing?");
+await model.generate({ ...inputs, max_new_tokens: 100, do_sample: false, streamer });
+"""
+# By what transformers.js calls the precision of a graph of that name.
+_JAVASCRIPT_DTYPES = {
+    "onnx/model.onnx": "fp32",
+    "onnx/model_quantized.onnx": "q8",
+    "onnx/model_q4.onnx": "q4",
+}
 
 
 @dataclass(frozen=True)
@@ -84,7 +110,24 @@ def snippets(manifest: Manifest) -> list[Snippet]:
     # onnxruntime-genai wants both files of the tokenizer.
     if {"genai_config.json", "tokenizer.json", "tokenizer_config.json"} <= manifest.files.keys():
         found.append(Snippet("onnxruntime-genai", "onnxruntime-genai", "python", _GENAI))
+    code = _javascript(manifest)
+    if code is not None:
+        found.append(Snippet("transformers.js in Node", "transformers.js", "js", code))
     return found
+
+
+def _javascript(manifest: Manifest) -> str | None:
+    """The snippet for transformers.js, or None where that cannot run the bundle."""
+    state = manifest.state
+    dtype = _JAVASCRIPT_DTYPES.get(manifest.graph)
+    # It feeds a state that grows, in float32.
+    if dtype is None or (state.kind, state.dtype) != ("growing", "float32"):
+        return None
+    if not {"tokenizer.json", "tokenizer_config.json"} <= manifest.files.keys():
+        return None
+    large = f"{manifest.graph}_data" in manifest.files
+    more = ", use_external_data_format: true" if large else ""
+    return _JAVASCRIPT % (PLACE, state.num_heads, state.row_size, dtype, more)
 
 
 def write(source: Source, config: DogeConfig, taken_over: Metadata, directory: Path) -> None:
