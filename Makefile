@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := build/demo
 
-.PHONY: demo test lint types tests environments bench peers precisions clean
+.PHONY: demo test lint types tests environments docs bench peers precisions clean
 
 demo: $(STAMP)
 	@mkdir -p build
@@ -32,6 +32,10 @@ environments: $(STAMP)
 	$(BIN)/python tools/environments.py $(wildcard tests/requirements/*.txt)
 	$(BIN)/python tools/javascript.py examples tests/javascript
 	$(BIN)/python tools/chromium.py
+
+# What the documentation takes from the code. A test fails where it is not up to date.
+docs: $(STAMP)
+	$(BIN)/python tools/documentation.py
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/speed.py

@@ -1,0 +1,219 @@
+"""Write what docs/ takes from the code: the commands' help, the API, the manifest's fields.
+
+    python tools/documentation.py
+
+Knows how docstrings and help become Markdown. What they say is said in the code; a test compares
+the pages with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import doge_onnx
+from doge_onnx import api, bundle, cli, errors, hub
+from doge_onnx.export import exporter, verify
+from doge_onnx.runtime import bench, completion, evaluate, model, state
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+# As wide as a narrow terminal, whatever the real one is.
+HELP_WIDTH = 80
+SIGNATURE_WIDTH = 88
+NOTE = "<!-- Written by `make docs`: change the code instead. -->\n"
+BEGIN, END = "<!-- manifest: begin -->\n", "<!-- manifest: end -->\n"
+
+FUNCTIONS = (api.export, api.load, api.verify, api.evaluate, api.bench, api.push)
+CLASSES: dict[str, tuple[type, ...]] = {
+    "A loaded model": (
+        model.Model,
+        state.State,
+        completion.Completion,
+        completion.Piece,
+        completion.Timings,
+    ),
+    "Reports": (
+        exporter.ExportReport,
+        verify.ParityReport,
+        evaluate.QualityReport,
+        bench.BenchReport,
+        bench.CellReport,
+        bench.StartReport,
+        bench.LeftOut,
+        bench.Spread,
+        hub.PushReport,
+    ),
+    "The manifest": (bundle.Manifest, bundle.StateLayout),
+}
+# Public in Python's sense, but for the package's own use.
+INTERNAL = {"Completion.join", "State.belongs_to", "Manifest.from_json", "Spread.of"}
+_SECTION = re.compile(r"^(Args|Attributes|Returns|Yields|Raises|Example):$")
+_TITLES = {"Args": "Arguments", "Attributes": "Attributes", "Raises": "Raises"}
+
+
+def pages() -> dict[Path, str]:
+    """The pages, or what they should be."""
+    formats = DOCS / "formats.md"
+    before, rest = formats.read_text(encoding="utf-8").split(BEGIN)
+    after = rest.split(END)[1]
+    return {
+        DOCS / "commands.md": commands(),
+        DOCS / "api.md": library(),
+        formats: f"{before}{BEGIN}{manifest_fields()}{END}{after}",
+    }
+
+
+def commands() -> str:
+    """The help of each command, as it is printed."""
+    from typer.main import get_command
+
+    group: Any = get_command(cli.app)
+    top = group.context_class(
+        group, info_name="doge-onnx", terminal_width=HELP_WIDTH, **group.context_settings
+    )
+    parts = [f"# Commands\n\n{NOTE}\nWhat `--help` prints.\n", _help("doge-onnx", group, top)]
+    for name, command in group.commands.items():
+        context = command.context_class(
+            command, info_name=name, parent=top, terminal_width=HELP_WIDTH
+        )
+        parts.append(_help(f"doge-onnx {name}", command, context))
+    return "\n".join(parts)
+
+
+def _help(title: str, command: Any, context: Any) -> str:
+    lines = (line.rstrip() for line in command.get_help(context).splitlines())
+    return f"## {title}\n\n```text\n" + "\n".join(lines) + "\n```\n"
+
+
+def library() -> str:
+    """The Python API, out of its docstrings."""
+    summary, _, example = (doge_onnx.__doc__ or "").partition("\n\nExample:\n")
+    code = "\n".join(line.strip().removeprefix(">>> ") for line in example.strip().splitlines())
+    parts = [
+        f"# Python API\n\n{NOTE}\n{summary.strip()}\n\n"
+        f"```python\nimport doge_onnx\n\n{code}\n```\n\nAll of this is typed. Names that are not "
+        "here may change at any time.\n",
+        "## Functions\n",
+    ]
+    parts += [_function(f"doge_onnx.{function.__name__}", function) for function in FUNCTIONS]
+    for title, classes in CLASSES.items():
+        parts.append(f"## {title}\n")
+        parts += [part for entry in classes for part in _class(entry)]
+    parts.append("## Errors\n\nAll are in `doge_onnx`, and children of `DogeOnnxError`.\n")
+    found = [(name, entry) for name, entry in vars(errors).items() if name in doge_onnx.__all__]
+    parts.append("\n".join(f"- `{name}`: {inspect.getdoc(entry)}" for name, entry in found) + "\n")
+    return "\n".join(parts)
+
+
+def _function(name: str, function: Any, level: str = "###") -> str:
+    signature = _signature(name.rpartition(".")[2], function)
+    return f"{level} {name}\n\n```python\n{signature}\n```\n\n{_docstring(function)}"
+
+
+def _class(entry: type) -> Iterator[str]:
+    types = {
+        name: kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind))
+        for name, kind in inspect.get_annotations(entry).items()
+    }
+    words = _docstring(entry, types)
+    if dataclasses.is_dataclass(entry) and "Attributes:" not in words:
+        words += (
+            "\nAttributes: " + ", ".join(f"`{n}` (`{kind}`)" for n, kind in types.items()) + ".\n"
+        )
+    yield f"### {entry.__name__}\n\n{words}"
+    for name, member in vars(entry).items():
+        full = f"{entry.__name__}.{name}"
+        if name.startswith("_") or full in INTERNAL:
+            continue
+        if isinstance(member, property):
+            kind = inspect.get_annotations(member.fget)["return"] if member.fget else ""
+            yield f"#### {full}\n\n`{kind}`. {_docstring(member)}"
+        elif inspect.isfunction(member):
+            yield _function(full, member, "####")
+
+
+def _signature(name: str, function: Any) -> str:
+    """The parameters on one line, or one on each where they are long."""
+    signature = inspect.signature(function)
+    shown, keyword_only = [], False
+    for parameter in signature.parameters.values():
+        if parameter.name == "self":
+            continue
+        if parameter.kind is parameter.KEYWORD_ONLY and not keyword_only:
+            keyword_only = True
+            shown.append("*")
+        text = f"{parameter.name}: {parameter.annotation}"
+        if parameter.default is not parameter.empty:
+            default = parameter.default
+            text += f" = {json.dumps(default) if isinstance(default, str) else default}"
+        shown.append(text)
+    line = f"{name}({', '.join(shown)}) -> {signature.return_annotation}"
+    if len(line) <= SIGNATURE_WIDTH:
+        return line
+    body = "".join(f"    {text},\n" for text in shown)
+    return f"{name}(\n{body}) -> {signature.return_annotation}"
+
+
+def _docstring(entry: Any, types: dict[str, str] | None = None) -> str:
+    """A docstring as Markdown; `types` are those of attributes."""
+    section = ""
+    paragraphs: list[str] = []
+    items: list[str] = []
+    blocks: list[str] = []
+
+    def finish() -> None:
+        text = "\n".join(paragraphs).strip()
+        if section in _TITLES:
+            blocks.append(f"{_TITLES[section]}:\n")
+            blocks.append("\n".join(items) + "\n")
+        elif section in ("Returns", "Yields"):
+            blocks.append(f"{section}: {text}\n")
+        elif text:
+            blocks.append(f"{text}\n")
+
+    for line in (inspect.getdoc(entry) or "").splitlines():
+        if found := _SECTION.match(line):
+            finish()
+            section, paragraphs, items = found.group(1), [], []
+        elif section in _TITLES and (item := re.match(r"^    (\w+): (.*)$", line)):
+            name, text = item.groups()
+            kind = f" (`{types[name]}`)" if types and name in types else ""
+            items.append(f"- `{name}`{kind}: {text}")
+        elif section in _TITLES and line:
+            items[-1] += f" {line.strip()}"
+        else:
+            paragraphs.append(line.strip() if section else line)
+    finish()
+    return "\n".join(blocks)
+
+
+def manifest_fields() -> str:
+    """The fields of the manifest and of its state, with the version that brought each."""
+    lines = [
+        "<!-- Written by `make docs`, too. -->\n",
+        f"This is version {bundle.FORMAT_VERSION} of the format.\n",
+    ]
+    lines += ["| field | type | since | |", "|---|---|---:|---|"]
+    for entry, prefix in ((bundle.Manifest, ""), (bundle.StateLayout, "state.")):
+        words = dict(re.findall(r"^- `(\w+)`: (.*)$", _docstring(entry), flags=re.MULTILINE))
+        for field in dataclasses.fields(entry):
+            kind = str(field.type).replace("|", "\\|")
+            since = field.metadata.get("since", 1)
+            lines.append(f"| `{prefix}{field.name}` | `{kind}` | {since} | {words[field.name]} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Write the pages."""
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
