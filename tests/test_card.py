@@ -300,3 +300,44 @@ def test_half_a_tokenizer_is_none_to_onnxruntime_genai(tiny_bundle):
     files = {name: entry for name, entry in manifest.files.items() if "_config" not in name}
     shown = card.snippets(dataclasses.replace(manifest, files=files))
     assert [snippet.tool for snippet in shown] == ["doge-onnx"]
+
+
+@pytest.mark.parametrize(
+    ("graph", "dtype"),
+    [
+        ("onnx/model.onnx", "fp32"),
+        ("onnx/model_quantized.onnx", "q8"),
+        ("onnx/model_q4.onnx", "q4"),
+        ("model.onnx", None),
+    ],
+)
+def test_the_snippet_for_transformers_js_is_shown_where_it_finds_the_graph(
+    tiny_bundle, graph, dtype
+):
+    manifest = dataclasses.replace(read_manifest(tiny_bundle), graph=graph)
+    codes = [shown.code for shown in card.snippets(manifest) if shown.language == "js"]
+    if dtype is None:
+        assert codes == []
+        return
+    (code,) = codes
+    assert f'dtype: "{dtype}" }}' in code
+    assert "num_key_value_heads: 2,\n  head_dim: 72," in code
+    large = dataclasses.replace(manifest, files={**manifest.files, f"{graph}_data": {}})
+    assert f'dtype: "{dtype}", use_external_data_format: true }}' in card.snippets(large)[-1].code
+
+
+@pytest.mark.parametrize("change", [{"kind": "window"}, {"dtype": "int8"}])
+def test_a_state_that_transformers_js_cannot_feed_has_no_snippet_for_it(tiny_bundle, change):
+    manifest = read_manifest(tiny_bundle)
+    state = dataclasses.replace(manifest.state, **change)
+    manifest = dataclasses.replace(manifest, graph="onnx/model.onnx", state=state)
+    assert "js" not in [shown.language for shown in card.snippets(manifest)]
+
+
+def test_the_library_of_a_card_is_one_that_loads_the_bundle(tiny_bundle):
+    config = DogeConfig.from_file(TINY_CHECKPOINT / "config.json")
+    manifest = dataclasses.replace(read_manifest(tiny_bundle), graph="onnx/model.onnx")
+    text = card.render(Source(TINY_CHECKPOINT, "doge-tiny", None), config, {}, manifest)
+    shown = huggingface_hub.ModelCard(text).data
+    assert shown.library_name == "transformers.js"
+    assert "transformers.js" in shown.tags

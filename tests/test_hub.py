@@ -13,6 +13,7 @@ from hub import FakeHub, isolate, use_endpoint
 
 from doge_onnx.errors import CheckpointError
 from doge_onnx.export.checkpoint import find, read
+from doge_onnx.export.exporter import export
 
 WEIGHTS = "model.safetensors"
 MODEL = "SmallDoge/Doge-20M"
@@ -67,6 +68,19 @@ def test_only_the_files_of_a_model_are_fetched(hub, original):
     assert (source.model, source.revision) == (MODEL, hub.commit("main"))
     assert {path.name for path in source.directory.iterdir()} == FILES
     assert read(source.directory).tensors.keys() == read(original).tensors.keys()
+
+
+def test_the_card_of_an_export_names_what_it_was_made_from(hub, tmp_path):
+    files = hub.repositories[MODEL]["main"]
+    files["README.md"] = b"---\nlicense: apache-2.0\nlanguage: en\n---\n# Doge\n"
+    # It is none.
+    del files["tokenizer.json"]
+    path = export(MODEL, tmp_path / "bundle", verify=False).path
+    shown = huggingface_hub.metadata_load(path / "README.md")
+    assert shown["base_model"] == MODEL
+    assert shown["license"] == "apache-2.0"
+    assert shown["language"] == "en"
+    assert hub.commit("main") in (path / "README.md").read_text(encoding="utf-8")
 
 
 def test_shards_and_their_index_are_fetched(hub, sharded_original):
