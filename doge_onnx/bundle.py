@@ -72,6 +72,11 @@ class StateLayout:
     keep_window_size: int | None
     in_place: bool
 
+    @property
+    def item_size(self) -> int:
+        """Bytes of one element."""
+        return {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}[self.dtype]
+
 
 @dataclass(frozen=True)
 class Manifest:

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
-
 from doge_onnx.bundle import (
     CLOSED_GATE,
     MANIFEST_NAME,
@@ -182,7 +180,7 @@ def _shown(snippet: Snippet) -> str:
 
 def _sizes(manifest: Manifest) -> str:
     state = manifest.state
-    row = 2 * state.num_layers * state.num_heads * state.row_size * np.dtype(state.dtype).itemsize
+    row = 2 * state.num_layers * state.num_heads * state.row_size * state.item_size
     directory = PurePosixPath(manifest.graph).parent
     # The graph's directory holds its weights; where that is the bundle's own, other files too.
     weights = sum(
