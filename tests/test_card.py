@@ -12,6 +12,7 @@ from pathlib import Path
 
 import checkpoints
 import huggingface_hub
+import numpy as np
 import pytest
 from conftest import TINY_CHECKPOINT
 from environments import environment
@@ -24,6 +25,7 @@ from doge_onnx.export.checkpoint import Source
 from doge_onnx.export.exporter import export
 
 ROOT = Path(__file__).parent.parent
+PROMPT = "Hey how are you doing?"
 HUB_ID = "SmallDoge/Doge-20M"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 GOOD = """---
@@ -247,30 +249,42 @@ def test_a_name_cannot_write_into_the_card(tiny_bundle):
 # --- the snippets -----------------------------------------------------------------------------
 
 
-def run(python: str | Path, code: str, bundle: Path) -> subprocess.CompletedProcess:
+def run(command: list, code: str, bundle: Path, **options) -> subprocess.CompletedProcess:
     """Run a snippet exactly as it stands in the card, but for the bundle's place."""
     assert card.PLACE in code
     return subprocess.run(
-        [python, "-c", code.replace(card.PLACE, str(bundle))],
+        [*command, code.replace(card.PLACE, str(bundle))],
         capture_output=True,
         encoding="utf-8",
         env=os.environ | {"PYTHONIOENCODING": "utf-8"},
         check=True,
         timeout=120,
+        **options,
     )
 
 
 def test_the_python_snippet_runs(tiny_bundle):
     code = code_blocks(tiny_bundle, "python")[0]
-    expected = doge_onnx.load(tiny_bundle).generate("Hey how are you doing?", max_new_tokens=100)
+    expected = doge_onnx.load(tiny_bundle).generate(PROMPT, max_new_tokens=100)
     assert expected.finish_reason == "length"
-    assert run(sys.executable, code, tiny_bundle).stdout == expected.text + "\n"
+    assert run([sys.executable, "-c"], code, tiny_bundle).stdout == expected.text + "\n"
 
 
 def test_without_a_tokenizer_the_snippet_takes_token_ids(second):
     (code,) = code_blocks(second.path, "python")
     expected = doge_onnx.load(second.path).generate([1, 2, 3], max_new_tokens=100)
-    assert run(sys.executable, code, second.path).stdout == f"{expected.token_ids}\n"
+    assert run([sys.executable, "-c"], code, second.path).stdout == f"{expected.token_ids}\n"
+
+
+def clear_tokens(model, prompt: list[int], generated: list[int]) -> int:
+    """How many greedy tokens come before two are so close that another build may prefer the other.
+
+    Builds of ONNX Runtime differ in the order of their sums: by less than this in float32.
+    """
+    logits, _ = model.forward([prompt + generated], logits="all")
+    best = np.sort(logits[0, len(prompt) - 1 : -1], axis=-1)[:, -2:]
+    close = np.flatnonzero(best[:, 1] - best[:, 0] < 1e-3)
+    return int(close[0]) if len(close) else len(generated)
 
 
 @pytest.mark.parametrize("target", ["tiny_bundle", "tiny_portable_bundle"])
@@ -279,14 +293,17 @@ def test_the_snippet_for_onnxruntime_genai_runs(target, request):
     _, code = code_blocks(bundle, "python")
     # Which ids its tokenizer makes of the text is its own business.
     code += "\nimport sys; print([int(i) for i in generator.get_sequence(0)], file=sys.stderr)\n"
-    code += "print(len(tokenizer.encode('Hey how are you doing?')), file=sys.stderr)\n"
-    result = run(environment(ROOT / "tests/requirements/genai.txt"), code, bundle)
+    code += f"print(len(tokenizer.encode({PROMPT!r})), file=sys.stderr)\n"
+    result = run([environment(ROOT / "tests/requirements/genai.txt"), "-c"], code, bundle)
     sequence, length = (json.loads(line) for line in result.stderr.splitlines())
+    prompt, generated = sequence[:length], sequence[length:]
     assert len(sequence) == 100
     model = doge_onnx.load(bundle)
-    expected = model.generate(sequence[:length], max_new_tokens=100 - length, temperature=0)
-    assert sequence[length:] == expected.token_ids
-    assert result.stdout.strip() == expected.text.strip()
+    count = clear_tokens(model, prompt, generated)
+    expected = model.generate(prompt, max_new_tokens=count, temperature=0)
+    assert count > 10
+    assert generated[:count] == expected.token_ids
+    assert result.stdout.startswith(expected.text)
 
 
 def test_a_window_has_no_snippet_for_tools_that_cannot_feed_it(window):
