@@ -12,10 +12,12 @@ from pathlib import Path
 
 import checkpoints
 import huggingface_hub
+import javascript
 import numpy as np
 import pytest
 from conftest import TINY_CHECKPOINT
 from environments import environment
+from tokenizers import Tokenizer
 
 import doge_onnx
 from doge_onnx.bundle import Bundle, read_manifest
@@ -25,6 +27,7 @@ from doge_onnx.export.checkpoint import Source
 from doge_onnx.export.exporter import export
 
 ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
 PROMPT = "Hey how are you doing?"
 HUB_ID = "SmallDoge/Doge-20M"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -306,6 +309,38 @@ def test_the_snippet_for_onnxruntime_genai_runs(target, request):
     assert result.stdout.startswith(expected.text)
 
 
+@pytest.fixture(scope="module")
+def hub_layout(tmp_path_factory) -> Path:
+    """doge-tiny where transformers.js looks for it."""
+    out = tmp_path_factory.mktemp("hub") / "bundle"
+    return export(TINY_CHECKPOINT, out, layout="hub", verify=False).path
+
+
+def test_the_snippet_for_transformers_js_runs(hub_layout):
+    if (reason := javascript.lacking()) is not None:
+        pytest.skip(reason)
+    javascript.packages(EXAMPLES)
+    (code,) = code_blocks(hub_layout, "js")
+    command = ["node", "--input-type=module", "--eval"]
+    shown = run(command, code, hub_layout, cwd=EXAMPLES).stdout
+    model = doge_onnx.load(hub_layout)
+    prompt = Tokenizer.from_file(str(hub_layout / "tokenizer.json")).encode(PROMPT).ids
+    whole = model.generate(PROMPT, max_new_tokens=100)
+    count = clear_tokens(model, prompt, whole.token_ids)
+    assert count > 10
+    assert shown.startswith(model.generate(PROMPT, max_new_tokens=count).text)
+    assert len(shown) > 100
+
+
+def test_the_card_of_the_hub_layout_is_that_of_a_model_for_transformers_js(hub_layout):
+    shown = read_block(hub_layout)
+    assert shown["library_name"] == "transformers.js"
+    assert {"transformers.js", "onnxruntime-genai"} <= set(shown["tags"])
+    text = (hub_layout / "README.md").read_text(encoding="utf-8")
+    size = (hub_layout / "onnx" / "model.onnx").stat().st_size
+    assert f"| graph and weights | {size / 1e6:.1f} MB |\n" in text
+
+
 def test_a_window_has_no_snippet_for_tools_that_cannot_feed_it(window):
     (code,) = code_blocks(window, "python")
     assert "doge_onnx.load" in code
@@ -349,12 +384,3 @@ def test_a_state_that_transformers_js_cannot_feed_has_no_snippet_for_it(tiny_bun
     state = dataclasses.replace(manifest.state, **change)
     manifest = dataclasses.replace(manifest, graph="onnx/model.onnx", state=state)
     assert "js" not in [shown.language for shown in card.snippets(manifest)]
-
-
-def test_the_library_of_a_card_is_one_that_loads_the_bundle(tiny_bundle):
-    config = DogeConfig.from_file(TINY_CHECKPOINT / "config.json")
-    manifest = dataclasses.replace(read_manifest(tiny_bundle), graph="onnx/model.onnx")
-    text = card.render(Source(TINY_CHECKPOINT, "doge-tiny", None), config, {}, manifest)
-    shown = huggingface_hub.ModelCard(text).data
-    assert shown.library_name == "transformers.js"
-    assert "transformers.js" in shown.tags
