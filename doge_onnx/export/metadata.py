@@ -22,8 +22,6 @@ from doge_onnx.export.checkpoint import CARD_NAME, Source
 _MAX_BYTES = 128 * 2**10
 _MAX_ITEMS = 200
 _STRING_TAG = "tag:yaml.org,2002:str"
-# `no` is Norwegian to a card, and a boolean to YAML.
-_TEXT_TAGS = (_STRING_TAG, "tag:yaml.org,2002:bool")
 _WEB_ADDRESS = r"https?://[^\s<>\"]{1,500}"
 # Fields that are true of the bundle as well, and what one of their values looks like.
 _INHERITED = {
@@ -99,7 +97,8 @@ def _text_fields(block: str) -> Iterator[tuple[str, str | list[str]]]:
             item.value
             for item in items[:_MAX_ITEMS]
             if isinstance(item, yaml.ScalarNode)
-            and item.tag in (_TEXT_TAGS if name == "language" else (_STRING_TAG,))
+            # `no` is Norwegian to a card, and a boolean to YAML.
+            and (item.tag == _STRING_TAG or (name, item.value) == ("language", "no"))
             and re.fullmatch(_INHERITED[name], item.value)
         ]
         if not isinstance(value, yaml.SequenceNode) and texts:

@@ -1,0 +1,114 @@
+"""How each tool runs a bundle: the code that the model card shows.
+
+Knows which tools load which bundles. The tests run this code as it stands.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from doge_onnx.bundle import Manifest
+
+# What a reader, and a test, puts the bundle's place into.
+PLACE = "path/to/this/directory"
+
+_PYTHON = f"""\
+import doge_onnx
+
+model = doge_onnx.load("{PLACE}")
+print(model.generate("Hey how are you doing?", max_new_tokens=100).text)
+"""
+_PYTHON_IDS = f"""\
+import doge_onnx
+
+model = doge_onnx.load("{PLACE}")
+print(model.generate([1, 2, 3], max_new_tokens=100).token_ids)
+"""
+_GENAI = f"""\
+import onnxruntime_genai as og
+
+model = og.Model("{PLACE}")
+tokenizer = og.Tokenizer(model)
+pieces = tokenizer.create_stream()
+params = og.GeneratorParams(model)
+params.set_search_options(max_length=100)
+generator = og.Generator(model, params)
+generator.append_tokens(tokenizer.encode("Hey how are you doing?"))
+while not generator.is_done():
+    generator.generate_next_token()
+    print(pieces.decode(generator.get_next_tokens()[0]), end="", flush=True)
+"""
+# With the number of heads, the size of a row, the dtype, and options of a large model.
+_JAVASCRIPT = """\
+import { readFile } from "node:fs/promises";
+import { AutoTokenizer, LlamaForCausalLM, TextStreamer } from "@huggingface/transformers";
+
+const bundle = "%s";
+const config = {
+  ...JSON.parse(await readFile(`${bundle}/config.json`)),
+  // It does not know Doge, and runs the graph as a Llama with rows that hold the gates, too.
+  model_type: "llama",
+  num_key_value_heads: %d,
+  head_dim: %d,
+};
+const options = { config, dtype: "%s"%s };
+const tokenizer = await AutoTokenizer.from_pretrained(bundle, { config });
+const model = await LlamaForCausalLM.from_pretrained(bundle, options);
+const streamer = new TextStreamer(tokenizer, { skip_prompt: true });
+const inputs = tokenizer("Hey how are you doing?");
+await model.generate({ ...inputs, max_new_tokens: 100, do_sample: false, streamer });
+"""
+# By what transformers.js calls the precision of a graph of that name.
+_JAVASCRIPT_DTYPES = {
+    "onnx/model.onnx": "fp32",
+    "onnx/model_quantized.onnx": "q8",
+    "onnx/model_q4.onnx": "q4",
+}
+
+
+@dataclass(frozen=True)
+class Snippet:
+    """How one tool runs the bundle.
+
+    Attributes:
+        tool: Its name.
+        tag: The Hub's tag for models that it loads, or None if the Hub has none.
+        language: Of the code, as Markdown knows it.
+        code: The code itself.
+    """
+
+    tool: str
+    tag: str | None
+    language: str
+    code: str
+
+
+def snippets(manifest: Manifest) -> list[Snippet]:
+    """How the bundle can be run; only what works with what is in it.
+
+    Args:
+        manifest: With its list of files.
+    """
+    has_text = "tokenizer.json" in manifest.files
+    found = [Snippet("doge-onnx", None, "python", _PYTHON if has_text else _PYTHON_IDS)]
+    # onnxruntime-genai wants both files of the tokenizer.
+    if {"genai_config.json", "tokenizer.json", "tokenizer_config.json"} <= manifest.files.keys():
+        found.append(Snippet("onnxruntime-genai", "onnxruntime-genai", "python", _GENAI))
+    code = _javascript(manifest)
+    if code is not None:
+        found.append(Snippet("transformers.js in Node", "transformers.js", "js", code))
+    return found
+
+
+def _javascript(manifest: Manifest) -> str | None:
+    """The snippet for transformers.js, or None where that cannot run the bundle."""
+    state = manifest.state
+    dtype = _JAVASCRIPT_DTYPES.get(manifest.graph)
+    # It feeds a state that grows, in float32.
+    if dtype is None or (state.kind, state.dtype) != ("growing", "float32"):
+        return None
+    if not {"tokenizer.json", "tokenizer_config.json"} <= manifest.files.keys():
+        return None
+    large = f"{manifest.graph}_data" in manifest.files
+    more = ", use_external_data_format: true" if large else ""
+    return _JAVASCRIPT % (PLACE, state.num_heads, state.row_size, dtype, more)
