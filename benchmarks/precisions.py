@@ -1,10 +1,10 @@
-"""What each precision costs and gives: the table in the README and the plot in docs/.
+"""What each precision costs and gives: the table in docs/quantization.md and the plot there.
 
     python benchmarks/precisions.py [--shape 20M] [--text FILE] [--write]
 
 Quality is that of examples/doge-tiny, against its own fp32, on a text that it writes itself or
 on one from a file; size and speed are those of a random checkpoint of the shape, since codes do
-not change the speed. With --write the README's table and docs/precisions.svg are replaced. The
+not change the speed. With --write that table and docs/precisions.svg are replaced. The
 last line is one JSON object.
 """
 
@@ -26,7 +26,7 @@ import doge_onnx
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "examples" / "doge-tiny"
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "quantization.md"
 PLOT = ROOT / "docs" / "precisions.svg"
 BEGIN, END = "<!-- precisions: begin -->", "<!-- precisions: end -->"
 # Weights, state.
@@ -58,10 +58,10 @@ def main() -> None:
     lines = list(table(rows, arguments.shape))
     Console(width=140, highlight=False, markup=False).print("\n".join(lines))
     if arguments.write:
-        before, rest = README.read_text(encoding="utf-8").split(BEGIN)
+        before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
         after = rest.split(END)[1]
         text = "\n".join([before + BEGIN, *lines, END + after])
-        README.write_text(text, encoding="utf-8")
+        PAGE.write_text(text, encoding="utf-8")
         PLOT.parent.mkdir(exist_ok=True)
         plot(rows, arguments.shape)
     print(json.dumps({"shape": arguments.shape, "rows": rows}))

@@ -127,9 +127,9 @@ def test_commands_that_are_shown_exist(line):
         get_command(cli.app).commands[verb].make_context(verb, arguments)
 
 
-@pytest.mark.parametrize("page", ["quickstart.md", "runtime.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md", "docs/runtime.md"])
 def test_the_python_of_a_page_runs(page, tiny_bundle, tmp_path):
-    code = "\n".join(blocks(ROOT / "docs" / page, "python"))
+    code = "\n".join(blocks(ROOT / page, "python"))
     (tmp_path / "bundle").symlink_to(tiny_bundle)
     result = subprocess.run(
         [sys.executable, "-c", code.replace(MODEL, str(TINY_CHECKPOINT))],
