@@ -162,14 +162,14 @@ def _refusal(repo: str, branch: str, error: HfHubHTTPError) -> HubError:
             f"the Hub at {constants.ENDPOINT} does not accept the token: log in again with "
             "`hf auth login`"
         )
-    if status in (401, 403):
-        return HubError(
-            f"the token may not write to {repo}: use one that has write access (`hf auth login`), "
-            "or a repository of your own"
-        )
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reason = error.server_message or (lines[0] if lines else f"status {status}")
+    reason = " ".join(reason.split())
+    if status in (401, 403):
+        return HubError(
+            f"the token may not write to {repo} ({reason}): use one that has write access (`hf "
+            "auth login`), or a repository of your own"
+        )
     return HubError(
-        f"the Hub at {constants.ENDPOINT} refused the upload to {repo}, branch {branch}: "
-        f"{' '.join(reason.split())}"
+        f"the Hub at {constants.ENDPOINT} refused the upload to {repo}, branch {branch}: {reason}"
     )

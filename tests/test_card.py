@@ -349,6 +349,13 @@ def test_a_window_has_no_snippet_for_tools_that_cannot_feed_it(window):
     assert "onnxruntime-genai" not in read_block(window)["tags"]
 
 
+def test_a_state_in_half_precision_is_not_for_a_configuration_for_processors(tiny_bundle):
+    manifest = read_manifest(tiny_bundle)
+    half = dataclasses.replace(manifest.state, dtype="float16")
+    shown = snippets(dataclasses.replace(manifest, state=half))
+    assert [snippet.tool for snippet in shown] == ["doge-onnx"]
+
+
 def test_half_a_tokenizer_is_none_to_onnxruntime_genai(tiny_bundle):
     manifest = read_manifest(tiny_bundle)
     files = {name: entry for name, entry in manifest.files.items() if "_config" not in name}

@@ -220,7 +220,9 @@ def test_a_repository_of_somebody_else(hub, bundle, exists):
     repo = "other/doge-onnx"
     if exists:
         hub.repositories[repo] = {"main": {}}
-    assert f"the token may not write to {repo}" in refusal(bundle, repo)
+    message = refusal(bundle, repo)
+    assert f"the token may not write to {repo} (you may not " in message
+    assert "use one that has write access" in message
     assert not hub.commits
 
 

@@ -91,8 +91,10 @@ def snippets(manifest: Manifest) -> list[Snippet]:
     """
     has_text = "tokenizer.json" in manifest.files
     found = [Snippet("doge-onnx", None, "python", _PYTHON if has_text else _PYTHON_IDS)]
-    # onnxruntime-genai wants both files of the tokenizer.
-    if {"genai_config.json", "tokenizer.json", "tokenizer_config.json"} <= manifest.files.keys():
+    # It wants both files of the tokenizer; and a state in half precision is for other processors
+    # than its configuration is.
+    wanted = {"genai_config.json", "tokenizer.json", "tokenizer_config.json"}
+    if wanted <= manifest.files.keys() and manifest.state.dtype in ("float32", "int8"):
         found.append(Snippet("onnxruntime-genai", "onnxruntime-genai", "python", _GENAI))
     code = _javascript(manifest)
     if code is not None:
