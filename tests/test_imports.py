@@ -59,6 +59,7 @@ EXTRA = {
     "transformers",
     "safetensors",
     "huggingface_hub",
+    "yaml",
     "typer",
     "rich",
 }
