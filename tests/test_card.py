@@ -281,6 +281,10 @@ def test_without_a_tokenizer_the_snippet_takes_token_ids(second):
     assert run([sys.executable, "-c"], code, second.path).stdout == f"{expected.token_ids}\n"
 
 
+def prompt_ids(bundle: Path) -> list[int]:
+    return Tokenizer.from_file(str(bundle / "tokenizer.json")).encode(PROMPT).ids
+
+
 def clear_tokens(model, prompt: list[int], generated: list[int]) -> int:
     """How many greedy tokens come before two are so close that another build may prefer the other.
 
@@ -296,16 +300,16 @@ def clear_tokens(model, prompt: list[int], generated: list[int]) -> int:
 def test_the_snippet_for_onnxruntime_genai_runs(target, request):
     bundle = request.getfixturevalue(target)
     _, code = code_blocks(bundle, "python")
-    # Which ids its tokenizer makes of the text is its own business.
     code += "\nimport sys; print([int(i) for i in generator.get_sequence(0)], file=sys.stderr)\n"
-    code += f"print(len(tokenizer.encode({PROMPT!r})), file=sys.stderr)\n"
     result = run([environment(ROOT / "tests/requirements/genai.txt"), "-c"], code, bundle)
-    sequence, length = (json.loads(line) for line in result.stderr.splitlines())
-    prompt, generated = sequence[:length], sequence[length:]
+    sequence = json.loads(result.stderr)
+    prompt = prompt_ids(bundle)
     assert len(sequence) == 100
+    assert sequence[: len(prompt)] == prompt
+    generated = sequence[len(prompt) :]
     model = doge_onnx.load(bundle)
     count = clear_tokens(model, prompt, generated)
-    expected = model.generate(prompt, max_new_tokens=count, temperature=0)
+    expected = model.generate(PROMPT, max_new_tokens=count, temperature=0)
     assert count > 10
     assert generated[:count] == expected.token_ids
     assert result.stdout.startswith(expected.text)
@@ -326,7 +330,7 @@ def test_the_snippet_for_transformers_js_runs(hub_layout):
     command = ["node", "--input-type=module", "--eval"]
     shown = run(command, code, hub_layout, cwd=EXAMPLES).stdout
     model = doge_onnx.load(hub_layout)
-    prompt = Tokenizer.from_file(str(hub_layout / "tokenizer.json")).encode(PROMPT).ids
+    prompt = prompt_ids(hub_layout)
     whole = model.generate(PROMPT, max_new_tokens=100)
     count = clear_tokens(model, prompt, whole.token_ids)
     assert count > 10

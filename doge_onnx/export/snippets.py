@@ -29,6 +29,8 @@ import onnxruntime_genai as og
 
 model = og.Model("{PLACE}")
 tokenizer = og.Tokenizer(model)
+# As the model was trained: with the token that begins a text.
+tokenizer.update_options(add_special_tokens="true")
 pieces = tokenizer.create_stream()
 params = og.GeneratorParams(model)
 params.set_search_options(max_length=100)
