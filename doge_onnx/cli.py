@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 import doge_onnx
-from doge_onnx import cli_options, cli_output
+from doge_onnx import cli_chat, cli_options, cli_output
 from doge_onnx.bundle import read_manifest
 from doge_onnx.errors import DogeOnnxError, InputError
 
@@ -191,6 +191,8 @@ def evaluate(
 def generate(
     bundle: cli_options.Bundle,
     prompt: cli_options.Prompt = None,
+    chat: cli_options.AsChat = False,
+    system: cli_options.System = None,
     max_new_tokens: cli_options.MaxNewTokens = None,
     temperature: cli_options.Temperature = None,
     top_k: cli_options.TopK = None,
@@ -207,7 +209,7 @@ def generate(
     device: cli_options.Device = "cpu",
     verbose: cli_options.Verbose = False,
 ) -> None:
-    """Continue a text.
+    """Continue a text, or with --chat answer a message.
 
     The text appears on standard output as it is generated, and nothing else does. Sampling
     options that are not given follow the bundle's generation_config.json, or else the defaults
@@ -215,7 +217,12 @@ def generate(
     """
     if logprobs and not json:
         raise typer.BadParameter("it needs --json", param_hint="--logprobs")
-    text = _prompt(prompt)
+    if system is not None and not chat:
+        raise typer.BadParameter("it needs --chat", param_hint="--system")
+    text: Any = _prompt(prompt)
+    if chat:
+        before = [] if system is None else [{"role": "system", "content": system}]
+        text = [*before, {"role": "user", "content": text}]
     model = doge_onnx.load(
         bundle, device=device, threads=threads, prefill_chunk=prefill_chunk, verbose=verbose
     )
@@ -246,6 +253,50 @@ def generate(
         sys.stdout.flush()
     if stats and timings is not None:
         cli_output.timings(timings)
+
+
+@app.command()
+def chat(
+    bundle: cli_options.Bundle,
+    system: cli_options.System = None,
+    max_new_tokens: cli_options.MaxNewTokens = None,
+    temperature: cli_options.Temperature = None,
+    top_k: cli_options.TopK = None,
+    top_p: cli_options.TopP = None,
+    min_p: cli_options.MinP = None,
+    repetition_penalty: cli_options.RepetitionPenalty = None,
+    seed: cli_options.Seed = None,
+    stop: cli_options.Stop = None,
+    threads: cli_options.Threads = None,
+    prefill_chunk: cli_options.PrefillChunk = None,
+    device: cli_options.Device = "cpu",
+    verbose: cli_options.Verbose = False,
+) -> None:
+    """Talk with an instruction-tuned model.
+
+    Each line that you type, or pipe in, is a message; the answers appear on standard output.
+    Ctrl-C ends an answer, Ctrl-D the conversation. The model remembers all of it up to the
+    context length, and then forgets the oldest turns.
+    """
+    model = doge_onnx.load(
+        bundle, device=device, threads=threads, prefill_chunk=prefill_chunk, verbose=verbose
+    )
+    conversation = model.chat(
+        system=system,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=stop,
+    )
+    for message in cli_chat.messages():
+        known = len(conversation.messages)
+        cli_chat.print_answer(conversation.stream(message))
+        if len(conversation.messages) < known + 2:
+            cli_output.note("(the oldest turns no longer fit and are forgotten)")
 
 
 @app.command()

@@ -220,6 +220,20 @@ Prompt = Annotated[
         "input, without the newline at its end.",
     ),
 ]
+AsChat = Annotated[
+    bool,
+    typer.Option(
+        "--chat",
+        help="Make PROMPT a user's message, in the words of the bundle's chat template. "
+        "For instruction-tuned models.",
+    ),
+]
+System = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TEXT", help="What the model is told before the conversation. Default: nothing."
+    ),
+]
 MaxNewTokens = Annotated[
     int | None,
     typer.Option(

@@ -6,11 +6,12 @@ their text. Does not know the model or how tokens are chosen.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
 
-from doge_onnx.runtime.generate import Row, generate_steps
+from doge_onnx.runtime.generate import Memory, Row, generate_steps
 from doge_onnx.runtime.step import Stepper
 from doge_onnx.runtime.text import StopFinder, TextStream
 
@@ -26,17 +27,21 @@ class Timings:
         prefill_seconds: From the prompt to the first token.
         generated_tokens: Tokens of this sequence that were generated.
         decode_seconds: From the first token to the last.
+        cached_tokens: Tokens of the prompt that a state held already, so that they were not fed.
     """
 
     prompt_tokens: int
     prefill_seconds: float
     generated_tokens: int
     decode_seconds: float
+    cached_tokens: int = 0
 
     @property
     def prefill_tokens_per_second(self) -> float | None:
-        """Prompt tokens per second; None if nothing was generated."""
-        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else None
+        """Prompt tokens that were fed per second; None if nothing was generated."""
+        if not self.prefill_seconds:
+            return None
+        return (self.prompt_tokens - self.cached_tokens) / self.prefill_seconds
 
     @property
     def decode_tokens_per_second(self) -> float | None:
@@ -177,18 +182,27 @@ class Transcript:
             prefill_seconds=self._prefill_seconds,
             generated_tokens=self._tokens,
             decode_seconds=self._decode_seconds,
+            cached_tokens=self.row.cached,
         )
         return Piece(text, token_ids, logprobs, reason, timings)
 
 
 def generate_pieces(
-    stepper: Stepper, transcripts: Sequence[Transcript], logprobs: bool
-) -> Iterator[tuple[int, Piece]]:
-    """Run a batch; yield each piece with the number of the row that it belongs to."""
+    stepper: Stepper,
+    transcripts: Sequence[Transcript],
+    logprobs: bool,
+    memory: Memory | None = None,
+) -> Generator[tuple[int, Piece], None, None]:
+    """Run a batch; yield each piece with the number of the row that it belongs to.
+
+    See `generate_steps` for the memory of a single row.
+    """
     for number, transcript in enumerate(transcripts):
         if transcript.row.max_new_tokens == 0:
             yield number, transcript.nothing(logprobs)
     rows = [transcript.row for transcript in transcripts]
-    for step in generate_steps(stepper, rows, logprobs):
-        for number, token_id, logprob in step.tokens:
-            yield number, transcripts[number].accept(token_id, logprob, step.seconds)
+    # Closed at once rather than when nobody refers to it any more: the memory waits for that.
+    with contextlib.closing(generate_steps(stepper, rows, logprobs, memory)) as steps:
+        for step in steps:
+            for number, token_id, logprob in step.tokens:
+                yield number, transcripts[number].accept(token_id, logprob, step.seconds)

@@ -7,8 +7,9 @@ conditions, or where options come from: whoever consumes the steps ends a sequen
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from doge_onnx.runtime.sampling import LogitsProcessor, Sampler, log_probability
+from doge_onnx.runtime.state import State
 from doge_onnx.runtime.step import Stepper
 
 # Any id does, since its mask keeps everything from seeing it.
@@ -33,6 +35,7 @@ class Row:
         processors: Applied to the logits first, in this order.
         running: Whether more tokens are wanted. The loop clears it at `max_new_tokens`;
             the consumer clears it to end the sequence before.
+        cached: How many tokens of the prompt were not fed because a `Memory` had them.
     """
 
     prompt: Sequence[int]
@@ -40,6 +43,36 @@ class Row:
     sampler: Sampler
     processors: Sequence[LogitsProcessor] = ()
     running: bool = True
+    cached: int = 0
+
+
+@dataclass
+class Memory:
+    """What one sequence was fed, and the state after it, from one run to the next.
+
+    Attributes:
+        tokens: Token ids.
+        state: None if there are none.
+    """
+
+    tokens: Sequence[int] = ()
+    state: State | None = None
+
+    def take(self, stepper: Stepper, prompt: Sequence[int]) -> State | None:
+        """The state after the first tokens of a prompt, as many as are known.
+
+        The last token is never among them: its logits are wanted. What is taken is gone from
+        here, so that a run which fails leaves nothing half-right behind.
+        """
+        tokens, state = self.tokens, self.state
+        self.tokens, self.state = (), None
+        known = next(
+            (i for i, (a, b) in enumerate(zip(tokens, prompt[:-1], strict=False)) if a != b),
+            min(len(tokens), len(prompt) - 1),
+        )
+        if state is None or known == 0:
+            return None
+        return state if known == len(tokens) else stepper.rewind(state, known)
 
 
 class Step(NamedTuple):
@@ -55,49 +88,67 @@ class Step(NamedTuple):
     seconds: float
 
 
-def generate_steps(stepper: Stepper, rows: Sequence[Row], logprobs: bool = False) -> Iterator[Step]:
+def generate_steps(
+    stepper: Stepper, rows: Sequence[Row], logprobs: bool = False, memory: Memory | None = None
+) -> Generator[Step, None, None]:
     """Generate until no row is running; the first step is the prefill of the prompts.
 
     Each row gets the tokens that it would get alone: what belongs to the others, and
     what it is fed after its own end, is padding to it.
+
+    Args:
+        stepper: Runs the model.
+        rows: The sequences.
+        logprobs: Whether to compute them.
+        memory: Of a single row: what is in it of the prompt is not fed again, and it is brought
+            up to date at the end, also if the consumer closes this before.
     """
     for row in rows:
         row.running = row.running and row.max_new_tokens > 0
     if not any(row.running for row in rows):
         return
-    ids, mask = left_pad([row.prompt for row in rows])
+    state = None if memory is None else memory.take(stepper, rows[0].prompt)
+    if state is not None:
+        rows[0].cached = state.length
+    ids, mask = left_pad([row.prompt[row.cached :] for row in rows])
     histories = [_History(row) for row in rows]
     started = time.perf_counter()
     logits, state = stepper.step(
         ids,
         mask,
-        None,
+        state,
         last_only=True,
-        # The last token that is chosen is not fed.
-        follow=max(row.max_new_tokens for row in rows) - 1,
+        # The last token that is chosen is not fed. What follows another run is not known.
+        follow=max(row.max_new_tokens for row in rows) - 1 if memory is None else None,
     )
     scores: Sequence[NDArray[np.float32]] = list(logits[:, -1])
     decoder = stepper.decoder(state)
     del logits, state
+    fed = list(rows[0].prompt)
     count = 0
-    while True:
-        count += 1
-        tokens: list[tuple[int, int, float | None]] = []
-        for number, row in enumerate(rows):
-            if not row.running:
-                continue
-            token_id, logprob = _choose(row, histories[number], scores[number], logprobs)
-            decoder.tokens[number, 0] = token_id
-            tokens.append((number, token_id, logprob))
-            row.running = count < row.max_new_tokens
-        # Their memory serves the next step if nothing refers to it.
-        del scores
-        yield Step(tokens, time.perf_counter() - started)
-        running = [row.running for row in rows]
-        if not any(running):
-            return
-        started = time.perf_counter()
-        scores = decoder.step(None if all(running) else np.array(running, np.int64)[:, None])
+    # Closed by a consumer that has had enough, it ends as if the sequences had ended here.
+    with contextlib.suppress(GeneratorExit):
+        while True:
+            count += 1
+            tokens: list[tuple[int, int, float | None]] = []
+            for number, row in enumerate(rows):
+                if not row.running:
+                    continue
+                token_id, logprob = _choose(row, histories[number], scores[number], logprobs)
+                decoder.tokens[number, 0] = token_id
+                tokens.append((number, token_id, logprob))
+                row.running = count < row.max_new_tokens
+            # Their memory serves the next step if nothing refers to it.
+            del scores
+            yield Step(tokens, time.perf_counter() - started)
+            running = [row.running for row in rows]
+            if not any(running):
+                break
+            started = time.perf_counter()
+            scores = decoder.step(None if all(running) else np.array(running, np.int64)[:, None])
+            fed.append(tokens[0][1])
+    if memory is not None:
+        memory.tokens, memory.state = fed, decoder.end()
 
 
 def left_pad(

@@ -64,6 +64,10 @@ class InPlaceStepper(Stepper):
             capacity = grown_capacity(capacity + 1, self._most_rows)
         return self.claim(state, state.batch_size, capacity, capacity)
 
+    def rewind(self, state: State, length: int) -> State | None:
+        """The first rows of the same buffer; see `Stepper.rewind`."""
+        return State(state.buffer, length, self)
+
     def bind(self, buffer: Buffer) -> InPlaceBinding:
         """What runs the graph on a buffer."""
         return self._bindings.of(buffer)
@@ -141,6 +145,15 @@ class _InPlaceDecoder(Decoder):
         self._binding.run_as_bound()
         return self._rows
 
+    def end(self) -> State:
+        """The state after all that was fed; see `Decoder.end`."""
+        if self._length == self._state.length:
+            return self._state
+        buffer = self._state.buffer
+        # So that whoever goes on from here finds the rest of the buffer free.
+        buffer.release(self._length)
+        return State(buffer, self._length, self._in_place)
+
     def _take_buffer(self) -> None:
         buffer = self._in_place.claim_all(self._state)
         self._mask = buffer.mask
@@ -194,3 +207,11 @@ class CopyingStepper(Stepper):
         return last_position(array) if last_only else array, State(
             Buffer(present, mask, rows=length), length, self
         )
+
+    def rewind(self, state: State, length: int) -> State | None:
+        """A copy of the first rows; see `Stepper.rewind`."""
+        tensors = [
+            ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(tensor.numpy()[:, :, :length]))
+            for tensor in state.buffer.tensors
+        ]
+        return State(Buffer(tensors, state.mask[:, :length], rows=length), length, self)

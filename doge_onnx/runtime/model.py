@@ -1,12 +1,13 @@
-"""A loaded bundle: `forward`, `generate` and `stream`.
+"""A loaded bundle: `forward`, `generate`, `stream` and `chat`.
 
 Knows how the parts of the runtime fit together and what a caller may pass. The parts
-themselves are elsewhere: sessions, steps and states, options, sampling, text.
+themselves are elsewhere: sessions, steps and states, options, sampling, text, chat templates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -15,7 +16,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from doge_onnx.bundle import Bundle, Manifest, StateLayout
 from doge_onnx.errors import InputError
+from doge_onnx.runtime.chat import ChatTemplate
 from doge_onnx.runtime.completion import Completion, Piece, Transcript, generate_pieces
+from doge_onnx.runtime.conversation import Chat
 from doge_onnx.runtime.generate import Row
 from doge_onnx.runtime.growing import CopyingStepper, InPlaceStepper
 from doge_onnx.runtime.inputs import check_room, check_state, token_mask, token_matrix
@@ -28,8 +31,12 @@ from doge_onnx.runtime.text import Codec, TextStream
 from doge_onnx.runtime.window import WindowStepper
 
 # Lists and tuples rather than any sequence: a str is a sequence of str, too.
-Prompt = str | list[int] | tuple[int, ...] | NDArray[np.integer[Any]]
-Prompts = list[str] | list[list[int]] | tuple[str | list[int], ...]
+Messages = list[dict[str, Any]] | list[dict[str, str]]
+Prompt = str | list[int] | tuple[int, ...] | NDArray[np.integer[Any]] | Messages
+Prompts = list[str] | list[list[int]] | tuple[str | list[int], ...] | list[Messages]
+
+# Of a context, what an answer in a conversation shall have at least, in hundredths.
+_ANSWER_SHARE = 25
 
 
 def load(
@@ -168,8 +175,10 @@ class Model:
         above 0, or one of top_k, top_p and min_p without any temperature, means sampling.
 
         Args:
-            prompt: A str or the ids of its tokens is one prompt; a list of those is a
-                batch. Greedily, each prompt of a batch gets what it would get alone.
+            prompt: A str or the ids of its tokens is one prompt, and so is a conversation: a
+                list of messages, `[{"role": "user", "content": "Hello"}]`, which the bundle's
+                chat template makes a prompt of. A list of prompts is a batch. Greedily, each
+                prompt of a batch gets what it would get alone.
             max_new_tokens: Most tokens to generate. The end of the context ends a text
                 before that.
             temperature: Divides the logits; 0 is greedy.
@@ -187,7 +196,9 @@ class Model:
 
         Raises:
             InputError: An empty prompt, one longer than the context, ids outside of the
-                vocabulary, text without a tokenizer, or an option out of its range.
+                vocabulary, text without a tokenizer, messages without a chat template or that
+                it refuses, or an option out of its range.
+            BundleError: The chat template is no good.
         """
         options = self._defaults.resolve(
             max_new_tokens=max_new_tokens,
@@ -253,6 +264,70 @@ class Model:
         transcript = self._transcript(prompt, options, 0)
         return (p for _, p in generate_pieces(self._stepper, [transcript], options.logprobs))
 
+    def chat(
+        self,
+        system: str | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+    ) -> Chat:
+        """Begin a conversation, of which each turn feeds what is new in it and no more.
+
+        `system` is what the model is told before the conversation; None is nothing. The options
+        are those of `generate`, for all answers.
+
+        Raises:
+            InputError: The bundle has no chat template or no tokenizer, or an option is out of
+                its range.
+            BundleError: The chat template is no good.
+        """
+        options = self._defaults.resolve(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=stop,
+            logprobs=False,
+        )
+        context_length = self.manifest.context_length
+        answer = context_length * _ANSWER_SHARE // 100
+        if options.max_new_tokens is not None:
+            answer = min(answer, options.max_new_tokens)
+        return Chat(
+            self._stepper,
+            self._chat_template,
+            self._text_codec,
+            lambda ids, turn: self._transcript(ids, options, turn),
+            context_length - answer if self._bounded else None,
+            system,
+        )
+
+    @functools.cached_property
+    def _chat_template(self) -> ChatTemplate:
+        template = ChatTemplate.read(self._bundle)
+        if template is None:
+            raise InputError(
+                f"{self._bundle.path} has no chat template, so it takes text and no messages; "
+                "instruction-tuned models have one"
+            )
+        return template
+
+    @property
+    def _text_codec(self) -> Codec:
+        if self._codec is None:
+            raise InputError(
+                f"{self._bundle.path} has no tokenizer.json; pass token ids instead of text"
+            )
+        return self._codec
+
     def _transcript(self, prompt: Any, options: Options, row: int) -> Transcript:
         """Everything that one prompt needs to run."""
         ids = self._prompt_ids(prompt)
@@ -284,11 +359,11 @@ class Model:
 
     def _prompt_ids(self, prompt: Any) -> list[int]:
         if isinstance(prompt, str):
-            if self._codec is None:
-                raise InputError(
-                    f"{self._bundle.path} has no tokenizer.json; pass token ids instead of text"
-                )
-            ids = self._codec.encode(prompt) if prompt else []
+            codec = self._text_codec
+            ids = codec.encode(prompt) if prompt else []
+        elif _is_conversation(prompt):
+            text = self._chat_template.render(prompt)
+            ids = self._text_codec.encode(text, add_special_tokens=False)
         else:
             ids = list(prompt)
         if not ids:
@@ -312,9 +387,14 @@ def _is_batch(prompt: Any) -> bool:
         isinstance(prompt, np.ndarray) and prompt.ndim == 0
     ):
         raise InputError(
-            f"a prompt must be text or a list of token ids, not {type(prompt).__name__}"
+            f"a prompt must be text, token ids or messages, not {type(prompt).__name__}"
         )
     return len(prompt) > 0 and all(isinstance(p, str | list | tuple | np.ndarray) for p in prompt)
+
+
+def _is_conversation(prompt: Any) -> bool:
+    """Whether a prompt is messages; whether they are valid ones shows later."""
+    return isinstance(prompt, list | tuple) and any(isinstance(m, Mapping) for m in prompt)
 
 
 def _sampler(options: Options, row: int) -> Sampler:

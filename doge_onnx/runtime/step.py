@@ -99,6 +99,13 @@ class Stepper(ABC):
         """Go on from `state`, which nobody will use again, one token at a time."""
         return Decoder(self, state)
 
+    def rewind(self, state: State, length: int) -> State | None:
+        """The state after the first `length` tokens of an unpadded sequence, at least one.
+
+        None where it cannot be told from `state`, and has to be computed anew.
+        """
+        return None
+
     @abstractmethod
     def _run(
         self,
@@ -140,3 +147,7 @@ class Decoder:
             self.tokens, mask, self._state, last_only=True, consume=True
         )
         return list(logits[:, 0])
+
+    def end(self) -> State:
+        """The state after all that was fed; no step may follow."""
+        return self._state

@@ -42,8 +42,12 @@ class Codec:
         added = self._tokenizer.get_added_tokens_decoder()
         self._silent = {token_id for token_id, token in added.items() if token.special}
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with the special tokens that the tokenizer puts around it.
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text.
+
+        Args:
+            text: Special tokens that are written in it become tokens in any case.
+            add_special_tokens: Put those around it that the tokenizer puts around a text.
 
         Raises:
             InputError: The text holds half of a surrogate pair, which no encoding has.
@@ -54,7 +58,7 @@ class Codec:
             raise InputError(
                 f"the prompt holds a lone surrogate at position {error.start}"
             ) from None
-        ids: list[int] = self._tokenizer.encode(text).ids
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
     def visible(self, token_id: int) -> bool:

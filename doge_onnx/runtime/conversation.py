@@ -1,0 +1,143 @@
+"""A conversation in several turns, of which the model reads each token once.
+
+Knows messages and how the prompt of a turn goes on from the tokens of the one before, whose
+state is kept. Does not know templates (`chat`) or how an answer comes about.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
+
+from doge_onnx.errors import InputError
+from doge_onnx.runtime.chat import ChatTemplate
+from doge_onnx.runtime.completion import Completion, Piece, Transcript, generate_pieces
+from doge_onnx.runtime.generate import Memory
+from doge_onnx.runtime.step import Stepper
+from doge_onnx.runtime.text import Codec
+
+Message = dict[str, Any]
+
+
+class Chat:
+    """A conversation with a model. Made by `Model.chat`.
+
+    Attributes:
+        messages: The conversation so far: dicts with a "role" ("system", "user", "assistant")
+            and a "content". It may be changed between two turns.
+    """
+
+    def __init__(
+        self,
+        stepper: Stepper,
+        template: ChatTemplate,
+        codec: Codec,
+        transcribe: Callable[[list[int], int], Transcript],
+        most_tokens: int | None,
+        system: str | None,
+    ) -> None:
+        """Begin a conversation.
+
+        Args:
+            stepper: Runs the model.
+            template: The model's.
+            codec: The model's.
+            transcribe: Makes what turns token ids into an answer; the number is that of the turn.
+            most_tokens: Of a prompt, so that an answer still fits; None is no limit.
+            system: What a first message of the role "system" says; None is no such message.
+        """
+        self.messages: list[Message] = []
+        if system is not None:
+            self.messages.append({"role": "system", "content": system})
+        self._stepper = stepper
+        self._template = template
+        self._codec = codec
+        self._transcribe = transcribe
+        self._most_tokens = most_tokens
+        self._memory = Memory()
+        self._turns = 0
+        self._answering = False
+        # The last prompt and its answer, as text and as the tokens that the model wrote.
+        self._text = ""
+        self._tokens: list[int] = []
+
+    def send(self, content: str) -> Completion:
+        """Say something and wait for the answer; see `stream`."""
+        return Completion.join(list(self.stream(content)))
+
+    def stream(self, content: str) -> Generator[Piece, None, None]:
+        """Say something and get the answer piece by piece.
+
+        When the conversation no longer fits into the context, its oldest turns are forgotten, but
+        not what the system said. An answer that is not read to its end, because its iterator is
+        closed, stands as far as it was read.
+
+        Args:
+            content: What the user says.
+
+        Yields:
+            One `Piece` per token, as `Model.stream` does.
+
+        Raises:
+            InputError: The message alone is longer than the context, the template refuses the
+                conversation, or the last answer has neither ended nor been closed.
+            BundleError: The template is no good.
+        """
+        if self._answering:
+            raise InputError("the last answer has not ended; read it to its end, or close it")
+        messages = [*self.messages, {"role": "user", "content": content}]
+        messages, text, ids = self._fit(messages)
+        transcript = self._transcribe(ids, self._turns)
+        return self._answer(messages, text, ids, transcript)
+
+    def _answer(
+        self, messages: list[Message], text: str, ids: list[int], transcript: Transcript
+    ) -> Generator[Piece, None, None]:
+        self._answering = True
+        pieces: list[Piece] = []
+        try:
+            run = generate_pieces(self._stepper, [transcript], False, self._memory)
+            with contextlib.closing(run):
+                for _, piece in run:
+                    pieces.append(piece)
+                    yield piece
+        finally:
+            self._answering = False
+            self._turns += 1
+            answer = "".join(pieces)
+            self.messages = [*messages, {"role": "assistant", "content": answer}]
+            tokens = [i for piece in pieces for i in piece.token_ids]
+            if pieces and pieces[-1].finish_reason == "eos":
+                # The template writes down in its own way that the answer has ended.
+                tokens.pop()
+            self._text, self._tokens = text + answer, ids + tokens
+            visible = [i for i in tokens if self._codec.visible(i)]
+            if self._codec.decode(visible) != answer:
+                # Not all of it is in the text, such as a stop string.
+                self._text, self._tokens = "", []
+
+    def _fit(self, messages: list[Message]) -> tuple[list[Message], str, list[int]]:
+        """The messages that fit, their prompt, and its tokens."""
+        while True:
+            text = self._template.render(messages)
+            ids = self._codec.encode(text, add_special_tokens=False)
+            written = len(self._tokens)
+            if text.startswith(self._text) and ids[:written] != self._tokens:
+                # A model may cut its words into other tokens than a tokenizer would. What it has
+                # read stays as it is.
+                rest = self._codec.encode(text[len(self._text) :], add_special_tokens=False)
+                ids = self._tokens + rest
+            shorter = _without_oldest_turn(messages)
+            if self._most_tokens is None or len(ids) <= self._most_tokens or shorter is None:
+                return messages, text, ids
+            messages = shorter
+
+
+def _without_oldest_turn(messages: Sequence[Message]) -> list[Message] | None:
+    """The messages from the second of the user's on, after the system's; None for the last turn."""
+    users = [number for number, message in enumerate(messages) if message.get("role") == "user"]
+    if len(users) < 2:
+        return None
+    system = [message for message in messages[: users[0]] if message.get("role") == "system"]
+    return [*system, *messages[users[1] :]]
