@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -250,6 +251,7 @@ def write(
     with_tokenizer: bool = True,
     graph: bytes | None = None,
     config: dict | None = None,
+    chat_template: Any = None,
     **changes,
 ) -> Path:
     """Write a bundle to the new directory `path`; `changes` are to its manifest."""
@@ -264,5 +266,8 @@ def write(
         (path / "generation_config.json").write_text(json.dumps(generation))
     if with_tokenizer:
         tokenizer().save(str(path / "tokenizer.json"))
+    if chat_template is not None:
+        tokens = {"bos_token": BOS, "eos_token": EOS, "chat_template": chat_template}
+        (path / "tokenizer_config.json").write_text(json.dumps(tokens))
     seal(path, manifest(in_place, **changes))
     return path

@@ -316,6 +316,10 @@ def test_the_config_for_onnxruntime_genai(main):
         },
         "search": {
             "do_sample": False,
+            "temperature": 1.0,
+            "top_k": 0,
+            "top_p": 1.0,
+            "repetition_penalty": 1.0,
             "max_length": CONTEXT,
             "past_present_share_buffer": True,
         },

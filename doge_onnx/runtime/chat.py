@@ -86,7 +86,7 @@ class ChatTemplate:
             add_generation_prompt: End with what an answer begins with.
 
         Raises:
-            InputError: Messages of another form, or ones that the template refuses.
+            InputError: No messages, ones of another form, or ones that the template refuses.
             BundleError: The template is no valid Jinja, or does not come to an end.
             MissingExtraError: Jinja is not installed.
         """
@@ -159,6 +159,8 @@ def _default(templates: Any, origin: Path) -> str | None:
 
 def _plain(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A copy that holds nothing but what JSON can: nothing in it has methods of its own."""
+    if not messages:
+        raise InputError("a conversation needs at least one message")
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping):
             raise InputError(f"message {number} is no dict with a role and a content: {message!r}")

@@ -310,6 +310,19 @@ class Model:
             system,
         )
 
+    def apply_chat_template(self, messages: Messages, add_generation_prompt: bool = True) -> str:
+        """The prompt that `generate` makes of a conversation, as text with its special tokens.
+
+        Args:
+            messages: See `generate`.
+            add_generation_prompt: End with what an answer begins with.
+
+        Raises:
+            InputError: The bundle has no chat template, or the template refuses the messages.
+            BundleError: The chat template is no good.
+        """
+        return self._chat_template.render(messages, add_generation_prompt)
+
     @functools.cached_property
     def _chat_template(self) -> ChatTemplate:
         template = ChatTemplate.read(self._bundle)
@@ -362,7 +375,7 @@ class Model:
             codec = self._text_codec
             ids = codec.encode(prompt) if prompt else []
         elif _is_conversation(prompt):
-            text = self._chat_template.render(prompt)
+            text = self.apply_chat_template(prompt)
             ids = self._text_codec.encode(text, add_special_tokens=False)
         else:
             ids = list(prompt)
