@@ -69,7 +69,7 @@ def test_version():
 
 def test_every_option_of_every_verb_is_explained():
     verbs = get_command(cli.app).commands
-    assert set(verbs) == {"export", "verify", "eval", "generate", "bench", "info", "push"}
+    assert set(verbs) == {"export", "verify", "eval", "generate", "chat", "bench", "info", "push"}
     for name, verb in verbs.items():
         text = " ".join(invoke(name, "--help").stdout.split())
         assert verb.help

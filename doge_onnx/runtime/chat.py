@@ -165,10 +165,11 @@ def _plain(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if not isinstance(message, Mapping):
             raise InputError(f"message {number} is no dict with a role and a content: {message!r}")
         for field in ("role", "content"):
-            if not isinstance(message.get(field), str):
-                raise InputError(
-                    f"message {number} needs a {field!r} that is text, not {message.get(field)!r}"
-                )
+            value = message.get(field)
+            # Instead of words, an answer may have calls of tools.
+            calls = field == "content" and value is None and "tool_calls" in message
+            if not isinstance(value, str) and not calls:
+                raise InputError(f"message {number} needs a {field!r} that is text, not {value!r}")
     try:
         # As in transformers, a field that is None is one that is not there.
         plain: list[dict[str, Any]] = json.loads(
