@@ -62,6 +62,7 @@ EXTRA = {
     "yaml",
     "typer",
     "rich",
+    "jinja2",
 }
 
 
@@ -87,6 +88,19 @@ def test_the_runtime_needs_numpy_onnxruntime_and_tokenizers_alone(tmp_path):
         print(len(model.generate("the cat", max_new_tokens=3).token_ids))
     """
     assert _run(code, blocked=EXTRA) == "3\n"
+
+
+def test_chat_templates_alone_need_jinja(tmp_path):
+    path = fake_bundle.write(tmp_path / "b", chat_template="{{ messages }}")
+    code = f"""
+        import doge_onnx
+        model = doge_onnx.load({str(path)!r})
+        try:
+            model.generate([{{"role": "user", "content": "x"}}])
+        except doge_onnx.MissingExtraError as error:
+            print(error)
+    """
+    assert "pip install jinja2" in _run(code, blocked=EXTRA)
 
 
 def test_the_package_alone_imports_nothing_heavy():
