@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -77,6 +78,11 @@ BUNDLES: dict[str, tuple[str, dict, dict]] = {
 }
 
 
+def python() -> Path:
+    """What runs in an environment with onnxruntime-genai."""
+    return environment(Path(__file__).parent / "requirements" / "genai.txt")
+
+
 class Genai:
     """A process with onnxruntime-genai in it."""
 
@@ -84,7 +90,7 @@ class Genai:
         self.bundle = bundle
         self.process = process or subprocess.Popen(
             [
-                environment(Path(__file__).parent / "requirements" / "genai.txt"),
+                python(),
                 Path(__file__).parent / "genai_worker.py",
             ],
             stdin=subprocess.PIPE,
@@ -364,3 +370,28 @@ def test_a_key_that_it_does_not_know_is_refused(tiny_bundle, tmp_path, genai):
     config["search"]["min_p"] = 0.1
     (bundle / "genai_config.json").write_text(json.dumps(config))
     assert "min_p" in genai.of(bundle).reply("search_options")["error"]
+
+
+def test_the_examples_in_the_documentation(chat_bundle, tmp_path):
+    text = (Path(__file__).parent.parent / "docs" / "genai.md").read_text(encoding="utf-8")
+    # The last one, which is indented, is a part of another.
+    plain, chat = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    (tmp_path / "bundle").symlink_to(chat_bundle)
+    model = doge_onnx.load(chat_bundle)
+    messages = [{"role": "user", "content": "Hello"}]
+    for code, prompt, printed in ((plain, "Once upon a time", ""), (chat, messages, None)):
+        result = subprocess.run(
+            [python(), "-c", code],
+            cwd=tmp_path,
+            capture_output=True,
+            encoding="utf-8",
+            check=True,
+        )
+        length = 40 - len(model._prompt_ids(prompt))
+        answer = model.generate(prompt, max_new_tokens=length, temperature=0).text
+        assert answer
+        if printed is None:
+            # All of it, without special tokens.
+            printed = "user\nHello\n\nassistant\n"
+            answer += "\n"
+        assert result.stdout.removesuffix(".") == printed + answer

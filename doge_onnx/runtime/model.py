@@ -400,7 +400,8 @@ def _is_batch(prompt: Any) -> bool:
         isinstance(prompt, np.ndarray) and prompt.ndim == 0
     ):
         raise InputError(
-            f"a prompt must be text, a list of token ids or a list of messages, not {type(prompt).__name__}"
+            "a prompt must be text, a list of token ids or a list of messages, not "
+            f"{type(prompt).__name__}"
         )
     return len(prompt) > 0 and all(isinstance(p, str | list | tuple | np.ndarray) for p in prompt)
 
