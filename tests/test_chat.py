@@ -334,6 +334,17 @@ def test_each_turn_feeds_what_is_new_and_no_more(model):
     turns(model, chat, "the cat", "the dog", "the hat and", "x")
 
 
+def test_a_turn_goes_on_in_the_buffer_of_the_last_one(tmp_path):
+    chat = doge_onnx.load(fake_bundle.write(tmp_path / "b", chat_template=PLAIN)).chat(
+        max_new_tokens=12
+    )
+    buffers = []
+    for content in ("the cat", "the dog"):
+        chat.send(content)
+        buffers.append(chat._memory.state.buffer)
+    assert buffers[0] is buffers[1]
+
+
 def test_a_buffer_that_a_conversation_outgrows(model):
     chat = model.chat(max_new_tokens=12)
     turns(model, chat, *["the cat and the dog"] * 4)
