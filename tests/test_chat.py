@@ -334,6 +334,25 @@ def test_each_turn_feeds_what_is_new_and_no_more(model):
     turns(model, chat, "the cat", "the dog", "the hat and", "x")
 
 
+def test_the_template_alone_says_how_an_answer_ends(model, tmp_path):
+    # Whatever token that is, the model's own is not read beside it.
+    token_ids = model.generate(user("the cat"), max_new_tokens=3).token_ids
+    path = fake_bundle.write(
+        tmp_path / "other", chat_template=PLAIN, generation={"eos_token_id": [1, token_ids[-1]]}
+    )
+    chat = doge_onnx.load(path).chat(max_new_tokens=9)
+    first = chat.send("the cat")
+    assert (first.finish_reason, first.token_ids) == ("eos", token_ids)
+    second = chat.send("the dog")
+    encode = model._text_codec.encode
+    expected = [
+        *encode("<s>[user] the cat</s>[assistant] ", add_special_tokens=False),
+        *token_ids[:-1],
+        *encode("</s>[user] the dog</s>[assistant] ", add_special_tokens=False),
+    ]
+    assert chat._memory.tokens[: second.prompt_tokens] == expected
+
+
 def test_a_turn_goes_on_in_the_buffer_of_the_last_one(tmp_path):
     chat = doge_onnx.load(fake_bundle.write(tmp_path / "b", chat_template=PLAIN)).chat(
         max_new_tokens=12
