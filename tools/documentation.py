@@ -19,7 +19,7 @@ from typing import Any
 import doge_onnx
 from doge_onnx import api, bundle, cli, errors, hub
 from doge_onnx.export import exporter, verify
-from doge_onnx.runtime import bench, completion, evaluate, model, state
+from doge_onnx.runtime import bench, completion, conversation, evaluate, model, state
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 # As wide as a narrow terminal, whatever the real one is.
@@ -32,6 +32,7 @@ FUNCTIONS = (api.export, api.load, api.verify, api.evaluate, api.bench, api.push
 CLASSES: dict[str, tuple[type, ...]] = {
     "A loaded model": (
         model.Model,
+        conversation.Chat,
         state.State,
         completion.Completion,
         completion.Piece,
