@@ -15,7 +15,7 @@ from huggingface_hub.constants import HUGGINGFACE_HUB_CACHE
 from onnxruntime import SessionOptions
 from optimum.onnxruntime import ORTModelForCausalLM
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.utils.hub import cached_file
 
 import doge_onnx
@@ -27,6 +27,19 @@ from doge_onnx.runtime.session import POSITION_IDS, past_names, usable_cores
 
 Past = tuple[tuple[Tensor, Tensor], ...]
 _ERROR = 3
+
+
+class _EndOfContext(StoppingCriteria):
+    """Ends generation where the graph has no more positions.
+
+    The longest text of a batch has no padding, so its length is that of the batch.
+    """
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.full((input_ids.shape[0],), input_ids.shape[1] >= self._length)
 
 
 # Optimum has no types, so its class is of none.
@@ -64,8 +77,15 @@ class ORTDogeForCausalLM(ORTModelForCausalLM):  # type: ignore[misc]
         self._window: int | None = None
         if POSITION_IDS in self.input_names:
             self._window = self.config.keep_window_size
-            # It would bind outputs of one more row for each token.
-            self.use_io_binding = False
+
+    def generate(
+        self, *args: Any, stopping_criteria: list[StoppingCriteria] | None = None, **kwargs: Any
+    ) -> Any:
+        """Continue prompts as transformers does, to the end of the context at most."""
+        criteria = StoppingCriteriaList(stopping_criteria or [])
+        if self.context_length is not None:
+            criteria.append(_EndOfContext(self.context_length))
+        return super().generate(*args, stopping_criteria=criteria, **kwargs)
 
     def forward(
         self,
@@ -112,20 +132,51 @@ class ORTDogeForCausalLM(ORTModelForCausalLM):  # type: ignore[misc]
             mask = attention_mask.to(torch.int64).numpy()
             check_room(mask.shape[1], mask, batch, None, self.context_length)
         if self._window is not None:
-            position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -new:]
-            past_key_values = self._with_free_rows(past_key_values, batch, new, self._window)
-            attention_mask = attention_mask[:, -new:]
+            if use_cache is None:
+                use_cache = bool(self.config.use_cache)
+            return self._forward_window(
+                self._window, input_ids, attention_mask, past_key_values, use_cache
+            )
         return super().forward(
             input_ids,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
-            position_ids=position_ids,
             use_cache=use_cache,
             **kwargs,
         )
 
-    def _with_free_rows(self, past: Past | None, batch: int, new: int, window: int) -> Past:
-        """A window state with the rows that `new` tokens need; the graph overwrites them."""
+    def _forward_window(
+        self, window: int, input_ids: Tensor, mask: Tensor, past: Past | None, use_cache: bool
+    ) -> Any:
+        """`forward` for a state of `window` rows, which takes as many tokens at once at most."""
+        if self.use_io_binding:
+            raise InputError(
+                "a window state cannot be used with IO binding, which binds a row for each token; "
+                "set use_io_binding=False"
+            )
+        new = input_ids.shape[1]
+        positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)[:, -new:]
+        mask = mask[:, -new:]
+        logits = []
+        for begin in range(0, new, window):
+            piece = slice(begin, begin + window)
+            output = super().forward(
+                input_ids[:, piece],
+                attention_mask=mask[:, piece],
+                position_ids=positions[:, piece],
+                past_key_values=self._with_free_rows(past, window, input_ids[:, piece]),
+                use_cache=True,
+            )
+            logits.append(output.logits)
+            past = output.past_key_values
+        output.logits = torch.cat(logits, dim=1)
+        if not use_cache:
+            output.past_key_values = None
+        return output
+
+    def _with_free_rows(self, past: Past | None, window: int, input_ids: Tensor) -> Past:
+        """A window state with the rows that more tokens need; the graph overwrites them."""
+        batch, new = input_ids.shape
         rows = 0 if past is None else past[0][0].shape[2]
         free = min(rows + new, window) - rows
         value = torch.zeros(batch, self.num_key_value_heads, free, self.embed_size_per_head)
@@ -134,7 +185,8 @@ class ORTDogeForCausalLM(ORTModelForCausalLM):  # type: ignore[misc]
         gate = getattr(self.config, "head_dim", None) or self.config.hidden_size // heads
         key[..., gate] = CLOSED_GATE
         if past is None:
-            return ((key, value),) * self.config.num_hidden_layers
+            layers: int = self.config.num_hidden_layers
+            return ((key, value),) * layers
         return tuple(
             (torch.cat([old_key, key], dim=2), torch.cat([old_value, value], dim=2))
             for old_key, old_value in past
@@ -202,20 +254,16 @@ class ORTDogeForCausalLM(ORTModelForCausalLM):  # type: ignore[misc]
         Keyword arguments that `doge_onnx.export` has are passed to it; the others are those of
         `from_pretrained`.
         """
-        if (
-            subfolder
-            or force_download
-            or local_files_only
-            or token
-            or cache_dir != (HUGGINGFACE_HUB_CACHE)
-        ):
+        local = Path(model_id).is_dir()
+        fetching = token or force_download or cache_dir != HUGGINGFACE_HUB_CACHE
+        if subfolder or (fetching and not local):
             raise InputError(
                 "with export=True, of the options for the Hub only revision is supported; fetch "
                 "the model first, and name its directory"
             )
         options = {name: kwargs.pop(name) for name in export_options() if name in kwargs}
-        # Optimum's default, which a directory does not have.
-        branch = None if Path(model_id).is_dir() else revision
+        # Optimum names a branch by default, which a directory does not have.
+        branch = None if local else revision
         place = TemporaryDirectory()
         bundle = Path(place.name, "bundle")
         doge_onnx.export(model_id, bundle, revision=branch, **options)
