@@ -106,8 +106,8 @@ def texts(path, prompt):
     }
 
 
-def errors(path, window, other):
-    """What is said where something does not fit; `other` is the graph of another model."""
+def errors(path, window, asked):
+    """What is said where something does not fit."""
     model = ORTDogeForCausalLM.from_pretrained(path)
     ids, long = torch.tensor([[5, 6, 7]]), torch.zeros(1, 3000, dtype=torch.int64)
     state = ORTDogeForCausalLM.from_pretrained(window)
@@ -117,7 +117,8 @@ def errors(path, window, other):
         "mask": error(lambda: model(ids, attention_mask=torch.ones(1, 2, dtype=torch.int64))),
         "long": error(lambda: model(long)),
         "type": error(lambda: ORTDogeForCausalLM.from_pretrained(path, config=GPT2Config())),
-        "graph": error(lambda: ORTDogeForCausalLM.from_pretrained(other)),
+        "graph": error(lambda: ORTDogeForCausalLM.from_pretrained(asked["other"])),
+        "format": error(lambda: ORTDogeForCausalLM.from_pretrained(asked["format"])),
         "window mask": error(lambda: state(ids, past_key_values=past)),
         "window binding": error(lambda: bound(ids)),
     }
@@ -162,7 +163,7 @@ def main():
         "greedy": {name: greedy(bundles[name], ids[name], asked["count"]) for name in bundles},
         "transformers": transformers_itself(tiny, asked["checkpoint"], ids["fp32"]),
         "texts": texts(tiny, asked["prompt"]),
-        "errors": errors(tiny, window, asked["other"]),
+        "errors": errors(tiny, window, asked),
         "saved": saved(tiny, asked["directory"], ids["fp32"]),
         "commands": [command_line(arguments) for arguments in asked["commands"]],
         "exported": {name: exported(asked[name], ids["window"]) for name in ("experts", "linear")},

@@ -5,6 +5,7 @@ All that needs Optimum runs in an environment of its own, with transformers 4.57
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -29,7 +30,10 @@ FAILING = {
     ("--task", "text-generation"): (2, "--task text-generation: the graph of a Doge always has"),
     ("--opset", "17"): (2, "--opset does not apply to a Doge"),
     ("--no-dynamic-axes",): (2, "--no-dynamic-axes does not apply to a Doge"),
-    ("--dtype", "fp16"): (2, "--dtype fp16 does not apply to a Doge"),
+    ("--dtype", "fp16", "--model-kwargs", '{"precision": "int8"}'): (
+        2,
+        "--dtype fp16 contradicts the precision that --model-kwargs names",
+    ),
     ("--model-kwargs", "[1]"): (2, "--model-kwargs must be a JSON object"),
     ("--model-kwargs", '{"bits": 8}'): (2, "'bits' is not known for a Doge; choose from block_"),
     ("--model-kwargs", '{"precision": "int8", "target": "portable"}'): (
@@ -83,7 +87,7 @@ def bundles(cli_export, make_bundle, one_layer, tmp_path_factory):
     windowed = tmp_path_factory.mktemp("windowed") / "checkpoint"
     checkpoints.make(windowed, num_hidden_layers=1, keep_window_size=WINDOW)
     made = {
-        "int8": make_bundle(TINY, precision="int8", **quick),
+        "int8": make_bundle(TINY, precision="int8", layout="hub", **quick),
         "int4, int8 state": make_bundle(one_layer, precision="int4", kv_cache="int8", **quick),
         "window": make_bundle(windowed, state="window", verify=False),
     }
@@ -114,6 +118,7 @@ def results(python, bundles, ids, tmp_path_factory):
         "experts": str(checkpoints.make(place / "experts", **experts)),
         "linear": str(checkpoints.make(place / "linear", num_hidden_layers=1, **linear)),
         "other": str(other_model(place / "other")),
+        "format": str(without_onnx(bundles["window"], place / "format")),
         "directory": str(place / "saved"),
         "commands": [
             ["export", "onnx", "-m", str(TINY), *arguments, str(place / "out")]
@@ -122,6 +127,13 @@ def results(python, bundles, ids, tmp_path_factory):
     }
     worker = Path(__file__).parent / "optimum_worker.py"
     return json.loads(run(python, worker, json.dumps(asked)).stdout.splitlines()[-1])
+
+
+def without_onnx(bundle, directory):
+    """A bundle whose graph is of another format."""
+    shutil.copytree(bundle, directory)
+    (directory / "model.onnx").rename(directory / "model.ort")
+    return directory
 
 
 def other_model(directory):
@@ -216,6 +228,7 @@ def test_generation_ends_with_the_context(results):
         ),
         ("type", "is a model of the type 'gpt2', not a Doge; use ORTModelForCausalLM"),
         ("graph", "model.onnx is not the graph of a bundle"),
+        ("format", "bundle, but its graph is not an .onnx file"),
         ("window mask", "InputError: after the first tokens, a window state needs an attention"),
         ("window binding", "InputError: a window state cannot be used with IO binding"),
     ],

@@ -89,11 +89,6 @@ def _export(args: Any, parser: Any) -> None:
     for name, option in _REFUSED.items():
         if getattr(args, name) != parser.get_default(name):
             parser.error(f"{option} does not apply to a Doge, which doge-onnx exports its own way")
-    if args.dtype not in (None, "fp32"):
-        parser.error(
-            f"--dtype {args.dtype} does not apply to a Doge; for smaller weights use "
-            """--model-kwargs '{"precision": "int8"}'"""
-        )
     options = {} if args.model_kwargs is None else args.model_kwargs
     if not isinstance(options, dict):
         parser.error("--model-kwargs must be a JSON object")
@@ -103,6 +98,8 @@ def _export(args: Any, parser: Any) -> None:
             f"--model-kwargs: {unknown[0]!r} is not known for a Doge; choose from "
             f"{', '.join(sorted(known))}"
         )
+    if args.dtype is not None and options.setdefault("precision", args.dtype) != args.dtype:
+        parser.error(f"--dtype {args.dtype} contradicts the precision that --model-kwargs names")
     output = args.output.absolute()
     if output.is_dir() and any(output.iterdir()) and not is_bundle(output):
         parser.error(f"{args.output} holds files that are not of a bundle; choose another place")

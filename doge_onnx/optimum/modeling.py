@@ -6,7 +6,7 @@ looks like, and where the context ends. `generate` and all that comes with it is
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, StoppingCriteria, StoppingCriteriaLis
 from transformers.utils.hub import cached_file
 
 import doge_onnx
-from doge_onnx.bundle import CLOSED_GATE, MANIFEST_NAME, Manifest
+from doge_onnx.bundle import CLOSED_GATE, MANIFEST_NAME, Manifest, is_bundle
 from doge_onnx.errors import BundleError, InputError
 from doge_onnx.optimum.command import export_options
 from doge_onnx.runtime.inputs import check_room
@@ -222,16 +222,19 @@ class ORTDogeForCausalLM(ORTModelForCausalLM):  # type: ignore[misc]
             session_options = SessionOptions()
             session_options.log_severity_level = _ERROR
             session_options.intra_op_num_threads = usable_cores()
-        model: ORTDogeForCausalLM = super()._from_pretrained(
-            model_id, config, session_options=session_options, **hub, **kwargs
-        )
         # What `save_pretrained` wrote has no manifest.
         path = cached_file(
             str(model_id), MANIFEST_NAME, **hub, _raise_exceptions_for_missing_entries=False
         )
-        if path is not None and model._window is None:
-            text = Path(path).read_text(encoding="utf-8")
-            model.context_length = Manifest.from_json(text, Path(path)).context_length
+        manifest = None
+        if path is not None:
+            manifest = Manifest.from_json(Path(path).read_text(encoding="utf-8"), Path(path))
+            kwargs.setdefault("file_name", PurePosixPath(manifest.graph).name)
+        model: ORTDogeForCausalLM = super()._from_pretrained(
+            model_id, config, session_options=session_options, **hub, **kwargs
+        )
+        if manifest is not None and manifest.state.kind != "window":
+            model.context_length = manifest.context_length
         return model
 
     @classmethod
@@ -254,6 +257,12 @@ class ORTDogeForCausalLM(ORTModelForCausalLM):  # type: ignore[misc]
         Keyword arguments that `doge_onnx.export` has are passed to it; the others are those of
         `from_pretrained`.
         """
+        # Optimum exports whatever has no graph that it knows.
+        if is_bundle(model_id):
+            raise BundleError(
+                f"{model_id} is a bundle, but its graph is not an .onnx file, which is all that "
+                "Optimum loads; export it again"
+            )
         local = Path(model_id).is_dir()
         fetching = token or force_download or cache_dir != HUGGINGFACE_HUB_CACHE
         if subfolder or (fetching and not local):
