@@ -3,6 +3,7 @@
 All that needs Optimum runs in an environment of its own, with transformers 4.57.
 """
 
+import importlib
 import json
 import os
 import shutil
@@ -52,14 +53,11 @@ def python():
 
 
 def run(*command, code=0):
-    settings = {
-        # The plugin is found wherever its directory is on the path, so this tree's is.
-        "PYTHONPATH": str(ROOT),
-        "HF_HUB_OFFLINE": "1",
-        # For the reason that tests/checkpoints.py gives.
-        "OMP_NUM_THREADS": "1",
-    }
-    settings = os.environ | settings
+    # The environment has this tree as an editable package; where else Python is told to look must
+    # not hide that the plugin is not among its files. One thread, for the reason that
+    # tests/checkpoints.py gives.
+    settings = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    settings.pop("PYTHONPATH", None)
     result = subprocess.run(
         command,
         capture_output=True,
@@ -242,6 +240,18 @@ def test_what_does_not_fit_is_said_in_one_line(what, message, results):
 def test_the_command_line_refuses_what_it_cannot_do_in_one_line(arguments, results):
     code, line = results["commands"][list(FAILING).index(arguments)]
     assert (code, FAILING[arguments][1] in line) == (FAILING[arguments][0], True), line
+
+
+def test_the_plugin_costs_other_commands_nothing(python):
+    plugin = "optimum.commands.register.register_doge_onnx"
+    heavy = "{'torch', 'transformers', 'onnxruntime', 'numpy'}"
+    code = f"import sys, {plugin}; print(sorted({heavy} & set(sys.modules)))"
+    assert run(python, "-c", code).stdout == "[]\n"
+
+
+def test_the_model_class_without_optimum_says_what_to_install():
+    with pytest.raises(doge_onnx.MissingExtraError, match=r"pip install 'doge-onnx\[optimum\]'"):
+        importlib.import_module("doge_onnx.optimum").ORTDogeForCausalLM  # noqa: B018
 
 
 def test_the_command_line_spares_what_is_not_a_bundle(python, tmp_path):
