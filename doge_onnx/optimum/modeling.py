@@ -39,10 +39,11 @@ class _EndOfContext(StoppingCriteria):
         self._length = length
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        return torch.full((input_ids.shape[0],), input_ids.shape[1] >= self._length)
+        batch, length = input_ids.shape
+        return torch.full((batch,), length >= self._length, device=input_ids.device)
 
 
-# Optimum has no types, so its class is of none.
+# Optimum's classes have no types.
 class ORTDogeForCausalLM(ORTModelForCausalLM):  # type: ignore[misc]
     """A Doge bundle, to be run by transformers' `generate`, pipelines and streamers.
 
@@ -118,7 +119,7 @@ class ORTDogeForCausalLM(ORTModelForCausalLM):  # type: ignore[misc]
         if attention_mask is None:
             if self._window is not None and past:
                 raise InputError("after the first tokens, a window state needs an attention_mask")
-            attention_mask = torch.ones(batch, past + new, dtype=torch.int64)
+            attention_mask = input_ids.new_ones(batch, past + new)
         expected = (batch, past + new)
         # The rows of a window do not tell how many tokens there were.
         if self._window is not None:
@@ -129,7 +130,7 @@ class ORTDogeForCausalLM(ORTModelForCausalLM):  # type: ignore[misc]
                 f"in the state and {new} new ones it must be {list(expected)}"
             )
         if self.context_length is not None:
-            mask = attention_mask.to(torch.int64).numpy()
+            mask = attention_mask.to("cpu", torch.int64).numpy()
             check_room(mask.shape[1], mask, batch, None, self.context_length)
         if self._window is not None:
             if use_cache is None:
@@ -179,7 +180,8 @@ class ORTDogeForCausalLM(ORTModelForCausalLM):  # type: ignore[misc]
         batch, new = input_ids.shape
         rows = 0 if past is None else past[0][0].shape[2]
         free = min(rows + new, window) - rows
-        value = torch.zeros(batch, self.num_key_value_heads, free, self.embed_size_per_head)
+        shape = (batch, self.num_key_value_heads, free, self.embed_size_per_head)
+        value = torch.zeros(shape, device=input_ids.device)
         key = value.clone()
         heads = self.config.num_attention_heads
         gate = getattr(self.config, "head_dim", None) or self.config.hidden_size // heads
