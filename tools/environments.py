@@ -32,7 +32,11 @@ def environment(requirements: Path, directory: Path = ROOT / "build" / "environm
         print(f"installing {requirements.name} into {path}", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", "--clear", path], check=True)
         subprocess.run(
-            [python, "-m", "pip", "install", "--quiet", "-r", requirements.absolute()],
+            # Compiling all of torch takes longer than unpacking it, and most is never imported.
+            [
+                *(python, "-m", "pip", "install", "--quiet", "--no-compile"),
+                *("-r", requirements.absolute()),
+            ],
             check=True,
             cwd=ROOT,
         )

@@ -2,9 +2,9 @@
 
 The reference is transformers in float32 with eager attention, fed one token at a time:
 where its own multi-token forward differs from that (dynamic RoPE past the trained context,
-the routing of experts), the token-by-token result is the truth. Older checkpoints, which
-transformers cannot run, are compared with this package's own step run by PyTorch in float64;
-that shows the graph and the runtime right, and leaves the model to the tests.
+the routing of experts), the token-by-token result is the truth. What transformers cannot run,
+older checkpoints and, below 5.0, experts, is compared with this package's own step run by PyTorch
+in float64; that shows the graph and the runtime right, and leaves the model to the tests.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from doge_onnx import bundle
 from doge_onnx.bundle import Manifest
-from doge_onnx.config import DogeConfig
+from doge_onnx.config import DogeConfig, RopeConfig
 from doge_onnx.errors import BundleError, CheckpointError, ParityError
 from doge_onnx.export import checkpoint as checkpoints
 from doge_onnx.export.checkpoint import Checkpoint
@@ -41,6 +41,8 @@ _PAST_LIMIT = 16
 _MAX_PROMPT = 300
 _GREEDY = 24
 _SEED = 20250117
+# Below 5.0, which Optimum wants, experts fail: they hand a tuple to a dropout.
+_BELOW_5 = int(transformers.__version__.partition(".")[0]) < 5
 
 Array = NDArray[Any]
 
@@ -237,13 +239,13 @@ def _open_reference(directory: Path, manifest: Manifest) -> tuple[_Reference, Do
     room = _MAX_PROMPT + _GREEDY
     if manifest.state.kind != "window":
         room = manifest.context_length
-    if not checkpoint.is_native:
+    if not checkpoint.is_native or (config.is_moe and _BELOW_5):
         return _Step(checkpoint, room), config, room
     if config.keep_window_size is not None and _has_equal_gates(checkpoint):
         # Which of equal gates falls out of the window is arbitrary in transformers.
         room = min(room, config.keep_window_size)
     del checkpoint
-    return _Transformers(directory), config, room
+    return _Transformers(directory, config.rope), config, room
 
 
 def _has_equal_gates(checkpoint: Checkpoint) -> bool:
@@ -257,11 +259,17 @@ class _Transformers:
 
     description = f"transformers {transformers.__version__}, float32, eager"
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, rope: RopeConfig) -> None:
+        # What 5.0 and newer write into a config, older ones do not read.
+        told: dict[str, Any] = {}
+        if _BELOW_5:
+            scaling = {"rope_type": rope.kind, "factor": rope.factor}
+            told = {"rope_theta": rope.theta, "rope_scaling": scaling}
         try:
             with _quiet_transformers():
                 self._model = transformers.DogeForCausalLM.from_pretrained(
                     directory,
+                    **told,
                     attn_implementation="eager",
                     dtype=torch.float32,
                     local_files_only=True,
