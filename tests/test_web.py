@@ -199,6 +199,23 @@ def test_node_says_what_is_wrong(examples, hub, tiny_bundle, tmp_path):
         assert re.fullmatch(rf"error: .*{words}.*\n", result.stderr), result.stderr
 
 
+def test_the_server_says_what_is_wrong(examples, tmp_path):
+    server = examples / "browser" / "server.js"
+    for arguments in ((), ("a", "b"), ("--port", "x", "a"), ("--nonsense", "a")):
+        result = subprocess.run(
+            ["node", server, *arguments], capture_output=True, text=True, timeout=60, check=False
+        )
+        assert (result.returncode, result.stdout) == (2, "")
+        assert result.stderr.startswith("usage: node server.js ")
+    (tmp_path / "package.json").write_text('{"type": "module"}', encoding="utf-8")
+    copy = shutil.copytree(examples / "browser", tmp_path / "elsewhere")
+    result = subprocess.run(
+        ["node", copy / "server.js", "a"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == "error: transformers.js is not installed: npm ci --prefix examples\n"
+
+
 def with_window_state(bundle, directory):
     copy = Path(shutil.copytree(bundle, directory / "window"))
     path = copy / "doge_onnx.json"

@@ -68,21 +68,36 @@ async function respond(served, request, response) {
   else createReadStream(file).on("error", () => response.destroy()).pipe(response);
 }
 
-const { values, positionals } = parseArgs({
-  allowPositionals: true,
-  options: { port: { type: "string", default: "8000" } },
-});
-if (positionals.length !== 1) {
-  console.error("usage: node server.js [--port N] BUNDLE");
-  process.exit(2);
+function end(message, code) {
+  console.error(message);
+  process.exit(code);
 }
-const served = directories(positionals[0]);
+
+function readArguments() {
+  try {
+    const { values, positionals } = parseArgs({
+      allowPositionals: true,
+      options: { port: { type: "string", default: "8000" } },
+    });
+    if (positionals.length !== 1) throw new Error("give one bundle");
+    if (!/^\d{1,5}$/.test(values.port)) throw new Error("--port must be a number");
+    return [positionals[0], Number(values.port)];
+  } catch (error) {
+    return end(`usage: node server.js [--port N] BUNDLE\n${error.message}`, 2);
+  }
+}
+
+const [bundle, port] = readArguments();
+let served;
+try {
+  served = directories(bundle);
+} catch (error) {
+  if (error.code !== "MODULE_NOT_FOUND") throw error;
+  end("error: transformers.js is not installed: npm ci --prefix examples", 1);
+}
 // For this machine alone.
 createServer((request, response) => respond(served, request, response))
-  .on("error", (error) => {
-    console.error(`error: ${error.message}`);
-    process.exitCode = 1;
-  })
-  .listen(Number(values.port), "127.0.0.1", function () {
+  .on("error", (error) => end(`error: ${error.message}`, 1))
+  .listen(port, "127.0.0.1", function () {
     console.log(`http://localhost:${this.address().port}/`);
   });
