@@ -4,6 +4,7 @@ All that needs Optimum runs in an environment of its own, with transformers 4.57
 """
 
 import importlib
+import itertools
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import subprocess
 from pathlib import Path
 
 import checkpoints
+import numpy as np
 import onnx
 import pytest
 import tokenizers
@@ -165,15 +167,30 @@ def test_the_command_line_makes_a_bundle_that_was_compared(cli_export):
     assert len(text) > COUNT
 
 
+def shortfall(model, prompt, tokens):
+    """How far the logit of any of the tokens is below the largest one of its position, at most."""
+    logits, _ = model.forward([prompt + tokens], logits="all")
+    rows = logits[0, len(prompt) - 1 : -1]
+    return float((rows.max(axis=-1) - rows[np.arange(len(tokens)), tokens]).max())
+
+
 @pytest.mark.parametrize("name", ["fp32", "int8", "int4, int8 state", "window"])
 def test_greedy_tokens_are_those_of_the_runtime(name, results, bundles, ids):
     model = doge_onnx.load(bundles[name])
+    found = results["greedy"][name]
+    if model.manifest.quantized:
+        # A quantized product rounds its inputs too, in Optimum's batches otherwise than here, so
+        # of two that are all but equally likely either may come out.
+        pairs = list(zip(ids[name] * 3, itertools.chain(*found.values()), strict=True))
+        assert [len(tokens) for _, tokens in pairs] == [COUNT] * 6 + [8] * 3
+        assert max(shortfall(model, prompt, tokens) for prompt, tokens in pairs) < 0.1
+        return
     options = {"max_new_tokens": COUNT, "temperature": 0}
     truth = [model.generate(prompt, **options).token_ids for prompt in ids[name]]
     assert [len(tokens) for tokens in truth] == [COUNT] * len(truth)
-    assert results["greedy"][name]["alone"] == truth
-    assert results["greedy"][name]["batch"] == truth
-    assert results["greedy"][name]["stateless"] == [tokens[:8] for tokens in truth]
+    assert found["alone"] == truth
+    assert found["batch"] == truth
+    assert found["stateless"] == [tokens[:8] for tokens in truth]
 
 
 def test_texts_of_the_window_outgrow_it():
