@@ -36,6 +36,8 @@ environments: $(STAMP)
 # What the documentation takes from the code. A test fails where it is not up to date.
 docs: $(STAMP)
 	$(BIN)/python tools/documentation.py
+	$(BIN)/python tools/base_install.py
+	$(BIN)/python tools/aarch64.py
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/speed.py

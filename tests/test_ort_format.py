@@ -14,6 +14,7 @@ import pytest
 from checkpoints import random_ids
 from conftest import TINY_CHECKPOINT
 from environments import environment
+from exported import in_ort_format
 from onnxruntime.tools.reduced_build_config_parser import parse_config
 
 import doge_onnx
@@ -39,21 +40,6 @@ CASES = {
 }
 
 
-def converted(path: Path, out: Path) -> Path:
-    """A copy of a bundle whose graph is converted, as an export does it."""
-    shutil.copytree(path, out)
-    graph = ort_format.convert(out / GRAPH_NAME)
-    (out / WEIGHTS_NAME).unlink(missing_ok=True)
-    seal(out, replace(Bundle.open(path).manifest, graph=graph.name))
-    return out
-
-
-@pytest.fixture(scope="module")
-def tiny_ort(tiny_bundle, tmp_path_factory) -> Path:
-    """examples/doge-tiny."""
-    return converted(tiny_bundle, tmp_path_factory.mktemp("ort") / "tiny")
-
-
 @pytest.fixture(scope="module")
 def shipped(one_layer, tmp_path_factory) -> Path:
     """What an export leaves, compared with transformers."""
@@ -65,7 +51,7 @@ def test_the_logits_are_those_of_the_onnx_format(case, tmp_path):
     config, options = CASES[case]
     checkpoint = checkpoints.make(tmp_path / "checkpoint", **config)
     onnx = export(checkpoint, tmp_path / "onnx", verify=False, **options).path
-    ort = converted(onnx, tmp_path / "ort")
+    ort = in_ort_format(onnx, tmp_path / "ort")
     sizes = [
         sorted(table.size for table in read_weights(path).tables if table.rows == 49)
         for path in (onnx / GRAPH_NAME, ort / "model.ort")
