@@ -32,12 +32,12 @@ environments: $(STAMP)
 	$(BIN)/python tools/environments.py $(wildcard tests/requirements/*.txt)
 	$(BIN)/python tools/javascript.py examples tests/javascript
 	$(BIN)/python tools/chromium.py
+	$(BIN)/python tools/base_install.py
+	$(BIN)/python tools/aarch64.py
 
 # What the documentation takes from the code. A test fails where it is not up to date.
 docs: $(STAMP)
 	$(BIN)/python tools/documentation.py
-	$(BIN)/python tools/base_install.py
-	$(BIN)/python tools/aarch64.py
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/speed.py
