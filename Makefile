@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := build/demo
 
-.PHONY: demo test lint types tests environments docs bench peers precisions clean
+.PHONY: demo test lint types tests environments docs bench peers precisions edge clean
 
 demo: $(STAMP)
 	@mkdir -p build
@@ -48,6 +48,9 @@ peers: $(STAMP)
 precisions: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
 	$(BIN)/python benchmarks/precisions.py --write
+
+edge: $(STAMP)
+	$(BIN)/python benchmarks/edge.py --write
 
 # torch is pinned in constraints.txt: an unpinned one may bring gigabytes of CUDA packages.
 $(STAMP): pyproject.toml constraints.txt

@@ -4,8 +4,8 @@
 
 Size, memory and speed of random weights, since codes do not change them; quality is what
 benchmarks/precisions.py measures. Peak memory and the time to the first token are those of fresh
-processes. All shapes take about eleven minutes on two quiet cores, and 5 GB of disk. With --write the
-table is replaced. The last line is one JSON object.
+processes. All shapes take about eleven minutes on two quiet cores, and 5 GB of disk. With --write
+the table is replaced. The last line is one JSON object.
 """
 
 from __future__ import annotations
