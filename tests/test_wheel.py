@@ -16,6 +16,8 @@ PROMPT = "It was a dark and stormy night"
 ROOT = Path(__file__).parents[1]
 # Whatever is added here, every board has to download.
 RUNTIME = {"doge-onnx", "numpy", "onnxruntime", "tokenizers"}
+# For chat templates.
+OF_CHAT = {"Jinja2", "MarkupSafe"}
 # onnxruntime asks for them; the runtime works without.
 OF_ONNXRUNTIME = {"flatbuffers", "packaging", "protobuf"}
 # tokenizers asks for huggingface_hub; the runtime works without.
@@ -63,13 +65,18 @@ def command_line(python: Path, tmp_path: Path, *arguments) -> subprocess.Complet
 def test_the_wheel_holds_the_package_and_nothing_else():
     with zipfile.ZipFile(base_install.wheel()) as wheel:
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    sources = {path for path in (ROOT / "doge_onnx").rglob("*") if path.suffix in (".py", ".typed")}
+    sources = {
+        path
+        for package in ("doge_onnx", "optimum")
+        for path in (ROOT / package).rglob("*")
+        if path.suffix in (".py", ".typed")
+    }
     assert names == {path.relative_to(ROOT).as_posix() for path in sources}
 
 
 def test_exactly_these_packages_come_along(python):
     installed = {entry["name"] for entry in json.loads(pip(python, "list", "--format", "json"))}
-    expected = RUNTIME | OF_ONNXRUNTIME | OF_TOKENIZERS | OF_THE_COMMAND_LINE
+    expected = RUNTIME | OF_CHAT | OF_ONNXRUNTIME | OF_TOKENIZERS | OF_THE_COMMAND_LINE
     assert {normal(name) for name in installed} == {normal(name) for name in expected}
     assert installed.isdisjoint({"torch", "onnx", "transformers", "onnxscript", "safetensors"})
 

@@ -19,7 +19,7 @@ from environments import ROOT
 CONSTRAINTS = ROOT / "constraints.txt"
 DIRECTORY = ROOT / "build" / "base-install"
 # What the wheel is made of.
-_SOURCES = ("pyproject.toml", "README.md", "doge_onnx")
+_SOURCES = ("pyproject.toml", "README.md", "doge_onnx", "optimum")
 
 
 def wheel() -> Path:
