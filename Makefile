@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := build/demo
 
-.PHONY: demo test lint types tests environments docs bench peers precisions clean
+.PHONY: demo test lint types tests environments docs bench peers precisions edge clean
 
 demo: $(STAMP)
 	@mkdir -p build
@@ -32,6 +32,8 @@ environments: $(STAMP)
 	$(BIN)/python tools/environments.py $(wildcard tests/requirements/*.txt)
 	$(BIN)/python tools/javascript.py examples tests/javascript
 	$(BIN)/python tools/chromium.py
+	$(BIN)/python tools/base_install.py
+	$(BIN)/python tools/aarch64.py
 
 # What the documentation takes from the code. A test fails where it is not up to date.
 docs: $(STAMP)
@@ -46,6 +48,9 @@ peers: $(STAMP)
 precisions: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
 	$(BIN)/python benchmarks/precisions.py --write
+
+edge: $(STAMP)
+	$(BIN)/python benchmarks/edge.py --write
 
 # torch is pinned in constraints.txt: an unpinned one may bring gigabytes of CUDA packages.
 $(STAMP): pyproject.toml constraints.txt

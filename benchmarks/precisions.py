@@ -21,6 +21,7 @@ import transformers
 from checkpoints import SHAPES, random_checkpoint
 from rich.console import Console
 from rich.progress import track
+from tables import replace_table
 
 import doge_onnx
 
@@ -28,7 +29,6 @@ ROOT = Path(__file__).parent.parent
 TINY = ROOT / "examples" / "doge-tiny"
 PAGE = ROOT / "docs" / "quantization.md"
 PLOT = ROOT / "docs" / "precisions.svg"
-BEGIN, END = "<!-- precisions: begin -->", "<!-- precisions: end -->"
 # Weights, state.
 PRECISIONS = [
     ("fp32", "fp32"),
@@ -58,10 +58,7 @@ def main() -> None:
     lines = list(table(rows, arguments.shape))
     Console(width=140, highlight=False, markup=False).print("\n".join(lines))
     if arguments.write:
-        before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-        after = rest.split(END)[1]
-        text = "\n".join([before + BEGIN, *lines, END + after])
-        PAGE.write_text(text, encoding="utf-8")
+        replace_table(PAGE, "precisions", lines)
         PLOT.parent.mkdir(exist_ok=True)
         plot(rows, arguments.shape)
     print(json.dumps({"shape": arguments.shape, "rows": rows}))

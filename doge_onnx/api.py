@@ -72,6 +72,7 @@ def export(
     target: str = "ort",
     state: str = "growing",
     layout: str = "flat",
+    format: str = "onnx",
     block_size: int | None = None,
     rounding: str | None = None,
     verify: bool = True,
@@ -93,6 +94,8 @@ def export(
             many rows as the model's window has keys, however long the text gets.
         layout: "flat" for a graph beside the other files, "hub" for the directory and the name
             by which transformers.js finds it.
+        format: Of the graph's file: "onnx", or "ort" for ONNX Runtime's own, which its builds for
+            phones and small boards read; with it comes the list of operators that they need.
         block_size: For experts: how many quantized weights share a scale, a power of 2 from
             16 to 256; None is what suits each matrix.
         rounding: For experts: "gptq" or "nearest"; None is "gptq".
@@ -120,6 +123,7 @@ def export(
             target=target,
             state=state,
             layout=layout,
+            format=format,
             block_size=block_size,
             rounding=rounding,
             verify=verify,

@@ -55,6 +55,13 @@ class Layouts(StrEnum):
     hub = "hub"
 
 
+class Formats(StrEnum):
+    """What --format takes."""
+
+    onnx = "onnx"
+    ort = "ort"
+
+
 class Counts(tuple[int, ...]):
     """What --contexts and --batches take: positive whole numbers with commas between them."""
 
@@ -149,6 +156,13 @@ Layout = Annotated[
         help="'flat': the graph is model.onnx, beside the other files. 'hub': it is "
         "onnx/model.onnx, onnx/model_quantized.onnx (int8) or onnx/model_q4.onnx (int4), where "
         "transformers.js looks for it."
+    ),
+]
+Format = Annotated[
+    Formats,
+    typer.Option(
+        help="Of the graph's file. 'ort' is ONNX Runtime's own, which its builds for phones and "
+        "small boards read; with it comes the list of operators that such a build needs."
     ),
 ]
 Verify = Annotated[

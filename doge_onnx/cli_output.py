@@ -195,6 +195,7 @@ def manifest(shown: Manifest) -> None:
     _print_section(
         "Graph",
         {
+            "file": shown.graph,
             "target": shown.target,
             "precision": shown.precision,
             "state": f"{state.kind}, {state.num_layers} layers, {state.dtype}",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import checkpoints
@@ -14,7 +15,7 @@ from checkpoints import SHAPES, rope
 import doge_onnx
 from doge_onnx import bundle as bundles
 from doge_onnx.bundle import GRAPH_NAME
-from doge_onnx.export import exporter
+from doge_onnx.export import exporter, ort_format
 from doge_onnx.export.exporter import export
 
 TARGETS = ("ort", "portable")
@@ -110,9 +111,24 @@ def each(request, main, second_checkpoint, make_bundle) -> Exported:
 
 
 @pytest.fixture(scope="session")
+def tiny_ort(tiny_bundle, tmp_path_factory) -> Path:
+    """examples/doge-tiny in ONNX Runtime's own format."""
+    return in_ort_format(tiny_bundle, tmp_path_factory.mktemp("bundles") / "tiny-ort")
+
+
+@pytest.fixture(scope="session")
 def one_layer(tmp_path_factory) -> Path:
     """What is quickest to export."""
     return checkpoints.make(tmp_path_factory.mktemp("one") / "checkpoint", num_hidden_layers=1)
+
+
+def in_ort_format(path: Path, out: Path) -> Path:
+    """A copy of a bundle whose graph is converted, as an export does it."""
+    shutil.copytree(path, out)
+    manifest = bundles.read_manifest(path)
+    graph = ort_format.convert(out / manifest.graph)
+    bundles.seal(out, replace(manifest, graph=graph.name))
+    return out
 
 
 def tree(directory: Path) -> dict[str, bytes]:

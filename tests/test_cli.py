@@ -85,6 +85,7 @@ def test_choices_are_those_of_the_library():
     assert tuple(cli_options.KVCaches) == tuple(exporter.KV_CACHES)
     assert tuple(cli_options.States) == exporter.STATES
     assert tuple(cli_options.Layouts) == bundles.LAYOUTS
+    assert tuple(cli_options.Formats) == exporter.FORMATS
     assert tuple(cli_options.Targets) == tuple(lowering.TARGETS)
 
 

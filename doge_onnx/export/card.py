@@ -21,7 +21,9 @@ from doge_onnx.config import DogeConfig
 from doge_onnx.export import metadata
 from doge_onnx.export.checkpoint import CARD_NAME, Source
 from doge_onnx.export.metadata import Metadata
+from doge_onnx.export.ort_format import OPERATORS_NAME
 from doge_onnx.export.snippets import Snippet, snippets
+from doge_onnx.runtime.ort_format import is_ort_format
 
 
 def write(source: Source, config: DogeConfig, taken_over: Metadata, directory: Path) -> None:
@@ -171,7 +173,7 @@ def _graph(config: DogeConfig, manifest: Manifest) -> str:
     return f"""\
 ## The graph
 
-`{manifest.graph}`:
+`{manifest.graph}`{_file_format(manifest)}:
 
 | input | type | shape |
 |---|---|---|
@@ -187,6 +189,16 @@ def _graph(config: DogeConfig, manifest: Manifest) -> str:
 There is one key/value pair for each of the {state.num_layers} layers. The first {state.head_dim}
 channels of a key are the key itself; {_channels(state)}
 """
+
+
+def _file_format(manifest: Manifest) -> str:
+    """The card's words on the file of the graph, where it is not ONNX."""
+    if not is_ort_format(Path(manifest.graph)):
+        return ""
+    return (
+        f", in ONNX Runtime's own format (`{OPERATORS_NAME}` lists the operators and types that a "
+        "reduced build of it needs)"
+    )
 
 
 def _channels(state: StateLayout) -> str:

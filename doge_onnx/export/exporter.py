@@ -22,7 +22,7 @@ from doge_onnx import bundle
 from doge_onnx.bundle import Manifest, StateLayout
 from doge_onnx.config import DogeConfig
 from doge_onnx.errors import BundleError, DogeOnnxError
-from doge_onnx.export import card, metadata, quality, sidecar
+from doge_onnx.export import card, metadata, ort_format, quality, sidecar
 from doge_onnx.export import checkpoint as checkpoints
 from doge_onnx.export.checkpoint import Checkpoint
 from doge_onnx.export.eager import EagerModel
@@ -37,6 +37,7 @@ from doge_onnx.runtime.evaluate import QualityReport
 
 STATES = ("growing", "window")
 KV_CACHES = {"fp32": "float32", "int8": "int8"}
+FORMATS = ("onnx", "ort")
 # Larger graphs keep their weights in a file of their own: a protobuf file ends at 2 GB, and
 # a separate one can be mapped into memory.
 MAX_EMBEDDED_BYTES = 100 * 2**20
@@ -84,6 +85,7 @@ def export(
     target: str = "ort",
     state: str = "growing",
     layout: str = "flat",
+    format: str = "onnx",
     block_size: int | None = None,
     rounding: str | None = None,
     verify: bool = True,
@@ -106,6 +108,8 @@ def export(
             many rows as the model's window has keys, however long the text gets.
         layout: "flat" for a graph beside the other files, "hub" for one where transformers.js
             looks for it.
+        format: Of the graph's file: "onnx", or "ort" for ONNX Runtime's own, which its builds for
+            phones and small boards read.
         block_size: Of quantized weights: how many share a scale. None for what is best.
         rounding: Of quantized weights: "gptq" or "nearest". None for what is best.
         verify: Check the result before it is put in place: compare it with transformers, or,
@@ -126,7 +130,7 @@ def export(
     chosen = for_web(find_target(target)) if layout == "hub" else find_target(target)
     quantized = precision != "fp32" or kv_cache != "fp32"
     check_choices(precision, block_size, rounding)
-    _check_combination(chosen, state, kv_cache, quantized, verify, max_kl)
+    _check_combination(chosen, state, layout, format, kv_cache, quantized, verify, max_kl)
     graph = bundle.graph_name(layout, precision)
     bundle.check_destination(out, force)
     source = checkpoints.find(model, revision)
@@ -142,7 +146,11 @@ def export(
     recipe = recipe_for(precision, block_size, rounding, checkpoint.config)
     built = _build_state(state, kv_cache, checkpoint, length, chosen)
     size = round(_bytes_per_weight(recipe) * checkpoint.parameters) + 4 * built.table_size
-    bundle.check_free_space(out.parent, size + _SMALL_FILES_BYTES)
+    if format == "ort":
+        ort_format.check_size(size)
+    # For a moment, the graph is there in both formats.
+    copies = 2 if format == "ort" else 1
+    bundle.check_free_space(out.parent, copies * size + _SMALL_FILES_BYTES)
     manifest = Manifest(
         target=target,
         precision=precision,
@@ -166,6 +174,11 @@ def export(
         if quantized:
             quantize(step, recipe, text, report)
         _write_graph(step, chosen, directory / graph, size <= MAX_EMBEDDED_BYTES, report)
+        if format == "ort":
+            report("writing the ORT format")
+            graph = ort_format.convert(directory / graph).name
+            (directory / bundle.WEIGHTS_NAME).unlink(missing_ok=True)
+            manifest = replace(manifest, graph=graph)
         sidecar.write(source, checkpoint.config, manifest, directory)
         bundle.seal(directory, manifest)
         if verify and quantized:
@@ -189,6 +202,8 @@ def export(
 def _check_combination(
     target: Target,
     state: str,
+    layout: str,
+    format: str,
     kv_cache: str,
     quantized: bool,
     verify: bool,
@@ -201,6 +216,12 @@ def _check_combination(
         raise DogeOnnxError(
             f"KV cache {kv_cache!r} is not known; choose from {', '.join(KV_CACHES)}"
         )
+    if format not in FORMATS:
+        raise DogeOnnxError(f"format {format!r} is not known; choose from {', '.join(FORMATS)}")
+    if format == "ort" and layout != "flat":
+        raise DogeOnnxError("transformers.js reads no ORT format; choose the layout flat with it")
+    if format == "ort" and target is not find_target("ort"):
+        raise DogeOnnxError("only ONNX Runtime reads the ORT format; choose the target ort with it")
     if state == "window" and kv_cache != "fp32":
         raise DogeOnnxError("a window state is fp32: what drops out of it is decided by its gates")
     if quantized and not target.quantized:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 from pathlib import Path
 
+from doge_onnx.runtime.ort_format import is_ort_format
 from doge_onnx.runtime.protobuf import fields, read_model
 
 # Field numbers of onnx.proto. A message kind maps a field to the kind of message in it;
@@ -28,10 +29,10 @@ _ENTRY_KEY, _ENTRY_VALUE = 1, 2
 
 
 def external_files(path: Path) -> set[str]:
-    """Locations of all external tensor data that the ONNX model at `path` refers to.
+    """Locations of all external tensor data that the graph at `path` refers to.
 
     Args:
-        path: A model file.
+        path: A file of the ONNX format, or of ONNX Runtime's own.
 
     Returns:
         The locations as they stand in the file, relative to its directory; empty if the
@@ -40,7 +41,8 @@ def external_files(path: Path) -> set[str]:
     Raises:
         BundleError: The file cannot be read or is not a protobuf message.
     """
-    return read_model(path, _locations)
+    # The ORT format has all of its weights inside.
+    return set() if is_ort_format(path) else read_model(path, _locations)
 
 
 def _locations(data: mmap.mmap) -> set[str]:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 import mmap
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from doge_onnx.runtime.ort_format import Node, Tensor, is_ort_format, read_graph
 from doge_onnx.runtime.protobuf import fields, messages, read_model, varint
 
 # Field numbers of onnx.proto.
@@ -43,7 +45,7 @@ class Table:
     """A weight of which a step reads some rows only.
 
     Attributes:
-        rows: Its first dimension.
+        rows: Its first dimension; 1 of a scalar.
         size: Bytes of all rows.
     """
 
@@ -78,48 +80,61 @@ class Weights:
 
 
 def read_weights(path: Path) -> Weights:
-    """The weights of the ONNX model at `path`, wherever their data is.
+    """The weights of the graph at `path`, an ONNX or ORT file, wherever their data is.
 
     Raises:
-        BundleError: The file cannot be read or is not a protobuf message.
+        BundleError: The file cannot be read or is of neither format.
     """
-    return read_model(path, _sort)
+    if is_ort_format(path):
+        return _sort(*read_graph(path))
+    return read_model(path, lambda data: _sort(*_read_onnx(data)))
 
 
-def _sort(data: mmap.mmap) -> Weights:
-    weights: dict[bytes, Table] = {}
+def _sort(tensors: Iterable[Tensor], nodes: Collection[Node]) -> Weights:
+    weights = {
+        name: Table(dims[0] if dims else 1, (math.prod(dims) * _BITS.get(kind, 0) + 7) // 8)
+        for name, kind, dims in tensors
+    }
+    # Names of tensors in another shape. Nodes may come before those whose output they read.
+    before = {node.outputs[0]: node.inputs[0] for node in nodes if node.kind in _RESHAPING}
     # Of each name that an operator reads: whether all operators only look rows up in it.
     looked_up: dict[bytes, bool] = {}
-    # Names of weights in another shape. Nodes come after those whose output they read.
-    weight_of: dict[bytes, bytes] = {}
-    for graph in messages(data, slice(0, len(data)), _MODEL_GRAPH):
-        for tensor in messages(data, graph, _GRAPH_INITIALIZER):
-            name, weight = _tensor(data, tensor)
-            weights[name] = weight
-        for node in messages(data, graph, _GRAPH_NODE):
-            names = [data[span] for span in messages(data, node, _NODE_INPUT)]
-            kind = b"".join(data[span] for span in messages(data, node, _NODE_OP_TYPE)).decode()
-            if kind in _RESHAPING and weight_of.get(names[0], names[0]) in weights:
-                outputs = messages(data, node, _NODE_OUTPUT)
-                weight_of |= {data[span]: weight_of.get(names[0], names[0]) for span in outputs}
-                continue
-            for number, name in enumerate(weight_of.get(name, name) for name in names):
-                rows_only = number in _LOOKED_UP.get(kind, ())
-                looked_up[name] = looked_up.get(name, True) and rows_only
+    for node in nodes:
+        if node.kind in _RESHAPING:
+            continue
+        for number, name in enumerate(node.inputs):
+            # A chain is no longer than there are links: a graph with a circle has no end.
+            for _ in before:
+                name = before.get(name, name)
+            rows_only = number in _LOOKED_UP.get(node.kind, ())
+            looked_up[name] = looked_up.get(name, True) and rows_only
     tables = {name: w for name, w in weights.items() if looked_up.get(name, False) and w.rows}
     whole = sum(weight.size for name, weight in weights.items() if name not in tables)
     return Weights(whole, tuple(tables.values()))
 
 
-def _tensor(data: mmap.mmap, span: slice) -> tuple[bytes, Table]:
-    """Name and size of a tensor; a scalar has one row."""
-    name, bits = b"", 0
+def _read_onnx(data: mmap.mmap) -> tuple[list[Tensor], list[Node]]:
+    tensors, nodes = [], []
+    for graph in messages(data, slice(0, len(data)), _MODEL_GRAPH):
+        tensors += [_tensor(data, span) for span in messages(data, graph, _GRAPH_INITIALIZER)]
+        for span in messages(data, graph, _GRAPH_NODE):
+            kind = b"".join(data[part] for part in messages(data, span, _NODE_OP_TYPE)).decode()
+            inputs, outputs = (
+                [data[part] for part in messages(data, span, number)]
+                for number in (_NODE_INPUT, _NODE_OUTPUT)
+            )
+            nodes.append(Node(kind, inputs, outputs))
+    return tensors, nodes
+
+
+def _tensor(data: mmap.mmap, span: slice) -> Tensor:
+    name, data_type = b"", 0
     dims: list[int] = []
     for number, value in fields(data, span):
         if number == _TENSOR_NAME and isinstance(value, slice):
             name = data[value]
         elif number == _TENSOR_DATA_TYPE and isinstance(value, int):
-            bits = _BITS.get(value, 0)
+            data_type = value
         elif number == _TENSOR_DIMS and isinstance(value, int):
             dims.append(value)
         elif number == _TENSOR_DIMS and isinstance(value, slice):
@@ -128,4 +143,4 @@ def _tensor(data: mmap.mmap, span: slice) -> tuple[bytes, Table]:
             while position < value.stop:
                 size, position = varint(data, position)
                 dims.append(size)
-    return name, Table(dims[0] if dims else 1, (math.prod(dims) * bits + 7) // 8)
+    return Tensor(name, data_type, dims)

@@ -1,0 +1,85 @@
+"""From an ONNX file to ONNX Runtime's own format, and to what a reduced build of it must have.
+
+Knows how ONNX Runtime is made to write that format, and what may not go into the file. Does not
+know what is in the graph.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import onnxruntime as ort
+
+from doge_onnx.errors import BundleError, DogeOnnxError
+from doge_onnx.runtime.ort_format import ORT_SUFFIX
+
+OPERATORS_NAME = "required_operators.config"
+# Offsets in a flatbuffer have 31 bits, and no file beside it takes the weights.
+MAX_BYTES = 2**31 - 1
+_ERROR = 3
+
+
+def check_size(size: int) -> None:
+    """Raise DogeOnnxError if a graph with about `size` bytes of weights does not fit."""
+    if size > MAX_BYTES:
+        raise DogeOnnxError(
+            f"the ORT format holds at most 2 GB, and these weights need about {size / 1e9:.1f} GB; "
+            "choose another precision, or the format onnx"
+        )
+
+
+def convert(graph: Path) -> Path:
+    """Replace an ONNX file by one of ONNX Runtime's own format, which has all weights inside.
+
+    The operators of the result, and the types that they are used with, are listed beside it, in
+    the form that ONNX Runtime's build takes.
+
+    Args:
+        graph: The ONNX file. It goes, and its external weights are read no more.
+
+    Returns:
+        The new file, in the same directory.
+
+    Raises:
+        BundleError: ONNX Runtime cannot load the graph or write the file.
+    """
+    out = graph.with_suffix(ORT_SUFFIX)
+    options = ort.SessionOptions()
+    options.log_severity_level = _ERROR
+    options.optimized_model_filepath = str(out)
+    # The next level chooses layouts for the processor that it runs on; what is fused up to this
+    # one, every CPU has kernels for. ONNX Runtime's "runtime" style, which saves fusions for
+    # later, is for accelerators that compile nodes, and has to be switched on by who loads it.
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.add_session_config_entry("session.save_model_format", "ORT")
+    # Weights in the order that this processor likes are not part of the file: leave that out.
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    try:
+        ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+    except MemoryError:
+        raise
+    # The exceptions of ONNX Runtime share no base class but this one.
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise BundleError(f"ONNX Runtime cannot write the ORT format: {reason}") from error
+    _list_operators(out)
+    graph.unlink()
+    return out
+
+
+def _list_operators(graph: Path) -> None:
+    # The import sets up logging for the whole process, unless somebody has done so, and then
+    # reports on every file.
+    handler = logging.NullHandler()
+    logging.getLogger().addHandler(handler)
+    try:
+        from onnxruntime.tools.ort_format_model import create_config_from_models
+    finally:
+        logging.getLogger().removeHandler(handler)
+    logging.getLogger("ort_format_model.utils").setLevel(logging.WARNING)
+    path = graph.with_name(OPERATORS_NAME)
+    create_config_from_models([graph], path, enable_type_reduction=True)
+    # It names the file by its path, which is of this machine and gone in a moment.
+    text = path.read_text(encoding="utf-8").replace(str(graph), graph.name)
+    path.write_text(text, encoding="utf-8")
