@@ -56,7 +56,7 @@ class StateLayout:
         row_size: Channels of one row: head_dim, the gate channels, and zeros up to a
             multiple that the attention kernel takes.
         head_dim: Channels of a row that hold the key or value itself; the gate follows.
-        dtype: NumPy name of the element type.
+        dtype: Name of the element type: NumPy's, or "bfloat16", which NumPy lacks.
         keep_window_size: Number of keys, those with the largest gates, that one query
             attends to; None for all.
         in_place: Whether past and present may be one buffer with spare rows, which the
@@ -95,6 +95,7 @@ class Manifest:
         files: Size and SHA-256 of every file of the bundle but the manifest itself.
         quality: Figures of the evaluation of a quantized bundle, or None if none was made.
         graph: Which of the files is the graph; external weights are in the same directory.
+        activations: Element type that the graph computes in, named like that of the state.
         format_version: Version of this format.
     """
 
@@ -111,12 +112,13 @@ class Manifest:
     # "since" is the first format version with the field; older ones mean its default.
     quality: dict[str, Any] | None = field(default=None, metadata={"since": 2})
     graph: str = field(default=GRAPH_NAME, metadata={"since": 3})
+    activations: str = field(default="float32", metadata={"since": 3})
     format_version: int = FORMAT_VERSION
 
     @property
     def quantized(self) -> bool:
-        """Whether weights or state have fewer bits than the checkpoint means."""
-        return self.precision != "fp32" or self.state.dtype != "float32"
+        """Whether weights or state are whole numbers of few bits, with scales."""
+        return self.precision not in ("fp32", "fp16", "bf16") or self.state.dtype == "int8"
 
     def to_json(self) -> str:
         """The manifest as it stands in the file."""

@@ -24,6 +24,10 @@ class BundleError(DogeOnnxError):
     """A bundle that cannot be written, or one that is incomplete, altered or too new."""
 
 
+class DeviceError(DogeOnnxError):
+    """A device that is not there, lacks a library, or cannot run a bundle."""
+
+
 class InputError(DogeOnnxError):
     """A prompt, token ids or a sampling option that the model cannot take."""
 

@@ -59,8 +59,11 @@ class EagerModel:
         self._bos, self._never = config.bos_token_id, config.eos_token_ids
         self._dtype = dtype
         self._small = checkpoint.parameters < _SMALL
-        self._state = GrowingState(checkpoint, context_length, STANDARD)
-        self._step = RecurrentStep(checkpoint, self._state, STANDARD).to(dtype).eval()
+        half = dtype in (torch.float16, torch.bfloat16)
+        rows = str(dtype).removeprefix("torch.") if half else "float32"
+        self._state = GrowingState(checkpoint, context_length, STANDARD, rows, rows)
+        step = RecurrentStep(checkpoint, self._state, STANDARD)
+        self._step = (step.halve() if half else step.to(dtype)).eval()
 
     @torch.no_grad()
     def advance(self, ids: Tensor, past: Past | None) -> tuple[Tensor, Past]:

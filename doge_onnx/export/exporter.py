@@ -21,21 +21,22 @@ import torch
 from doge_onnx import bundle
 from doge_onnx.bundle import Manifest, StateLayout
 from doge_onnx.config import DogeConfig
-from doge_onnx.errors import BundleError, DogeOnnxError
-from doge_onnx.export import card, metadata, ort_format, quality, sidecar
+from doge_onnx.errors import BundleError, DeviceError, DogeOnnxError
+from doge_onnx.export import card, half, metadata, ort_format, quality, sidecar
 from doge_onnx.export import checkpoint as checkpoints
 from doge_onnx.export.checkpoint import Checkpoint
 from doge_onnx.export.eager import EagerModel
 from doge_onnx.export.graph import trace
 from doge_onnx.export.lowering import Target, for_web, require_kernels
 from doge_onnx.export.lowering import target as find_target
-from doge_onnx.export.quantize import Recipe, check_choices, quantize, recipe_for
+from doge_onnx.export.quantize import RECIPES, Recipe, check_choices, quantize, recipe_for
 from doge_onnx.export.state import GrowingState, WindowState
 from doge_onnx.export.step import RecurrentStep, State
 from doge_onnx.export.verify import ParityReport, compare
 from doge_onnx.runtime.evaluate import QualityReport
 
 STATES = ("growing", "window")
+# Without one of them, a state has the element type of the activations.
 KV_CACHES = {"fp32": "float32", "int8": "int8"}
 FORMATS = ("onnx", "ort")
 # Larger graphs keep their weights in a file of their own: a protobuf file ends at 2 GB, and
@@ -51,6 +52,8 @@ _CALIBRATION_LENGTH = 256
 # Sequences for small and for large models: more change little, and take longer than the rest.
 _CALIBRATION_ROWS = (64, 32)
 _LARGE = 100_000_000
+# Where only the largest values are looked for, fewer will do.
+_RANGE_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,8 @@ class ExportReport:
     Attributes:
         path: The bundle.
         manifest: Its manifest.
-        parity: Result of the comparison with the reference, or None if not asked for, or if
-            weights or state are quantized.
+        parity: Result of the comparison with the reference, or None if not asked for, if
+            weights or state are quantized, or if the bundle cannot run on this machine.
         quality: What quantization lost; None if not asked for, or if nothing is quantized.
         size: Bytes of all files of the bundle.
         seconds: Wall time of the whole export.
@@ -79,10 +82,11 @@ def export(
     model: str | Path,
     out: str | Path,
     *,
-    precision: str = "fp32",
-    kv_cache: str = "fp32",
+    precision: str | None = None,
+    kv_cache: str | None = None,
     context_length: int | None = None,
     target: str = "ort",
+    device: str = "cpu",
     state: str = "growing",
     layout: str = "flat",
     format: str = "onnx",
@@ -99,11 +103,14 @@ def export(
     Args:
         model: A directory, or the id of a model on the Hub.
         out: Where the bundle goes; must not exist unless `force`.
-        precision: Of the weights; "fp32", "int8" or "int4".
-        kv_cache: Of the state; "fp32" or "int8".
+        precision: Of the weights; "fp32", "fp16", "bf16", "int8" or "int4". None for "fp32", or
+            for "fp16" where the device is "cuda".
+        kv_cache: Of the state; "fp32" or "int8". None for what activations have.
         context_length: Most tokens that a sequence may have; None for the length that the
             model was trained for.
         target: "ort" for ONNX Runtime's fused kernels, "portable" for standard ONNX.
+        device: "cpu" or "cuda": what the graph is made for. Quantized weights meet activations
+            in float32 on the one, in float16 on the other.
         state: "growing" for a state with a row for every token, "window" for one that has as
             many rows as the model's window has keys, however long the text gets.
         layout: "flat" for a graph beside the other files, "hub" for one where transformers.js
@@ -128,15 +135,23 @@ def export(
     out = Path(os.path.abspath(out))
     report = progress or (lambda _: None)
     chosen = for_web(find_target(target)) if layout == "hub" else find_target(target)
-    quantized = precision != "fp32" or kv_cache != "fp32"
+    default = half.default_precision(device)
+    precision = default if precision is None else precision
+    activations = half.activation_type(precision, device)
+    quantized = precision in RECIPES or kv_cache == "int8"
     check_choices(precision, block_size, rounding)
     _check_combination(chosen, state, layout, format, kv_cache, quantized, verify, max_kl)
+    _check_activations(activations, device, target, state, kv_cache)
+    if format == "ort" and activations != "float32":
+        raise DogeOnnxError("the ORT format is for the CPU, half precision for others: drop one")
     graph = bundle.graph_name(layout, precision)
     bundle.check_destination(out, force)
     source = checkpoints.find(model, revision)
     sidecar.check(source, report)
     taken_over = metadata.inherited(source, report)
     checkpoint = checkpoints.read(source.directory, report)
+    if activations == "float16":
+        half.check_weights(checkpoint)
     length = _context_length(context_length, checkpoint.config)
     if quantized and verify and length < 2:
         raise DogeOnnxError(
@@ -144,8 +159,9 @@ def export(
             "verification off"
         )
     recipe = recipe_for(precision, block_size, rounding, checkpoint.config)
-    built = _build_state(state, kv_cache, checkpoint, length, chosen)
-    size = round(_bytes_per_weight(recipe) * checkpoint.parameters) + 4 * built.table_size
+    built = _build_state(state, kv_cache, activations, checkpoint, length, chosen)
+    size = round(_bytes_per_weight(recipe, activations) * checkpoint.parameters)
+    size += 4 * built.table_size
     if format == "ort":
         ort_format.check_size(size)
     # For a moment, the graph is there in both formats.
@@ -161,18 +177,27 @@ def export(
         source={"model": source.model, "revision": source.revision},
         versions=_versions(),
         graph=graph,
+        activations=activations,
     )
     parity, lost = None, None
     with bundle.writing(out, force) as directory:
         # The step takes the tensors, so that there are never two copies of a large model; but
         # what a quantized one is compared with has to stay.
         own = replace(checkpoint, tensors=dict(checkpoint.tensors)) if quantized else checkpoint
-        calibrates = kv_cache != "fp32" or (recipe is not None and recipe.rounding == "gptq")
-        text = _calibration_text(checkpoint, length, report) if calibrates else None
+        calibrates = kv_cache == "int8" or (recipe is not None and recipe.rounding == "gptq")
+        text = None
+        if calibrates or activations == "float16":
+            rows = _CALIBRATION_ROWS[checkpoint.parameters >= _LARGE]
+            rows = rows if calibrates else _RANGE_ROWS
+            text = _calibration_text(checkpoint, length, rows, report)
+        if text is not None and activations == "float16":
+            half.check_activations(checkpoint, text, report)
         report("building the recurrent step")
         step = RecurrentStep(own, built, chosen.operators)
         if quantized:
-            quantize(step, recipe, text, report)
+            quantize(step, recipe, text if calibrates else None, report)
+        if activations != "float32":
+            step.halve()
         _write_graph(step, chosen, directory / graph, size <= MAX_EMBEDDED_BYTES, report)
         if format == "ort":
             report("writing the ORT format")
@@ -188,7 +213,11 @@ def export(
             lost.require(math.inf if max_kl is None else max_kl, str(out))
             bundle.write_quality(directory, lost.as_dict())
         elif verify:
-            parity = compare(directory, source.directory, progress=report)
+            try:
+                parity = compare(directory, source.directory, report)
+            except DeviceError as error:
+                report(f"not compared with the checkpoint: {error}")
+        if parity is not None:
             parity.require(str(out))
             compared = {"checkpoint": source.model, "revision": source.revision}
             bundle.write_parity(directory, parity.as_dict() | compared)
@@ -204,7 +233,7 @@ def _check_combination(
     state: str,
     layout: str,
     format: str,
-    kv_cache: str,
+    kv_cache: str | None,
     quantized: bool,
     verify: bool,
     max_kl: float | None,
@@ -212,7 +241,7 @@ def _check_combination(
     """What can be refused without knowing the model."""
     if state not in STATES:
         raise DogeOnnxError(f"state {state!r} is not known; choose from {', '.join(STATES)}")
-    if kv_cache not in KV_CACHES:
+    if kv_cache is not None and kv_cache not in KV_CACHES:
         raise DogeOnnxError(
             f"KV cache {kv_cache!r} is not known; choose from {', '.join(KV_CACHES)}"
         )
@@ -222,7 +251,7 @@ def _check_combination(
         raise DogeOnnxError("transformers.js reads no ORT format; choose the layout flat with it")
     if format == "ort" and target is not find_target("ort"):
         raise DogeOnnxError("only ONNX Runtime reads the ORT format; choose the target ort with it")
-    if state == "window" and kv_cache != "fp32":
+    if state == "window" and kv_cache == "int8":
         raise DogeOnnxError("a window state is fp32: what drops out of it is decided by its gates")
     if quantized and not target.quantized:
         raise DogeOnnxError(
@@ -239,20 +268,42 @@ def _check_combination(
         require_kernels("MatMulNBits", "GatherBlockQuantized", "GroupQueryAttention")
 
 
-def _bytes_per_weight(recipe: Recipe | None) -> float:
+def _check_activations(
+    activations: str, device: str, target: str, state: str, kv_cache: str | None
+) -> None:
+    """What a type of activations goes with."""
+    if activations == "float32":
+        if device == "cuda" and target == "ort" and state == "growing":
+            raise DogeOnnxError(
+                "ONNX Runtime's attention on CUDA takes fp16 and bf16, not fp32: choose one of "
+                "them, or the target portable"
+            )
+        return
+    if state == "window":
+        raise DogeOnnxError(
+            "a window state is fp32, since it tells tokens apart by their positions: choose the "
+            "precision fp32, or a growing state"
+        )
+    if kv_cache == "fp32":
+        raise DogeOnnxError(
+            f"with activations in {activations}, a state is {activations}, too, or int8: leave "
+            "the choice of fp32 out"
+        )
+
+
+def _bytes_per_weight(recipe: Recipe | None, activations: str) -> float:
     """About how large a weight is in the file, with its share of scales."""
     if recipe is None:
-        return 4.0
+        return 4.0 if activations == "float32" else 2.0
     return max(recipe.body.bits / 8 + 4 / recipe.body.block_size, 1.0)
 
 
 def _calibration_text(
-    checkpoint: Checkpoint, context_length: int, report: Callable[[str], None]
+    checkpoint: Checkpoint, context_length: int, rows: int, report: Callable[[str], None]
 ) -> torch.Tensor:
     """Token ids `[N, S]` such as the model sees: what it writes itself."""
     report("writing a text for calibration")
     length = min(_CALIBRATION_LENGTH, context_length)
-    rows = _CALIBRATION_ROWS[checkpoint.parameters >= _LARGE]
     return torch.from_numpy(EagerModel(checkpoint, length).sample(_CALIBRATION_SEED, rows, length))
 
 
@@ -268,11 +319,17 @@ def _context_length(asked: int | None, config: DogeConfig) -> int:
 
 
 def _build_state(
-    name: str, kv_cache: str, checkpoint: Checkpoint, length: int, target: Target
+    name: str,
+    kv_cache: str | None,
+    activations: str,
+    checkpoint: Checkpoint,
+    length: int,
+    target: Target,
 ) -> State:
     if name == "growing":
-        state = GrowingState(checkpoint, length, target.operators, KV_CACHES[kv_cache])
-        if kv_cache != "fp32" and state.window is not None:
+        dtype = activations if kv_cache is None else KV_CACHES[kv_cache]
+        state = GrowingState(checkpoint, length, target.operators, dtype, activations)
+        if kv_cache == "int8" and state.window is not None:
             raise DogeOnnxError(
                 f"past the window of {state.window} keys an int8 state cannot tell which gates "
                 f"are largest; choose a context length of at most {state.window}, or fp32"

@@ -61,7 +61,9 @@ def trace(step: RecurrentStep, target: Target) -> ir.Model:
         # One tensor for two inputs would become one input.
         inputs["position_ids"] = (tokens.clone(), token_axes)
     heads = step.state.heads
-    dtype = torch.int8 if grows and step.state.dtype == "int8" else torch.float32
+    dtype = torch.float32
+    if isinstance(step.state, GrowingState):
+        dtype = getattr(torch, step.state.dtype)
     state = torch.zeros(_BATCH, heads.num_keys, _PAST, heads.row, dtype=dtype)
     state_axes = {0: batch, 2: past}
     args: list[object] = [
@@ -179,6 +181,7 @@ def _compute_rotations(model: ir.Model, frequencies: NDArray[np.float32]) -> Non
     assert cos.shape is not None
     length = cos.shape[0]
     assert isinstance(length, int)
+    assert cos.dtype is not None
     positions, wavelengths = (
         ir.Value(name=f"rotation.{name}", const_value=ir.tensor(table, name=f"rotation.{name}"))
         for name, table in (
@@ -191,6 +194,8 @@ def _compute_rotations(model: ir.Model, frequencies: NDArray[np.float32]) -> Non
     for kind in ("Cos", "Sin"):
         table = model.graph.initializers.pop(f"state.{kind.lower()}")
         nodes.append(ir.node(kind, [angles.outputs[0]]))
+        if cos.dtype != ir.DataType.FLOAT:
+            nodes.append(ir.node("Cast", [nodes[-1].outputs[0]], {"to": cos.dtype}))
         table.replace_all_uses_with(nodes[-1].outputs[0])
     for value in (positions, wavelengths):
         model.graph.register_initializer(value)

@@ -104,7 +104,8 @@ def _contrib(name: str, inputs: int, outputs: int, **attributes: onnx.defs.OpSch
     optional = onnx.defs.OpSchema.FormalParameterOption.Optional
     # A type variable for each: shared ones would make onnxscript cast inputs to one type.
     types = [f"T{index}" for index in range(inputs + outputs)]
-    every_type = [f"tensor({kind})" for kind in ("float", "int32", "int64", "int8", "uint8")]
+    kinds = ("float", "float16", "bfloat16", "int32", "int64", "int8", "uint8")
+    every_type = [f"tensor({kind})" for kind in kinds]
     schema = onnx.defs.OpSchema(
         name,
         MICROSOFT,
@@ -244,10 +245,16 @@ def _lower_project_to_vocabulary_portably(x: Any, embedding: Any) -> Any:
 
 
 def _lower_keep_last(x: Any, count: Any) -> Any:
-    # Slice(-count:) is everything for count = 0, as -0 is 0.
     end = op.Constant(value_ints=[2**62])
     axis = op.Constant(value_ints=[1])
-    return op.Slice(x, op.Neg(count), end, axis)
+    if x.dtype == ir.DataType.FLOAT:
+        # Slice(-count:) is everything for count = 0, as -0 is 0.
+        return op.Slice(x, op.Neg(count), end, axis)
+    # CUDA would negate a number for the host to read, which then waits in the middle of a step.
+    # What begins with a length stays with the host.
+    length = op.Shape(x, start=1, end=2)
+    first = op.Max(op.Sub(length, count), op.Constant(value_ints=[0]))
+    return op.Slice(x, op.Mod(first, length), end, axis)
 
 
 def _lower_new_columns(mask: Any, input_ids: Any) -> Any:

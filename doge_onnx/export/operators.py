@@ -21,6 +21,8 @@ from torch.nn import functional as F
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root mean square norm over the last axis (Zhang & Sennrich 2019).
 
+    Statistics and scaling are float32 or wider, whatever the type of `x`.
+
     Args:
         x: `[..., D]`.
         weight: `[D]`, or `[N, D]` for N heads with weights of their own.
@@ -29,7 +31,9 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Returns:
         `[..., D]`.
     """
-    return weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps))
+    wide = x.to(wider(x.dtype))
+    normed: Tensor = weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps))
+    return normed.to(x.dtype)
 
 
 def _skip_rms_norm(x: Tensor, skip: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -91,6 +95,8 @@ def _causal_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Grouped-query attention over the past and the new tokens, without scaling.
 
+    Scores and their softmax are float32 or wider, whatever the type of `query`.
+
     Query head h reads key/value head h // (num_heads / num_kv_heads) (Ainslie et al. 2023).
     As a fused operator, the past may have spare rows behind its `total_length - S` valid
     ones and may share its memory with the present; the body here takes valid rows only.
@@ -124,7 +130,9 @@ def _causal_attention(
     keys, values = present_key, present_value
     if key_scale is not None and value_scale is not None:
         keys, values = keys * key_scale, values * value_scale
-    queries = _split_heads(query, num_heads).unflatten(1, (num_kv_heads, group))
+    wide = wider(query.dtype)
+    keys, values = keys.to(wide), values.to(wide)
+    queries = _split_heads(query, num_heads).unflatten(1, (num_kv_heads, group)).to(wide)
     scores = queries @ keys.unsqueeze(2).transpose(-1, -2)
     if bias is not None:
         scores = scores + bias.unflatten(1, (num_kv_heads, group))
@@ -133,7 +141,12 @@ def _causal_attention(
     scores = scores.masked_fill(columns > rows, -math.inf)
     output = torch.softmax(scores, dim=-1) @ values.unsqueeze(2)
     output = output.flatten(1, 2).transpose(1, 2).reshape(batch, length, -1)
-    return output, present_key, present_value
+    return output.to(query.dtype), present_key, present_value
+
+
+def wider(dtype: torch.dtype) -> torch.dtype:
+    """The type for what must not be rounded to a half precision: float32 or wider."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _all_gates(

@@ -90,7 +90,7 @@ RECIPES = {
         experts=Form(4, 32),
     ),
 }
-PRECISIONS = ("fp32", *RECIPES)
+PRECISIONS = ("fp32", "fp16", "bf16", *RECIPES)
 
 
 def check_choices(precision: str, block_size: int | None, rounding: str | None) -> None:
@@ -119,7 +119,7 @@ def check_choices(precision: str, block_size: int | None, rounding: str | None) 
 def recipe_for(
     precision: str, block_size: int | None, rounding: str | None, config: DogeConfig
 ) -> Recipe | None:
-    """The recipe of a precision, with what an expert wants changed; None for fp32.
+    """The recipe of a precision, with what an expert wants changed; None if it has none.
 
     Args:
         precision: One of `PRECISIONS`.

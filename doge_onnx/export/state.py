@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from doge_onnx.bundle import CLOSED_GATE
 from doge_onnx.config import DogeConfig
 from doge_onnx.export.checkpoint import Checkpoint
-from doge_onnx.export.operators import Operators
+from doge_onnx.export.operators import Operators, wider
 from doge_onnx.export.rope import inverse_wavelengths, rotary_tables
 
 # How much larger than the largest gate of the calibration text a gate may be in int8 rows.
@@ -25,7 +25,28 @@ _GATE_HEADROOM = 8
 _OPEN = torch.finfo(torch.float32).max
 # Element types of a state. The attention kernel takes head sizes that are multiples of 8; with
 # int8 it is half as fast again at multiples of 16.
-_ROW_MULTIPLES = {"float32": 8, "int8": 16}
+_ROW_MULTIPLES = {"float32": 8, "float16": 8, "bfloat16": 8, "int8": 16}
+
+
+@dataclass(frozen=True)
+class GateRange:
+    """What fits into a gate channel of one type.
+
+    Attributes:
+        closed: The gate of a key that must never be attended to.
+        most: The largest gate of any other; larger ones become this.
+    """
+
+    closed: float
+    most: float
+
+
+# Half precisions. float16 ends at 65504: a closed gate plus any score of less than 5504 is still
+# finite, and is below every open one as long as scores differ by less than 60000.
+GATE_RANGES = {
+    "float16": GateRange(-6e4, 3e4),
+    "bfloat16": GateRange(CLOSED_GATE, -CLOSED_GATE),
+}
 
 
 @dataclass(frozen=True)
@@ -69,7 +90,7 @@ class Tokens(NamedTuple):
         rest: `[B, S, num_rotated, rest]`, the channels of queries and keys behind the gates.
         positions: int64 `[B, S]`, the number of real tokens before each one.
         gate_limit: `[B, S, num_rotated * gates]`, upper bound of the gates: closed for the
-            keys of padding. None where `rest` closes them.
+            keys of padding. None where nothing but `rest` closes them.
         lengths: int32 `[B]`, P + S - 1; None where the state does not grow.
         total_length: int32 scalar, P + S; likewise.
         total: The same as a number.
@@ -86,6 +107,36 @@ class Tokens(NamedTuple):
     total: int = 0
 
 
+class HalfRows(nn.Module):
+    """How the gates of a layer become two channels of half precision.
+
+    A rounded gate and what the rounding took away: together twice the bits of one channel.
+    Both are multiplied by the query's ones.
+
+    Args:
+        heads: Layout of the state.
+    """
+
+    def __init__(self, heads: Heads) -> None:
+        super().__init__()
+        is_key = _is_key(heads).view(heads.num_rotated, heads.gates)
+        # The queries' constants come as 2, which leaves a one for each of the two.
+        self.share = nn.Buffer(torch.where(is_key, 1.0, 0.5))
+
+    def split(self, gates: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The two channels of the gates.
+
+        Args:
+            gates: float32 `[B, S, num_rotated, gates]`.
+            dtype: Of the rows.
+
+        Returns:
+            Two of the same shape, and of `dtype`.
+        """
+        coarse = (gates * self.share).to(dtype)
+        return coarse, (gates - coarse.to(gates.dtype)).to(dtype)
+
+
 class Int8Rows(nn.Module):
     """How one layer's keys and values become int8, with a fixed step for each channel.
 
@@ -96,11 +147,13 @@ class Int8Rows(nn.Module):
 
     Args:
         heads: Layout of the state.
+        closed: What closes a key.
     """
 
-    def __init__(self, heads: Heads) -> None:
+    def __init__(self, heads: Heads, closed: float) -> None:
         super().__init__()
         self.heads = heads
+        self.closed = closed
         self.is_key = nn.Buffer(_is_key(heads).view(heads.num_rotated, heads.gates))
         self._set_gate_step(2.0**-10)
         self.key_scale: Tensor | None
@@ -108,20 +161,21 @@ class Int8Rows(nn.Module):
         self.register_buffer("key_scale", None)
         self.register_buffer("value_scale", None)
 
-    def split(self, gates: Tensor) -> tuple[Tensor, Tensor]:
+    def split(self, gates: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Coarse and fine part of the gates, each in a channel of its own.
 
         The queries' constants come as 2, which leaves a one for each of the two.
 
         Args:
             gates: `[B, S, num_rotated, gates]`.
+            dtype: Of keys and queries.
 
         Returns:
-            Two of the same shape.
+            Two of the same shape, and of `dtype`.
         """
         # Whole steps, so that the kernel's own rounding has nothing left to decide.
         coarse = torch.round(gates * self.per_step) * self.step
-        return coarse, gates - coarse
+        return coarse.to(dtype), (gates - coarse).to(dtype)
 
     def set_ranges(self, key: Tensor, value: Tensor, gate: float) -> None:
         """Fix the steps by what a text needed.
@@ -134,7 +188,7 @@ class Int8Rows(nn.Module):
         self._set_gate_step(max(_GATE_HEADROOM * gate, 1.0) / 127)
         step = float(self.step[-1, 0])
         gates = torch.tensor([step, step / 2 / 127]).repeat_interleave(self.heads.gates)
-        closed = torch.tensor([-CLOSED_GATE / 127])
+        closed = torch.tensor([-self.closed / 127])
         unused = torch.ones(self.heads.rest - 1)
         behind = torch.cat([gates, closed, unused]).expand(self.heads.num_keys, -1)
         self.key_scale = nn.Buffer(torch.cat([_steps(key), behind], dim=-1)[None, :, None])
@@ -163,7 +217,9 @@ class GrowingState(nn.Module):
         context_length: Number of positions that the rotary tables cover. Only if it exceeds
             the window can a key ever fall out of it, and only then is that in the graph.
         operators: Implementation of the operators.
-        dtype: "float32", or "int8" for rows that `Int8Rows` describes.
+        dtype: Element type of the rows: that of the activations, or "int8" for rows that
+            `Int8Rows` describes.
+        activations: "float32", "float16" or "bfloat16".
     """
 
     def __init__(
@@ -172,11 +228,12 @@ class GrowingState(nn.Module):
         context_length: int,
         operators: Operators,
         dtype: str = "float32",
+        activations: str = "float32",
     ) -> None:
         super().__init__()
         config = checkpoint.config
         self.ops = operators
-        self.dtype = dtype
+        self.dtype, self.activations = dtype, activations
         gates = checkpoint.gate_heads // config.num_key_value_heads
         self.heads = _heads(config, config.num_key_value_heads, gates, extra=1, dtype=dtype)
         cos, sin = rotary_tables(config, context_length)
@@ -188,7 +245,18 @@ class GrowingState(nn.Module):
         # What is behind the gates, of padding and of tokens.
         rest = torch.zeros(2, self.heads.num_rotated, self.heads.rest)
         rest[:, : self.heads.num_queries, 0] = 1.0
-        rest[0, self.heads.num_queries :, 0] = CLOSED_GATE
+        # In half precision the sum with a large gate would not close a key: its gate itself does.
+        self.limits: Tensor | None
+        self.register_buffer("limits", None)
+        self.closed = CLOSED_GATE
+        if activations in GATE_RANGES:
+            half = GATE_RANGES[activations]
+            self.closed = half.closed
+            limits = torch.full((2, self.heads.num_rotated * self.heads.gates), half.most)
+            limits[0, _is_key(self.heads)] = half.closed
+            self.limits = nn.Buffer(limits)
+        if dtype in ("float32", "int8"):
+            rest[0, self.heads.num_queries :, 0] = self.closed
         self.rest = nn.Buffer(rest)
         window = config.keep_window_size
         self.window = window if window is not None and context_length > window else None
@@ -215,6 +283,7 @@ class GrowingState(nn.Module):
             sin=self.sin,
             rest=self.rest[is_token],
             positions=positions,
+            gate_limit=None if self.limits is None else self.limits[is_token],
             lengths=lengths,
             total_length=total_length,
             total=attention_mask.shape[1],
@@ -248,13 +317,16 @@ class GrowingState(nn.Module):
         bias = None
         if self.window is not None:
             assert tokens.total_length is not None
+            # A gate, and what closes it; or, in half precision, its two channels.
+            count = heads.gates + 1 if self.limits is None else heads.gate_channels
             channels = self.ops.all_gates(
-                past_key, k, tokens.total_length, tokens.total, heads.dim, heads.gates + 1
+                past_key, k, tokens.total_length, tokens.total, heads.dim, count
             )
-            channels = channels.unflatten(1, (heads.num_keys, heads.gates + 1))
-            gates = (channels[:, :, :-1] + channels[:, :, -1:]).flatten(1, 2)
+            channels = channels.unflatten(1, (heads.num_keys, count)).to(wider(channels.dtype))
+            gates = channels[:, :, : heads.gates] + channels[:, :, heads.gates :]
+            gates = gates.flatten(1, 2)
             kept = _largest_visible(gates, q.shape[1], self.window)
-            bias = torch.where(kept, 0.0, CLOSED_GATE)
+            bias = torch.where(kept, 0.0, self.closed).to(q.dtype)
             bias = bias.repeat_interleave(heads.num_queries // gates.shape[1], dim=1)
         return self.ops.causal_attention(
             q,
@@ -419,7 +491,7 @@ class WindowState(nn.Module):
 def _heads(
     config: DogeConfig, num_keys: int, gates: int, extra: int, dtype: str = "float32"
 ) -> Heads:
-    channels = 2 * gates if dtype == "int8" else gates
+    channels = gates if dtype == "float32" else 2 * gates
     multiple = _ROW_MULTIPLES[dtype]
     row = -(-(config.head_dim + channels + extra) // multiple) * multiple
     return Heads(config.num_attention_heads, num_keys, config.head_dim, gates, channels, row)

@@ -24,8 +24,8 @@ from doge_onnx.export.matrices import (
     QuantizedRows,
     Rows,
 )
-from doge_onnx.export.operators import Operators
-from doge_onnx.export.state import GrowingState, Int8Rows, Tokens, WindowState
+from doge_onnx.export.operators import Operators, wider
+from doge_onnx.export.state import GrowingState, HalfRows, Int8Rows, Tokens, WindowState
 
 State = GrowingState | WindowState
 
@@ -88,7 +88,27 @@ class RecurrentStep(nn.Module):
         if logits_to_keep is not None:
             h = self.ops.keep_last(h, logits_to_keep)
         logits = self.embedding.project(h) if self.head is None else self.head(h)
-        return logits, present
+        return logits.to(wider(logits.dtype)), present
+
+    def halve(self) -> RecurrentStep:
+        """Make weights and activations those of the state's type, float16 or bfloat16.
+
+        What decides stays float32, since it costs little and a rounded gate or router picks
+        another key or expert: gates from W_dt on, routers, and how rows are split or scaled.
+        """
+        assert isinstance(self.state, GrowingState)
+        dtype = getattr(torch, self.state.activations)
+        kept = {module for module in self.modules() if isinstance(module, HalfRows | Int8Rows)}
+        kept |= {module.gate for module in self.modules() if isinstance(module, Attention)}
+        kept |= {module.router for module in self.modules() if isinstance(module, CDMoE)}
+        for module in self.modules():
+            if module in kept:
+                continue
+            tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+            for name, tensor in tensors:
+                if tensor.is_floating_point() and name not in ("A", "limits"):
+                    tensor.data = tensor.data.to(dtype)
+        return self
 
 
 class Layer(nn.Module):
@@ -162,8 +182,11 @@ class Attention(nn.Module):
         # Only where keys compete for a window does the last bit of a gate matter.
         self.softplus = F.softplus if state.window is None else steady_softplus
         self.int8_rows: Int8Rows | None = None
+        self.half_rows: HalfRows | None = None
         if isinstance(state, GrowingState) and state.dtype == "int8":
-            self.int8_rows = Int8Rows(self.heads)
+            self.int8_rows = Int8Rows(self.heads, state.closed)
+        elif isinstance(state, GrowingState) and state.dtype != "float32":
+            self.half_rows = HalfRows(self.heads)
         # A state whose heads are the query heads holds a copy of the keys for each of them.
         self.copies = self.heads.num_keys // config.num_key_value_heads
 
@@ -201,11 +224,12 @@ class Attention(nn.Module):
         qk = qk.view(batch, length, rotated, dim)
         if self.qk_norm is not None:
             qk = self.ops.rms_norm(qk, self.qk_norm, self.eps)
-        gates = torch.exp(self.A * self.softplus(self.gate(h)))
+        gates = torch.exp(self.A * self.softplus(self.gate(h.to(self.A.dtype))))
         if tokens.gate_limit is not None:
             gates = torch.minimum(gates, tokens.gate_limit)
         gates = gates.view(batch, length, rotated, self.heads.gates)
-        parts = [gates] if self.int8_rows is None else self.int8_rows.split(gates)
+        rows = self.int8_rows or self.half_rows
+        parts = [gates] if rows is None else rows.split(gates, qk.dtype)
         qk = torch.cat([qk, *parts, tokens.rest], dim=-1).view(batch, length, rotated * row)
         qk = self.ops.rotary_embedding(qk, tokens.rows, tokens.cos, tokens.sin, rotated)
         q, k = qk.split([queries * row, keys * row], dim=-1)
@@ -233,7 +257,8 @@ class Attention(nn.Module):
         )
         # Of its group's gate channels a query reads one; exp(-200 · softplus(0)) is 0 in float32.
         own = torch.arange(self.heads.num_queries).unsqueeze(-1) % self.heads.gates
-        read = 0.0 if self.int8_rows is None else 1.0
+        # Where a gate has two channels, the 2 leaves a one for each of them.
+        read = 0.0 if self.int8_rows is None and self.half_rows is None else 1.0
         constants = torch.where(torch.arange(self.heads.gates) == own, read, -200.0)
         return projection, _weight(torch.cat([constants.flatten(), weights.pop(prefix + "A")]))
 
@@ -288,7 +313,7 @@ class CDMoE(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """`[B, S, H]` to `[B, S, H]`."""
-        rows, columns = self.router(h).chunk(2, dim=-1)
+        rows, columns = self.router(h.to(self.router.weight.dtype)).chunk(2, dim=-1)
         row_scores, row_indices = rows.topk(self.candidates)
         column_scores, column_indices = columns.topk(self.candidates)
         scores = (row_scores.unsqueeze(-1) + column_scores.unsqueeze(-2)).flatten(-2)
@@ -300,7 +325,7 @@ class CDMoE(nn.Module):
             weights = weights / weights.sum(-1, keepdim=True)
         # [B, S, k, H] @ [B, S, H, 1], and back.
         neurons = (self.down(experts) @ h.unsqueeze(-1)).squeeze(-1)
-        neurons = activate(self.activation, neurons) * weights
+        neurons = activate(self.activation, neurons) * weights.to(h.dtype)
         routed = (neurons.unsqueeze(-2) @ self.up(experts)).squeeze(-2)
         output: Tensor = self.shared(h) + routed
         return output

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import onnxruntime as ort
@@ -27,6 +27,7 @@ from doge_onnx.runtime.state import Buffer
 _DEVICE = ("cpu", 0)
 # To make a mask's value costs 35 µs right after a step, and 3 µs if several are made in a row.
 _MASKS_AT_ONCE = 32
+_Binding = TypeVar("_Binding")
 
 
 class InPlaceBinding:
@@ -135,32 +136,25 @@ class InPlaceBinding:
         self._session.run_with_iobinding(self._binding)
 
 
-class Bindings:
+class Bindings(Generic[_Binding]):
     """One binding for each buffer, for as long as the buffer lives.
 
     Binding the state costs more than all else that Python does in a step.
+
+    Attributes:
+        new: Binds tensors and their mask, which need not be those of a buffer.
     """
 
-    def __init__(
-        self, session: ort.InferenceSession, names: Sequence[tuple[str, str]], vocab_size: int
-    ) -> None:
-        self._session = session
-        self._names = names
-        self._vocab_size = vocab_size
-        self._of_buffer: weakref.WeakKeyDictionary[Buffer, InPlaceBinding] = (
-            weakref.WeakKeyDictionary()
-        )
+    def __init__(self, new: Callable[[Sequence[Any], NDArray[np.int64]], _Binding]) -> None:
+        self.new = new
+        self._of_buffer: weakref.WeakKeyDictionary[Buffer, _Binding] = weakref.WeakKeyDictionary()
 
-    def of(self, buffer: Buffer) -> InPlaceBinding:
+    def of(self, buffer: Buffer) -> _Binding:
         """The binding of a buffer's tensors."""
         binding = self._of_buffer.get(buffer)
         if binding is None:
             binding = self._of_buffer[buffer] = self.new(buffer.tensors, buffer.mask)
         return binding
-
-    def new(self, tensors: Sequence[NDArray[Any]], mask: NDArray[np.int64]) -> InPlaceBinding:
-        """A binding of tensors that are no buffer of their own."""
-        return InPlaceBinding(self._session, self._names, tensors, mask, self._vocab_size)
 
 
 def last_position(logits: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from doge_onnx.runtime.sampling import LogitsProcessor, Sampler, log_probability
 from doge_onnx.runtime.state import State
-from doge_onnx.runtime.step import Stepper
+from doge_onnx.runtime.step import Best, Stepper
 
 # Any id does, since its mask keeps everything from seeing it.
 _PADDING_ID = 0
@@ -33,6 +33,8 @@ class Row:
         max_new_tokens: Most tokens to generate; those fit into the context.
         sampler: Chooses a token from the logits.
         processors: Applied to the logits first, in this order.
+        candidates: How many of the largest logits the sampler looks at, and those that equal
+            the least of them; None for all. Only where there are no processors.
         running: Whether more tokens are wanted. The loop clears it at `max_new_tokens`;
             the consumer clears it to end the sequence before.
         cached: How many tokens of the prompt were not fed because a `Memory` had them.
@@ -42,6 +44,7 @@ class Row:
     max_new_tokens: int
     sampler: Sampler
     processors: Sequence[LogitsProcessor] = ()
+    candidates: int | None = None
     running: bool = True
     cached: int = 0
 
@@ -121,7 +124,8 @@ def generate_steps(
         # The last token that is chosen is not fed. What follows another run is not known.
         follow=max(row.max_new_tokens for row in rows) - 1 if memory is None else None,
     )
-    scores: Sequence[NDArray[np.float32]] = list(logits[:, -1])
+    scores: Sequence[NDArray[np.float32] | Best] = list(logits[:, -1])
+    best = None if logprobs else _candidates(rows)
     decoder = stepper.decoder(state)
     del logits, state
     fed = list(rows[0].prompt)
@@ -145,7 +149,8 @@ def generate_steps(
             if not any(running):
                 break
             started = time.perf_counter()
-            scores = decoder.step(None if all(running) else np.array(running, np.int64)[:, None])
+            ended = None if all(running) else np.array(running, np.int64)[:, None]
+            scores = decoder.step(ended, best)
             fed.append(tokens[0][1])
     if memory is not None:
         memory.tokens, memory.state = fed, decoder.end()
@@ -164,9 +169,17 @@ def left_pad(
     return ids, None if mask.all() else mask
 
 
+def _candidates(rows: Sequence[Row]) -> int | None:
+    """How many of the largest logits all samplers together look at; None for all."""
+    counts = [None if row.processors else row.candidates for row in rows]
+    return None if None in counts else max(count for count in counts if count is not None)
+
+
 def _choose(
-    row: Row, history: _History, logits: NDArray[np.float32], logprobs: bool
+    row: Row, history: _History, logits: NDArray[np.float32] | Best, logprobs: bool
 ) -> tuple[int, float | None]:
+    if isinstance(logits, Best):
+        return int(logits.ids[row.sampler(logits.logits)]), None
     if not row.processors:
         token_id = row.sampler(logits)
     else:

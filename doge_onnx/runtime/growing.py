@@ -27,7 +27,7 @@ class InPlaceStepper(Stepper):
         self, session: ort.InferenceSession, manifest: Manifest, chunk: int = DEFAULT_CHUNK
     ) -> None:
         super().__init__(session, manifest, chunk)
-        self._bindings = Bindings(session, self._names, self.vocab_size)
+        self._bindings: Bindings[Any] = Bindings(self._bind)
 
     def decoder(self, state: State) -> Decoder:
         """Go on from `state`, which nobody will use again, one token at a time."""
@@ -45,17 +45,20 @@ class InPlaceStepper(Stepper):
         past = 0 if state is None else state.length
         if state is not None and state.buffer.claim(past, end):
             return state.buffer
-        heads, row_size = self._row_shape
-        buffer = Buffer(
-            [np.zeros((batch, heads, capacity, row_size), self._dtype) for _ in self._names],
-            np.zeros((batch, capacity), np.int64),
-            rows=end,
-        )
+        mask = np.zeros((batch, capacity), np.int64)
         if state is not None:
-            for target, source in zip(buffer.tensors, state.buffer.tensors, strict=True):
+            mask[:, :past] = state.mask
+        return Buffer(self._allocate(state, batch, capacity), mask, rows=end)
+
+    def _allocate(self, state: State | None, batch: int, capacity: int) -> list[Any]:
+        """Tensors of at least `capacity` rows that begin with those of `state`."""
+        heads, row_size = self._row_shape
+        tensors = [np.zeros((batch, heads, capacity, row_size), self._dtype) for _ in self._names]
+        if state is not None:
+            past = state.length
+            for target, source in zip(tensors, state.buffer.tensors, strict=True):
                 target[:, :, :past] = source[:, :, :past]
-            buffer.mask[:, :past] = state.mask
-        return buffer
+        return tensors
 
     def claim_all(self, state: State) -> Buffer:
         """A buffer that holds the rows of `state`, with room for others, and is the caller's."""
@@ -68,9 +71,12 @@ class InPlaceStepper(Stepper):
         """The first rows of the same buffer; see `Stepper.rewind`."""
         return State(state.buffer, length, self)
 
-    def bind(self, buffer: Buffer) -> InPlaceBinding:
+    def bind(self, buffer: Buffer) -> Any:
         """What runs the graph on a buffer."""
         return self._bindings.of(buffer)
+
+    def _bind(self, tensors: Sequence[Any], mask: NDArray[np.int64]) -> Any:
+        return InPlaceBinding(self._session, self._names, tensors, mask, self.vocab_size)
 
     def _run(
         self,
@@ -110,7 +116,7 @@ class InPlaceStepper(Stepper):
 
 
 def _run_to(
-    binding: InPlaceBinding, total: int, input_ids: NDArray[np.int64], last_only: bool
+    binding: Any, total: int, input_ids: NDArray[np.int64], last_only: bool
 ) -> NDArray[np.float32]:
     """Feed the tokens after which there are `total` of them."""
     binding.put(INPUT_IDS, input_ids)
@@ -134,7 +140,9 @@ class _InPlaceDecoder(Decoder):
         self._binding: InPlaceBinding
         self._mask: NDArray[np.int64]
 
-    def step(self, mask: NDArray[np.int64] | None) -> Sequence[NDArray[np.float32]]:
+    def step(
+        self, mask: NDArray[np.int64] | None, best: int | None = None
+    ) -> Sequence[NDArray[np.float32]]:
         """Feed `tokens`; see `Decoder.step`."""
         if self._length == self._capacity:
             self._take_buffer()
@@ -188,25 +196,32 @@ class CopyingStepper(Stepper):
         batch = input_ids.shape[0]
         mask = np.ones_like(input_ids) if mask is None else mask
         if state is None:
-            heads, row_size = self._row_shape
-            empty = ort.OrtValue.ortvalue_from_numpy(
-                np.zeros((batch, heads, 0, row_size), self._dtype)
-            )
-            past: Sequence[Any] = [empty] * len(self._past)
+            past: Sequence[ort.OrtValue] = [self._empty(batch)] * len(self._past)
         else:
             past = state.buffer.tensors
             mask = np.concatenate([state.mask, mask], axis=1)
         feeds = {INPUT_IDS: input_ids, ATTENTION_MASK: np.ascontiguousarray(mask)}
+        array, present = self._feed(feeds, past)
+        length = mask.shape[1]
+        return last_position(array) if last_only else array, State(
+            Buffer(present, mask, rows=length), length, self
+        )
+
+    def _empty(self, batch: int) -> ort.OrtValue:
+        """A state tensor without rows."""
+        heads, row_size = self._row_shape
+        return ort.OrtValue.ortvalue_from_numpy(np.zeros((batch, heads, 0, row_size), self._dtype))
+
+    def _feed(
+        self, feeds: dict[str, NDArray[np.int64]], past: Sequence[ort.OrtValue]
+    ) -> tuple[NDArray[np.float32], Sequence[ort.OrtValue]]:
+        """Run the graph; returns logits and the new state."""
         values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
         # The state stays in ONNX Runtime's own memory: as NumPy arrays it would be copied twice.
         logits, *present = self._session.run_with_ort_values(
             self._outputs, values | dict(zip(self._past, past, strict=True))
         )
-        array = logits.numpy()
-        length = mask.shape[1]
-        return last_position(array) if last_only else array, State(
-            Buffer(present, mask, rows=length), length, self
-        )
+        return logits.numpy(), present
 
     def rewind(self, state: State, length: int) -> State | None:
         """A copy of the first rows; see `Stepper.rewind`."""

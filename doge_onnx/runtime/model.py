@@ -12,17 +12,26 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 import numpy as np
+import onnxruntime as ort
 from numpy.typing import ArrayLike, NDArray
 
-from doge_onnx.bundle import Bundle, Manifest, StateLayout
+from doge_onnx.bundle import Bundle, Manifest
 from doge_onnx.errors import InputError
 from doge_onnx.runtime.chat import ChatTemplate
 from doge_onnx.runtime.completion import Completion, Piece, Transcript, generate_pieces
 from doge_onnx.runtime.conversation import Chat
 from doge_onnx.runtime.generate import Row
+from doge_onnx.runtime.device import CPU, choose_device
 from doge_onnx.runtime.growing import CopyingStepper, InPlaceStepper
 from doge_onnx.runtime.inputs import check_room, check_state, token_mask, token_matrix
+from doge_onnx.runtime.memory import Memory
 from doge_onnx.runtime.options import Defaults, Options
+from doge_onnx.runtime.resident import (
+    RESIDENT_CHUNK,
+    ResidentCopyingStepper,
+    ResidentStepper,
+    ResidentWindowStepper,
+)
 from doge_onnx.runtime.sampling import Sampler, greedy, make_sampler, repetition_penalty
 from doge_onnx.runtime.session import open_session
 from doge_onnx.runtime.state import State
@@ -41,29 +50,46 @@ _ANSWER_SHARE = 25
 
 def load(
     bundle: str | Path,
-    device: str = "cpu",
+    device: str = "auto",
     threads: int | None = None,
     prefill_chunk: int | None = None,
     verbose: bool = False,
 ) -> Model:
     """Load a bundle. See `doge_onnx.load`."""
-    if prefill_chunk is None:
-        prefill_chunk = DEFAULT_CHUNK
-    if isinstance(prefill_chunk, bool) or not isinstance(prefill_chunk, int) or prefill_chunk < 1:
+    if prefill_chunk is not None and (
+        isinstance(prefill_chunk, bool) or not isinstance(prefill_chunk, int) or prefill_chunk < 1
+    ):
         raise InputError(f"prefill_chunk must be a positive whole number, not {prefill_chunk!r}")
     opened = Bundle.open(bundle)
     defaults = Defaults.read(opened)
     tokenizer = opened.file("tokenizer.json")
     codec = None if tokenizer is None else Codec(tokenizer)
-    session = open_session(opened, device, threads, verbose)
-    kind = _stepper_class(opened.manifest.state)
-    return Model(opened, kind(session, opened.manifest, prefill_chunk), defaults, codec)
+    chosen = choose_device(device, opened.manifest)
+    session = open_session(opened, chosen, threads, verbose)
+    return Model(opened, make_stepper(session, opened.manifest, chosen, prefill_chunk), defaults, codec)
 
 
-def _stepper_class(layout: StateLayout) -> type[Stepper]:
-    if layout.kind == "window":
-        return WindowStepper
-    return InPlaceStepper if layout.in_place else CopyingStepper
+def make_stepper(
+    session: ort.InferenceSession, manifest: Manifest, device: str, chunk: int | None = None
+) -> Stepper:
+    """What runs a graph on a device; `chunk` tokens at once, or as many as suit the device."""
+    layout = manifest.state
+    kind = "window" if layout.kind == "window" else "in place" if layout.in_place else "copying"
+    if device == CPU:
+        return _STEPPERS[kind](session, manifest, chunk or DEFAULT_CHUNK)
+    return _RESIDENT[kind](session, manifest, Memory(device), chunk or RESIDENT_CHUNK)
+
+
+_STEPPERS: dict[str, type[Stepper]] = {
+    "window": WindowStepper,
+    "in place": InPlaceStepper,
+    "copying": CopyingStepper,
+}
+_RESIDENT = {
+    "window": ResidentWindowStepper,
+    "in place": ResidentStepper,
+    "copying": ResidentCopyingStepper,
+}
 
 
 class Model:
@@ -81,6 +107,11 @@ class Model:
         self._codec = codec
         # A state of constant size has no end of the context.
         self._bounded = bundle.manifest.state.kind != "window"
+
+    @property
+    def device(self) -> str:
+        """Where the model runs: "cpu" or "cuda"."""
+        return self._stepper.device
 
     @property
     def manifest(self) -> Manifest:
@@ -364,6 +395,7 @@ class Model:
                 max_new_tokens=wanted,
                 sampler=_sampler(options, row),
                 processors=() if penalty is None else (repetition_penalty(penalty),),
+                candidates=1 if options.temperature == 0 else options.top_k,
             ),
             self._defaults.eos_token_ids,
             None if self._codec is None else TextStream(self._codec, ids),

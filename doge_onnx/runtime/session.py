@@ -18,6 +18,7 @@ import onnxruntime as ort
 
 from doge_onnx.bundle import MANIFEST_NAME, Bundle, Manifest
 from doge_onnx.errors import BundleError, InputError
+from doge_onnx.runtime import device as devices
 from doge_onnx.runtime.external_data import external_files
 from doge_onnx.runtime.ort_format import is_ort_format
 
@@ -29,7 +30,6 @@ LOGITS = "logits"
 # How many last positions get logits, 0 for all; a default-valued input that not every graph has.
 LOGITS_TO_KEEP = "logits_to_keep"
 
-_PROVIDERS = {"cpu": "CPUExecutionProvider"}
 _WARNING, _ERROR = 2, 3
 # What ONNX Runtime says of an operator that it has no kernel for, or does not know at all.
 _LACKING = (
@@ -39,7 +39,12 @@ _LACKING = (
 )
 # Kinds and element types of a state that this version can keep; names of NumPy and of ONNX Runtime.
 _KINDS = ("growing", "window")
-_DTYPES = {"float32": "tensor(float)", "int8": "tensor(int8)"}
+_DTYPES = {
+    "float32": "tensor(float)",
+    "float16": "tensor(float16)",
+    "bfloat16": "tensor(bfloat16)",
+    "int8": "tensor(int8)",
+}
 
 # ONNX Runtime reads it when it makes a session, and from nowhere but the environment.
 _NO_FLASH_ATTENTION = "ORT_GQA_DISABLE_FLASH_ATTENTION"
@@ -68,20 +73,17 @@ def open_session(
 
     Args:
         bundle: An opened bundle.
-        device: "cpu".
+        device: "cpu" or "cuda"; see `choose_device`.
         threads: Threads that one operator may use; None is as many as `usable_cores` finds.
         verbose: Let the warnings of ONNX Runtime through.
 
     Raises:
-        InputError: An unknown device, or a number of threads below 1.
+        InputError: A number of threads below 1.
+        DeviceError: CUDA does not start, or lacks kernels for the graph.
         BundleError: The state is of a kind that this version does not know, or the graph
             keeps data in files that are not the bundle's, cannot be loaded, or does not
             have the inputs and outputs that the manifest promises.
     """
-    if device not in _PROVIDERS:
-        raise InputError(
-            f"device {device!r} is not available; choose from: {', '.join(_PROVIDERS)}"
-        )
     if threads is not None and (
         isinstance(threads, bool) or not isinstance(threads, int) or threads < 1
     ):
@@ -116,12 +118,16 @@ def open_session(
         # Else the file is read whole and then copied: two and a half times its size at the peak.
         options.add_session_config_entry("session.use_memory_mapped_ort_model", "1")
         options.add_session_config_entry("session.use_ort_model_bytes_for_initializers", "1")
+    if device == devices.CUDA:
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     heads = bundle.read_json("config.json").get("num_attention_heads")
     # Threads without a head of their own would have nothing to do.
     by_heads = state.dtype == "float32" and isinstance(heads, int) and 0 < threads <= heads
     try:
         with _attention_by_heads(by_heads):
-            session = ort.InferenceSession(str(graph), options, providers=[_PROVIDERS[device]])
+            session = ort.InferenceSession(
+                str(graph), options, providers=devices.providers(device)
+            )
     except MemoryError:
         raise
     # The exceptions of ONNX Runtime share no base class but this one.
@@ -136,6 +142,8 @@ def open_session(
             )
         raise BundleError(f"ONNX Runtime cannot load {graph}: {reason}") from error
     _check_signature(session, bundle.manifest, str(graph))
+    if device == devices.CUDA:
+        devices.check_placement(session)
     return session
 
 

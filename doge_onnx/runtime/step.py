@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import onnxruntime as ort
@@ -26,11 +27,16 @@ DEFAULT_CHUNK = 256
 class Stepper(ABC):
     """Runs the graph of one model; the states it makes are good for it alone.
 
+    Attributes:
+        device: Where it does.
+
     Args:
         session: With the inputs and outputs that the manifest implies.
         manifest: Of the bundle.
         chunk: Most tokens of a sequence that go through the graph at once.
     """
+
+    device = "cpu"
 
     def __init__(
         self, session: ort.InferenceSession, manifest: Manifest, chunk: int = DEFAULT_CHUNK
@@ -42,7 +48,8 @@ class Stepper(ABC):
             zip(past_names(layout.num_layers), present_names(layout.num_layers), strict=True)
         )
         self._row_shape = (layout.num_heads, layout.row_size)
-        self._dtype = np.dtype(layout.dtype)
+        # By name: NumPy has no bfloat16.
+        self._dtype = layout.dtype
         self.vocab_size = manifest.vocab_size
         # Rows that a state without padding never exceeds.
         self._most_rows = manifest.context_length
@@ -122,6 +129,18 @@ class Stepper(ABC):
         """
 
 
+class Best(NamedTuple):
+    """The largest logits of a sequence, in the order of their ids.
+
+    Attributes:
+        ids: int64 `[N]`.
+        logits: `[N]`.
+    """
+
+    ids: NDArray[np.int64]
+    logits: NDArray[np.float32]
+
+
 class Decoder:
     """One token for each sequence at a time, from a state that is this object's own.
 
@@ -134,14 +153,20 @@ class Decoder:
         self._stepper = stepper
         self._state = state
 
-    def step(self, mask: NDArray[np.int64] | None) -> Sequence[NDArray[np.float32]]:
+    def step(
+        self, mask: NDArray[np.int64] | None, best: int | None = None
+    ) -> Sequence[NDArray[np.float32] | Best]:
         """Feed `tokens`.
 
         Args:
             mask: `[B, 1]`, 0 where an id is padding; None if none is.
+            best: How many of the largest logits will be looked at, and those that equal the
+                least of them; None for all. With 1, whoever calls writes the most likely
+                token of each sequence that goes on into `tokens`.
 
         Returns:
-            Logits `[V]` of each sequence, which the next step may overwrite.
+            Logits `[V]` of each sequence, which the next step may overwrite; or the best of
+            them alone, where that is less work.
         """
         logits, self._state = self._stepper.step(
             self.tokens, mask, self._state, last_only=True, consume=True

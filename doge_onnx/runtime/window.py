@@ -6,13 +6,16 @@ rows in place. Which rows it overwrites is the graph's own business.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
 from doge_onnx.bundle import CLOSED_GATE, Manifest
 from doge_onnx.errors import InputError
-from doge_onnx.runtime.binding import Bindings
+from doge_onnx.runtime.binding import Bindings, InPlaceBinding
 from doge_onnx.runtime.session import ATTENTION_MASK, INPUT_IDS, POSITION_IDS
 from doge_onnx.runtime.state import Buffer, State
 from doge_onnx.runtime.step import DEFAULT_CHUNK, Stepper
@@ -35,7 +38,10 @@ class WindowStepper(Stepper):
         super().__init__(session, manifest, min(chunk, window))
         self._window = self._most_rows = window
         self._gate = manifest.state.head_dim
-        self._bindings = Bindings(session, self._names, self.vocab_size)
+        self._bindings: Bindings[Any] = Bindings(self._bind)
+
+    def _bind(self, tensors: Sequence[Any], mask: NDArray[np.int64]) -> Any:
+        return InPlaceBinding(self._session, self._names, tensors, mask, self.vocab_size)
 
     def _run(
         self,
@@ -71,19 +77,22 @@ class WindowStepper(Stepper):
 
         A step overwrites rows, so unless the state may be consumed it gets a copy.
         """
-        rows = 0 if state is None else state.buffer.tensors[0].shape[2]
+        rows: int = 0 if state is None else state.buffer.tensors[0].shape[2]
         needed = min(total, self._window)
         if state is not None and consume and needed <= rows:
             return state.buffer
         if needed > rows:
             needed = min(self._window, capacity)
+        tensors = self._allocate(state, batch, rows, max(rows, needed))
+        return Buffer(tensors, np.empty((batch, 0), np.int64))
+
+    def _allocate(self, state: State | None, batch: int, rows: int, capacity: int) -> list[Any]:
+        """Tensors of `capacity` rows: those of `state`, and free ones."""
         heads, row_size = self._row_shape
-        tensors = [
-            np.zeros((batch, heads, max(rows, needed), row_size), self._dtype) for _ in self._names
-        ]
+        tensors = [np.zeros((batch, heads, capacity, row_size), self._dtype) for _ in self._names]
         for key in tensors[::2]:
             key[:, :, rows:, self._gate] = CLOSED_GATE
         if state is not None:
             for target, source in zip(tensors, state.buffer.tensors, strict=True):
                 target[:, :, :rows] = source
-        return Buffer(tensors, np.empty((batch, 0), np.int64))
+        return tensors

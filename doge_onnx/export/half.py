@@ -1,0 +1,162 @@
+"""Half precisions: which export gets one, and whether a checkpoint fits into float16.
+
+float16 has the finer numbers and ends at 65504; bfloat16 has the range of float32 and an eighth
+of the steps. Knows what of a model is rounded to half precision, and how large it becomes on a
+text. What that does to the layout of a state is `state`'s.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from doge_onnx.errors import CheckpointError, DogeOnnxError
+from doge_onnx.export.checkpoint import Checkpoint
+from doge_onnx.export.matrices import Linear
+from doge_onnx.export.operators import STANDARD
+from doge_onnx.export.state import GATE_RANGES, GrowingState
+from doge_onnx.export.step import CDMoE, Layer, RecurrentStep
+
+# Element types of weights and activations.
+HALVES = {"fp16": "float16", "bf16": "bfloat16"}
+DEVICES = ("cpu", "cuda")
+_LARGEST = torch.finfo(torch.float16).max
+# Other texts reach further than the one that is read here.
+_HEADROOM = 2.0
+# Weights that stay float32, by the end of their names.
+_WIDE = (".A", ".dt_proj.weight", ".dt_proj.bias", ".router_gate.weight")
+# Sequences of the text that go through the model at once.
+_BATCH = 4
+
+
+def default_precision(device: str) -> str:
+    """What suits a device.
+
+    Raises:
+        DogeOnnxError: The device is not known.
+    """
+    if device not in DEVICES:
+        raise DogeOnnxError(f"device {device!r} is not known; choose from {', '.join(DEVICES)}")
+    return "fp16" if device == "cuda" else "fp32"
+
+
+def activation_type(precision: str, device: str) -> str:
+    """Element type of the activations: CUDA's attention takes half precisions only."""
+    if precision in HALVES:
+        return HALVES[precision]
+    return "float16" if device == "cuda" and precision != "fp32" else "float32"
+
+
+def check_weights(checkpoint: Checkpoint) -> None:
+    """Check that all weights that become float16 fit.
+
+    Raises:
+        CheckpointError: One does not; it is named.
+    """
+    for name, tensor in checkpoint.tensors.items():
+        largest = float(tensor.abs().max())
+        if not name.endswith(_WIDE) and not largest <= _LARGEST:
+            raise CheckpointError(
+                f"{name} holds {largest:.4g}, which float16 cannot (it ends at {_LARGEST:.0f}); "
+                "choose the precision bf16 or fp32"
+            )
+
+
+@torch.no_grad()
+def check_activations(
+    checkpoint: Checkpoint, text: Tensor, progress: Callable[[str], None] = lambda _: None
+) -> None:
+    """Check that everything a model computes for a text fits into float16, with room to spare.
+
+    Args:
+        checkpoint: Keeps its tensors.
+        text: int64 `[N, S]`, token ids such as the model sees.
+        progress: Called with a few words.
+
+    Raises:
+        CheckpointError: Something does not fit; the first such thing is named.
+    """
+    progress("looking for values that float16 cannot hold")
+    watch = _Watch()
+    rotate, skip = STANDARD.rotary_embedding, STANDARD.skip_rms_norm
+
+    def rotary_embedding(x: Tensor, *rest: object) -> Tensor:
+        heads = step.state.heads
+        rows = x.unflatten(-1, (heads.num_rotated, heads.row))
+        watch.see("a gate", rows[..., heads.dim : heads.dim + heads.gates], _most_gate())
+        watch.see("a key or query", rows[..., : heads.dim])
+        return rotate(x, *rest)  # type: ignore[arg-type]  # as it was called
+
+    def skip_rms_norm(x: Tensor, other: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        normed, total = skip(x, other, weight, eps)
+        watch.see("the residual stream", total)
+        watch.see("what a norm returns", normed)
+        return normed, total
+
+    operators = replace(STANDARD, rotary_embedding=rotary_embedding, skip_rms_norm=skip_rms_norm)
+    own = replace(checkpoint, tensors=dict(checkpoint.tensors))
+    state = GrowingState(own, text.shape[1], operators)
+    step = RecurrentStep(own, state, operators).eval()
+    _attach(watch, step)
+    heads = state.heads
+    for ids in text.split(_BATCH):
+        empty = torch.zeros(len(ids), heads.num_keys, 0, heads.row)
+        logits, _ = step((ids, torch.ones_like(ids)), [(empty, empty)] * len(step.layers))
+        watch.see("a logit", logits)
+
+
+def _most_gate() -> float:
+    return GATE_RANGES["float16"].most
+
+
+def _attach(watch: _Watch, step: RecurrentStep) -> None:
+    """Show a watch what the layers of a step take and return."""
+
+    def enter(number: int) -> Callable[..., None]:
+        def hook(*_: object) -> None:
+            watch.where = f" in layer {number}"
+
+        return hook
+
+    def matrix(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            watch.see(f"the input of {name}", inputs[0])
+            watch.see(f"the output of {name}", output)
+
+        return hook
+
+    for number, layer in enumerate(step.layers):
+        assert isinstance(layer, Layer)
+        layer.register_forward_pre_hook(enter(number))
+        for name, module in layer.named_modules():
+            # What W_dt returns is not rounded, nor is a router's score.
+            if isinstance(module, Linear) and not name.endswith((".gate", ".router")):
+                module.register_forward_hook(matrix(name))
+            if isinstance(module, CDMoE):
+                module.register_forward_hook(matrix("the experts"))
+
+
+class _Watch:
+    """Looks at values, and raises at the first that is too large."""
+
+    def __init__(self) -> None:
+        self.where = ""
+
+    def see(self, what: str, values: Tensor, limit: float = _LARGEST / _HEADROOM) -> None:
+        """Check `values`, which are called `what`.
+
+        Raises:
+            CheckpointError: One is larger than `limit`, or no number.
+        """
+        largest = float(values.abs().max())
+        # Not `>`, which is false of NaN.
+        if not largest <= limit:
+            size = f"{largest:.4g}" if math.isfinite(largest) else "a value that is no number"
+            raise CheckpointError(
+                f"{what}{self.where} reaches {size} on a text that the model wrote itself; up to "
+                f"{limit:.0f} is safe in float16: choose the precision bf16 or fp32"
+            )

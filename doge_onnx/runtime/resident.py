@@ -1,0 +1,298 @@
+"""Steps whose state stays in the memory of a device.
+
+Each class does what its parent does, with tensors of a device in the place of NumPy's. What
+crosses at a step of decoding is the ids of the tokens, or as many of the best candidates as a
+sampler looks at. Does not know which device it is (`memory`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from doge_onnx.bundle import CLOSED_GATE, Manifest
+from doge_onnx.runtime.binding import last_position
+from doge_onnx.runtime.device import CPU
+from doge_onnx.runtime.growing import CopyingStepper, InPlaceStepper
+from doge_onnx.runtime.memory import Best as BestFinder
+from doge_onnx.runtime.memory import Memory, Tensor
+from doge_onnx.runtime.session import (
+    ATTENTION_MASK,
+    INPUT_IDS,
+    LOGITS,
+    LOGITS_TO_KEEP,
+    has_logits_to_keep,
+)
+from doge_onnx.runtime.state import Buffer, State
+from doge_onnx.runtime.step import Best, Decoder
+from doge_onnx.runtime.window import WindowStepper
+
+# Tokens that go through the graph at once: a device with its own memory is busy with many only.
+RESIDENT_CHUNK = 2048
+# Candidates beyond those that a sampler asked for, in case that some equal the last of them.
+_SPARE = 16
+
+
+class ResidentBinding:
+    """A graph bound to state tensors of a device; takes the place of `InPlaceBinding`.
+
+    ONNX Runtime copies an input from another memory when it is bound, and not when the graph
+    runs: whatever changes on the host is bound again.
+    """
+
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        names: Sequence[tuple[str, str]],
+        tensors: Sequence[Tensor],
+        mask: NDArray[np.int64],
+        memory: Memory,
+        vocab_size: int,
+    ) -> None:
+        """Bind `tensors` to pairs of input and output names; they must outlive this."""
+        self._session, self._memory, self._vocab_size = session, memory, vocab_size
+        self._binding = session.io_binding()
+        for (past, present), tensor in zip(names, tensors, strict=True):
+            memory.bind_input(self._binding, past, tensor)
+            memory.bind_output(self._binding, present, tensor)
+        self._mask = mask
+        # What is bound on the host must live as long.
+        self._host: dict[str, NDArray[np.int64]] = {}
+        self._ones: Tensor | None = None
+        self._logits: Tensor | None = None
+        self._positions = (0, 0)
+        self._keeps = has_logits_to_keep(session)
+        self._kept = -1
+
+    def put(self, name: str, array: NDArray[np.int64]) -> None:
+        """Give an input a value; `array` itself is only read now."""
+        self._put(name, array.copy())
+        if name == INPUT_IDS:
+            self._positions = array.shape
+
+    def _put(self, name: str, array: NDArray[np.int64]) -> None:
+        # Not bind_cpu_input, which takes no inputs that have a default.
+        self._binding.bind_input(name, CPU, 0, np.int64, array.shape, array.ctypes.data)
+        self._host[name] = array
+
+    def put_tensor(self, name: str, tensor: Tensor) -> None:
+        """Let an input be what a tensor of the device holds at each run."""
+        self._memory.bind_input(self._binding, name, tensor)
+        if name == INPUT_IDS:
+            self._positions = tensor.shape
+
+    def bind_mask(self, length: int) -> None:
+        """Give the graph the mask of the first `length` tokens."""
+        mask = self._mask[:, :length]
+        if not mask.all():
+            self._put(ATTENTION_MASK, np.array(mask, order="C"))
+            return
+        # Without padding, it is the beginning of a tensor that was there before.
+        if self._ones is None:
+            self._ones = self._memory.ones(self._mask.size)
+        self.put_tensor(ATTENTION_MASK, self._ones.reshaped(len(mask), length))
+
+    def run(self, last_only: bool) -> NDArray[np.float32]:
+        """Run the graph for the tokens that are bound; see `InPlaceBinding.run`."""
+        logits: NDArray[np.float32] = self._memory.read(self.run_on_device(last_only))
+        return last_position(logits) if last_only else logits
+
+    def run_on_device(self, last_only: bool) -> Tensor:
+        """Run the graph; logits `[B, 1, V]` or `[B, S, V]` that the next run overwrites."""
+        batch, positions = self._positions
+        if self._keeps:
+            keep = 1 if last_only else 0
+            if keep != self._kept:
+                self._put(LOGITS_TO_KEEP, np.array([keep], np.int64))
+                self._kept = keep
+            positions = 1 if last_only else positions
+        shape = (batch, positions, self._vocab_size)
+        if self._logits is None or self._logits.shape != shape:
+            self._logits = self._memory.empty(shape, "float32")
+            self._memory.bind_output(self._binding, LOGITS, self._logits)
+        self._session.run_with_iobinding(self._binding)
+        return self._logits
+
+
+class ResidentStepper(InPlaceStepper):
+    """For graphs whose past and present are one buffer."""
+
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        manifest: Manifest,
+        memory: Memory,
+        chunk: int = RESIDENT_CHUNK,
+    ) -> None:
+        super().__init__(session, manifest, chunk)
+        self.device, self.memory = memory.device, memory
+
+    def decoder(self, state: State) -> Decoder:
+        """Go on from `state`, which nobody will use again, one token at a time."""
+        return _ResidentDecoder(self, state)
+
+    def new_binding(self, buffer: Buffer) -> ResidentBinding:
+        """What runs the graph on a buffer, for one user of it."""
+        return self._bind(buffer.tensors, buffer.mask)
+
+    def _bind(self, tensors: Sequence[Any], mask: NDArray[np.int64]) -> ResidentBinding:
+        return ResidentBinding(
+            self._session, self._names, tensors, mask, self.memory, self.vocab_size
+        )
+
+    def _allocate(self, state: State | None, batch: int, capacity: int) -> list[Any]:
+        heads, row_size = self._row_shape
+        row = np.zeros(row_size, np.float32)
+        if state is None:
+            none = self.memory.empty((batch, heads, 0, row_size), self._dtype)
+            return [self.memory.extended(none, row, capacity) for _ in self._names]
+        past = state.buffer.tensors
+        # The rows behind those of the state come along; nothing reads them.
+        return [self.memory.extended(t, row, max(0, capacity - t.shape[2])) for t in past]
+
+
+class _ResidentDecoder(Decoder):
+    """Has all rows of a buffer for itself, and leaves the logits where they are if it can."""
+
+    def __init__(self, stepper: ResidentStepper, state: State) -> None:
+        super().__init__(stepper, state)
+        self._resident = stepper
+        self._length = self._capacity = state.length
+        self._binding: ResidentBinding
+        self._mask: NDArray[np.int64]
+        self._finder: BestFinder | None = None
+        self._count = 0
+        # Whether the ids that come next are on the device already.
+        self._chosen = False
+
+    def step(
+        self, mask: NDArray[np.int64] | None, best: int | None = None
+    ) -> Sequence[NDArray[np.float32] | Best]:
+        """Feed `tokens`; see `Decoder.step`."""
+        if self._length == self._capacity:
+            self._take_buffer()
+        self._length += 1
+        if mask is not None:
+            self._mask[:, self._length - 1 : self._length] = mask
+        self._binding.bind_mask(self._length)
+        if not self._chosen:
+            self._binding.put(INPUT_IDS, self.tokens)
+        logits = self._binding.run_on_device(last_only=True)
+        if best is None:
+            self._chosen = False
+            return list(self._resident.memory.read(logits)[:, 0])
+        finder = self._find(logits, best)
+        finder.run()
+        if best == 1:
+            # The next step reads them where they are.
+            self._binding.put_tensor(INPUT_IDS, finder.ids.reshaped(logits.shape[0], 1))
+            self._chosen = True
+            zero = np.zeros(1, np.float32)
+            return [Best(ids, zero) for ids in finder.read_ids()]
+        self._chosen = False
+        return self._candidates(logits, *finder.read(), best)
+
+    def _find(self, logits: Tensor, best: int) -> BestFinder:
+        vocab_size = logits.shape[2]
+        count = 1 if best == 1 else min(best + _SPARE, vocab_size)
+        if self._finder is None or self._count != count:
+            self._finder, self._count = self._resident.memory.best(logits, count), count
+        return self._finder
+
+    def _candidates(
+        self, logits: Tensor, ids: NDArray[np.int64], values: NDArray[np.float32], best: int
+    ) -> Sequence[NDArray[np.float32] | Best]:
+        """The best of each sequence, with all that equal the last of those asked for."""
+        memory, everything = self._resident.memory, None
+        scores: list[NDArray[np.float32] | Best] = []
+        for row, (row_ids, row_values) in enumerate(zip(ids, values, strict=True)):
+            if len(row_ids) < logits.shape[2] and row_values[best - 1] == row_values[-1]:
+                # There may be more of them.
+                everything = memory.read(logits) if everything is None else everything
+                scores.append(everything[row, 0])
+                continue
+            order = np.argsort(row_ids)
+            scores.append(Best(row_ids[order], row_values[order]))
+        return scores
+
+    def _take_buffer(self) -> None:
+        buffer = self._resident.claim_all(self._state)
+        self._mask = buffer.mask
+        self._mask[:, self._length :] = 1
+        # Not the one that all who use the buffer share: logits and ids of this are its own.
+        self._binding = self._resident.new_binding(buffer)
+        self._finder, self._chosen = None, False
+        self._capacity = buffer.capacity
+        self._state = State(buffer, self._capacity, self._resident)
+
+
+class ResidentWindowStepper(WindowStepper):
+    """For graphs with a state of constant size."""
+
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        manifest: Manifest,
+        memory: Memory,
+        chunk: int = RESIDENT_CHUNK,
+    ) -> None:
+        super().__init__(session, manifest, chunk)
+        self.device = memory.device
+        self._memory = memory
+
+    def _bind(self, tensors: Sequence[Any], mask: NDArray[np.int64]) -> ResidentBinding:
+        return ResidentBinding(
+            self._session, self._names, tensors, mask, self._memory, self.vocab_size
+        )
+
+    def _allocate(self, state: State | None, batch: int, rows: int, capacity: int) -> list[Any]:
+        heads, row_size = self._row_shape
+        zeros = np.zeros(row_size, np.float32)
+        closed = zeros.copy()
+        closed[self._gate] = CLOSED_GATE
+        if state is None:
+            past = [self._memory.empty((batch, heads, 0, row_size), self._dtype)] * len(self._names)
+        else:
+            past = list(state.buffer.tensors)
+        free = [closed, zeros] * (len(past) // 2)
+        return [
+            self._memory.extended(tensor, row, capacity - rows)
+            for tensor, row in zip(past, free, strict=True)
+        ]
+
+
+class ResidentCopyingStepper(CopyingStepper):
+    """For graphs of standard operators."""
+
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        manifest: Manifest,
+        memory: Memory,
+        chunk: int = RESIDENT_CHUNK,
+    ) -> None:
+        super().__init__(session, manifest, chunk)
+        self.device = memory.device
+        self._memory = memory
+
+    def _empty(self, batch: int) -> ort.OrtValue:
+        heads, row_size = self._row_shape
+        return self._memory.empty((batch, heads, 0, row_size), self._dtype).value
+
+    def _feed(
+        self, feeds: dict[str, NDArray[np.int64]], past: Sequence[ort.OrtValue]
+    ) -> tuple[NDArray[np.float32], Sequence[ort.OrtValue]]:
+        binding = self._session.io_binding()
+        for name, array in feeds.items():
+            binding.bind_cpu_input(name, array)
+        for name, value in zip(self._past, past, strict=True):
+            binding.bind_ortvalue_input(name, value)
+        for name in self._outputs:
+            binding.bind_output(name, self._memory.device, 0)
+        self._session.run_with_iobinding(binding)
+        logits, *present = binding.get_outputs()
+        return logits.numpy(), present
