@@ -37,7 +37,7 @@ _OPTIONAL = {
 
 def load(
     bundle: str | Path,
-    device: str = "cpu",
+    device: str = "auto",
     threads: int | None = None,
     prefill_chunk: int | None = None,
     verbose: bool = False,
@@ -46,7 +46,7 @@ def load(
 
     Args:
         bundle: The directory that `export` wrote.
-        device: "cpu".
+        device: "cpu" or "cuda", or "auto": CUDA where it is and the bundle is made for it.
         threads: Threads that one operator may use; None is one for each physical core that this
             process may use.
         prefill_chunk: Most tokens of a prompt that go through the graph at once; None is a
@@ -55,6 +55,7 @@ def load(
 
     Raises:
         BundleError: The bundle is incomplete, altered, too new, or cannot be run.
+        DeviceError: The device is not there, lacks a library, or cannot run the bundle.
         InputError: An unknown device, or a number of threads below 1.
     """
     from doge_onnx.runtime import model
@@ -66,10 +67,11 @@ def export(
     model: str | Path,
     out: str | Path,
     *,
-    precision: str = "fp32",
-    kv_cache: str = "fp32",
+    precision: str | None = None,
+    kv_cache: str | None = None,
     context_length: int | None = None,
     target: str = "ort",
+    device: str = "cpu",
     state: str = "growing",
     layout: str = "flat",
     format: str = "onnx",
@@ -86,10 +88,13 @@ def export(
     Args:
         model: A directory with a checkpoint, or its id on the Hugging Face Hub.
         out: Directory to write; it appears when it is complete, or not at all.
-        precision: Of the weights: "fp32", "int8" or "int4".
-        kv_cache: Of the state: "fp32" or "int8".
+        precision: Of the weights: "fp32", "fp16", "bf16", "int8" or "int4". None is "fp32", or
+            "fp16" where the device is "cuda".
+        kv_cache: Of the state: "fp32" or "int8". None is what the activations have.
         context_length: Most tokens of one sequence; None is what the model was trained for.
         target: "ort" for ONNX Runtime's fused operators, "portable" for standard ones.
+        device: What the graph is made for, "cpu" or "cuda". With "cuda", activations are fp16
+            or bf16, also beside quantized weights.
         state: "growing" for a state with a row for every token, "window" for one that has as
             many rows as the model's window has keys, however long the text gets.
         layout: "flat" for a graph beside the other files, "hub" for the directory and the name
@@ -121,6 +126,7 @@ def export(
             kv_cache=kv_cache,
             context_length=context_length,
             target=target,
+            device=device,
             state=state,
             layout=layout,
             format=format,
@@ -138,6 +144,7 @@ def verify(
     bundle: str | Path,
     reference: str | Path,
     *,
+    device: str = "auto",
     revision: str | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> ParityReport:
@@ -146,6 +153,7 @@ def verify(
     Args:
         bundle: The directory that `export` wrote.
         reference: A directory with the checkpoint, or its id on the Hugging Face Hub.
+        device: "auto", "cpu" or "cuda"; see `load`.
         revision: Branch, tag or commit on the Hub.
         progress: Called with a line of text when a long step begins.
 
@@ -155,7 +163,9 @@ def verify(
     with _extra("export"):
         from doge_onnx.export import verify as verifier
 
-        return verifier.verify(bundle, reference, revision=revision, progress=progress)
+        return verifier.verify(
+            bundle, reference, device=device, revision=revision, progress=progress
+        )
 
 
 def evaluate(
@@ -166,6 +176,7 @@ def evaluate(
     window: int | None = None,
     max_tokens: int | None = None,
     seed: int | None = None,
+    device: str = "auto",
     revision: str | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> QualityReport:
@@ -180,6 +191,7 @@ def evaluate(
             own. Never more than the context length; None is a size that is good for most.
         max_tokens: Most tokens of the text; None is 8192.
         seed: Of a text that is sampled; None is always the same one.
+        device: Of bundles: "auto", "cpu" or "cuda"; see `load`.
         revision: Branch, tag or commit of a reference on the Hub.
         progress: Called with a line of text when a long step begins.
 
@@ -195,12 +207,12 @@ def evaluate(
     local = reference is None or is_bundle(reference)
     if revision is not None and local:
         raise InputError("--revision is for a reference on the Hub")
-    scorer = evaluator.BundleScorer(bundle)
+    scorer = evaluator.BundleScorer(bundle, device)
     other: Scorer | None = None
     if reference is not None:
         begin("loading the reference")
         if local:
-            other = evaluator.BundleScorer(reference)
+            other = evaluator.BundleScorer(reference, device)
         else:
             length = window or evaluator.FILE_WINDOW
             if scorer.context_length is not None:
@@ -230,6 +242,7 @@ def bench(
     tokens: int | None = None,
     repetitions: int | None = None,
     threads: int | None = None,
+    device: str = "auto",
     progress: Callable[[str], None] | None = None,
 ) -> BenchReport:
     """Measure how fast a bundle runs on this machine, and how much memory it needs.
@@ -243,6 +256,7 @@ def bench(
         tokens: Decode steps after each prompt, in each repetition; None is 16.
         repetitions: How often each figure is measured; None is 3.
         threads: Threads that one operator may use; None is one for each core that may be used.
+        device: "auto", "cpu" or "cuda"; see `load`.
         progress: Called with a line of text when a step begins.
 
     Raises:
@@ -258,6 +272,7 @@ def bench(
         tokens=tokens,
         repetitions=repetitions,
         threads=threads,
+        device=device,
         progress=progress,
     )
 

@@ -88,10 +88,11 @@ def export(
     model: cli_options.Model,
     out: cli_options.Out,
     revision: cli_options.Revision = None,
-    precision: cli_options.Precision = cli_options.Precisions.fp32,
-    kv_cache: cli_options.KVCache = cli_options.KVCaches.fp32,
+    precision: cli_options.Precision = None,
+    kv_cache: cli_options.KVCache = None,
     context_length: cli_options.ContextLength = None,
     target: cli_options.Target = cli_options.Targets.ort,
+    device: cli_options.ExportDevice = cli_options.ExportDevices.cpu,
     state: cli_options.State = cli_options.States.growing,
     layout: cli_options.Layout = cli_options.Layouts.flat,
     format: cli_options.Format = cli_options.Formats.onnx,
@@ -110,10 +111,11 @@ def export(
         report = doge_onnx.export(
             model,
             out,
-            precision=precision.value,
-            kv_cache=kv_cache.value,
+            precision=None if precision is None else precision.value,
+            kv_cache=None if kv_cache is None else kv_cache.value,
             context_length=context_length,
             target=target.value,
+            device=device.value,
             state=state.value,
             layout=layout.value,
             format=format.value,
@@ -133,6 +135,7 @@ def verify(
     bundle: cli_options.Bundle,
     reference: cli_options.Reference,
     revision: cli_options.Revision = None,
+    device: cli_options.Device = cli_options.Devices.auto,
 ) -> None:
     """Compare a bundle with its checkpoint.
 
@@ -143,7 +146,9 @@ def verify(
     """
     cli_output.note(f"comparing {bundle} with {reference}")
     with cli_output.progress() as progress:
-        report = doge_onnx.verify(bundle, reference, revision=revision, progress=progress)
+        report = doge_onnx.verify(
+            bundle, reference, device=device.value, revision=revision, progress=progress
+        )
     cli_output.parity(report)
     report.require(bundle)
 
@@ -158,6 +163,7 @@ def evaluate(
     window: cli_options.Window = None,
     seed: cli_options.EvalSeed = None,
     max_kl: cli_options.MaxKL = None,
+    device: cli_options.Device = cli_options.Devices.auto,
     json: cli_options.JsonQuality = False,
 ) -> None:
     """Measure the quality of a bundle.
@@ -178,6 +184,7 @@ def evaluate(
             window=window,
             max_tokens=max_tokens,
             seed=seed,
+            device=device.value,
             revision=revision,
             progress=progress,
         )
@@ -208,7 +215,7 @@ def generate(
     stats: cli_options.Stats = False,
     threads: cli_options.Threads = None,
     prefill_chunk: cli_options.PrefillChunk = None,
-    device: cli_options.Device = "cpu",
+    device: cli_options.Device = cli_options.Devices.auto,
     verbose: cli_options.Verbose = False,
 ) -> None:
     """Continue a text, or with --chat answer a message.
@@ -226,7 +233,7 @@ def generate(
         before = [] if system is None else [{"role": "system", "content": system}]
         text = [*before, {"role": "user", "content": text}]
     model = doge_onnx.load(
-        bundle, device=device, threads=threads, prefill_chunk=prefill_chunk, verbose=verbose
+        bundle, device=device.value, threads=threads, prefill_chunk=prefill_chunk, verbose=verbose
     )
     sampling: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
@@ -309,6 +316,7 @@ def bench(
     tokens: cli_options.DecodeSteps = None,
     repetitions: cli_options.Repetitions = None,
     threads: cli_options.Threads = None,
+    device: cli_options.Device = cli_options.Devices.auto,
     json: cli_options.JsonBench = False,
 ) -> None:
     """Measure how fast a bundle runs on this machine.
@@ -328,6 +336,7 @@ def bench(
             tokens=tokens,
             repetitions=repetitions,
             threads=threads,
+            device=device.value,
             progress=progress,
         )
     if json:

@@ -16,6 +16,8 @@ class Precisions(StrEnum):
     """What --precision takes."""
 
     fp32 = "fp32"
+    fp16 = "fp16"
+    bf16 = "bf16"
     int8 = "int8"
     int4 = "int4"
 
@@ -25,6 +27,21 @@ class KVCaches(StrEnum):
 
     fp32 = "fp32"
     int8 = "int8"
+
+
+class Devices(StrEnum):
+    """What --device takes where something runs."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class ExportDevices(StrEnum):
+    """What --device takes where something is made."""
+
+    cpu = "cpu"
+    cuda = "cuda"
 
 
 class Roundings(StrEnum):
@@ -99,17 +116,25 @@ Out = Annotated[
     str, typer.Argument(metavar="OUT", help="Directory to write; it must not exist yet.")
 ]
 Precision = Annotated[
-    Precisions,
+    Precisions | None,
     typer.Option(
         help="Number format of the weights. 'int8' is a quarter of the size and hard to tell from "
-        "'fp32'; 'int4' is smaller still, with a first layer and a head in int8."
+        "'fp32'; 'int4' is smaller still, with a first layer and a head in int8. 'fp16' and 'bf16' "
+        "are half of the size, for GPUs. Default: fp32, or fp16 for CUDA."
     ),
 ]
 KVCache = Annotated[
-    KVCaches,
+    KVCaches | None,
     typer.Option(
         help="Number format of the state. 'int8' takes a quarter of the memory and decodes long "
-        "contexts faster, but reads prompts more slowly."
+        "contexts faster, but reads prompts more slowly. Default: that of the activations."
+    ),
+]
+ExportDevice = Annotated[
+    ExportDevices,
+    typer.Option(
+        help="What the graph is made for. With 'cuda', activations are fp16 (bf16 with that "
+        "precision), also beside int8 and int4 weights."
     ),
 ]
 BlockSize = Annotated[
@@ -337,7 +362,13 @@ PrefillChunk = Annotated[
         "does not depend on it. Default: a number that is fast.",
     ),
 ]
-Device = Annotated[str, typer.Option(metavar="NAME", help="Where to run: 'cpu'.")]
+Device = Annotated[
+    Devices,
+    typer.Option(
+        help="Where to run. 'auto' takes CUDA where it is and the bundle is made for it; the "
+        "others insist."
+    ),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Let ONNX Runtime's warnings through.")]
 JsonManifest = Annotated[
     bool, typer.Option("--json", help="Print the manifest as it is, for a program.")

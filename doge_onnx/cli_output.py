@@ -102,7 +102,7 @@ def export_summary(out: str, report: ExportReport) -> None:
         "size": _megabytes(report.size),
         "parameters": report.manifest.parameters,
         "context": _context(report.manifest),
-        "parity": "not checked",
+        "parity": "not checked" if report.unchecked is None else f"not checked: {report.unchecked}",
         "took": f"{report.seconds:.1f} s",
     }
     if report.parity is not None:
@@ -134,6 +134,7 @@ def parity(report: ParityReport) -> None:
     _print_rows(
         {
             "reference": report.reference,
+            "device": report.device,
             "prefill": f"{report.prefill:.1e}",
             "decode": f"{report.decode:.1e}",
             "batch": f"{report.batch:.1e}",
@@ -256,6 +257,7 @@ def bench(report: BenchReport) -> None:
         "Machine",
         {
             "processor": f"{report.machine['processor']}, {report.machine['cores']} cores",
+            "device": report.device,
             "threads": report.threads,
             "read bandwidth": f"{report.read_bytes_per_second / 1e9:.1f} GB/s",
         },

@@ -68,6 +68,7 @@ class ExportReport:
         quality: What quantization lost; None if not asked for, or if nothing is quantized.
         size: Bytes of all files of the bundle.
         seconds: Wall time of the whole export.
+        unchecked: Why the bundle could not be run here and was not compared, if so.
     """
 
     path: Path
@@ -76,6 +77,7 @@ class ExportReport:
     quality: QualityReport | None
     size: int
     seconds: float
+    unchecked: str | None = None
 
 
 def export(
@@ -179,7 +181,7 @@ def export(
         graph=graph,
         activations=activations,
     )
-    parity, lost = None, None
+    parity, lost, unchecked = None, None, None
     with bundle.writing(out, force) as directory:
         # The step takes the tensors, so that there are never two copies of a large model; but
         # what a quantized one is compared with has to stay.
@@ -216,7 +218,7 @@ def export(
             try:
                 parity = compare(directory, source.directory, report)
             except DeviceError as error:
-                report(f"not compared with the checkpoint: {error}")
+                unchecked = str(error)
         if parity is not None:
             parity.require(str(out))
             compared = {"checkpoint": source.model, "revision": source.revision}
@@ -225,7 +227,8 @@ def export(
         card.write(source, checkpoint.config, taken_over, directory)
         manifest = bundle.read_manifest(directory)
         size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
-    return ExportReport(out, manifest, parity, lost, size, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return ExportReport(out, manifest, parity, lost, size, seconds, unchecked)
 
 
 def _check_combination(

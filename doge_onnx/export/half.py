@@ -91,7 +91,9 @@ def check_activations(
         watch.see("a key or query", rows[..., : heads.dim])
         return rotate(x, *rest)  # type: ignore[arg-type]  # as it was called
 
-    def skip_rms_norm(x: Tensor, other: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def skip_rms_norm(
+        x: Tensor, other: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
         normed, total = skip(x, other, weight, eps)
         watch.see("the residual stream", total)
         watch.see("what a norm returns", normed)

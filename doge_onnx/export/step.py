@@ -98,13 +98,13 @@ class RecurrentStep(nn.Module):
         """
         assert isinstance(self.state, GrowingState)
         dtype = getattr(torch, self.state.activations)
-        kept = {module for module in self.modules() if isinstance(module, HalfRows | Int8Rows)}
-        kept |= {module.gate for module in self.modules() if isinstance(module, Attention)}
-        kept |= {module.router for module in self.modules() if isinstance(module, CDMoE)}
-        for module in self.modules():
-            if module in kept:
+        for path, module in self.named_modules():
+            if isinstance(module, HalfRows | Int8Rows) or path.endswith((".gate", ".router")):
                 continue
-            tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+            tensors = [
+                *module.named_parameters(recurse=False),
+                *module.named_buffers(recurse=False),
+            ]
             for name, tensor in tensors:
                 if tensor.is_floating_point() and name not in ("A", "limits"):
                     tensor.data = tensor.data.to(dtype)

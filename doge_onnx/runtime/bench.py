@@ -26,7 +26,9 @@ import doge_onnx
 from doge_onnx.bundle import Bundle, Manifest
 from doge_onnx.errors import BundleError, InputError
 from doge_onnx.runtime.completion import Timings
+from doge_onnx.runtime.device import CPU
 from doge_onnx.runtime.external_data import external_files
+from doge_onnx.runtime.memory import Memory
 from doge_onnx.runtime.model import Model, load
 from doge_onnx.runtime.options import Defaults
 from doge_onnx.runtime.session import usable_cores
@@ -146,9 +148,11 @@ class BenchReport:
         state: Kind and element type of its state.
         file_bytes: Of graph and weights on the disk.
         machine: Processor, cores, system, and versions of the libraries.
+        device: Where the model ran, "cpu" or "cuda".
         threads: Asked for, or else one for each core that may be used; bandwidth is measured
             with as many.
-        read_bytes_per_second: The best that this many threads read from memory.
+        read_bytes_per_second: The best that this many threads read from memory; on a device
+            with a memory of its own, the best that a copy there reads and writes.
         tokens: Decode steps of each repetition.
         repetitions: How often each figure was measured.
         start: Of fresh processes.
@@ -161,6 +165,7 @@ class BenchReport:
     state: str
     file_bytes: int
     machine: dict[str, Any]
+    device: str
     threads: int
     read_bytes_per_second: float
     tokens: int
@@ -189,6 +194,7 @@ def bench(
     tokens: int | None = None,
     repetitions: int | None = None,
     threads: int | None = None,
+    device: str = "auto",
     progress: Callable[[str], None] | None = None,
 ) -> BenchReport:
     """Measure a bundle on this machine. See `doge_onnx.bench`."""
@@ -208,14 +214,16 @@ def bench(
             f"with the {tokens + 1} that are generated"
         )
     # Before the fresh processes, so that this one holds no model while they are measured.
-    samples, bandwidth = _measure_model(opened, cells, tokens, repetitions, threads, report)
+    ran_on, samples, bandwidth = _measure_model(
+        opened, cells, tokens, repetitions, threads, device, report
+    )
     start_context = _START_CONTEXT
     if manifest.state.kind != "window":
         start_context = min(start_context, manifest.context_length - tokens - 1)
     starts = []
     for number in range(repetitions):
         report(f"starting a fresh process, {number + 1} of {repetitions}")
-        starts.append(measure_start(opened.path, threads, start_context, tokens))
+        starts.append(measure_start(opened.path, threads, ran_on, start_context, tokens))
     graph = opened.graph
     files = {graph} | {graph.parent / name for name in external_files(graph)}
     file_bytes = sum(path.stat().st_size for path in files)
@@ -226,6 +234,7 @@ def bench(
         state=f"{manifest.state.kind}, {manifest.state.dtype}",
         file_bytes=file_bytes,
         machine=_machine(),
+        device=ran_on,
         threads=threads or default_threads(),
         read_bytes_per_second=bandwidth,
         tokens=tokens,
@@ -320,7 +329,7 @@ def step_bytes(
     state = manifest.state
     experts = _number(config, "num_experts") if config.get("is_moe") is True else 0
     per_token = _number(config, "num_experts_per_tok")
-    row = 2 * state.num_layers * state.num_heads * state.row_size * np.dtype(state.dtype).itemsize
+    row = 2 * state.num_layers * state.num_heads * state.row_size * state.item_size
     rows = [cell.context + step for step in range(tokens)]
     if state.kind == "window" and state.keep_window_size is not None:
         rows = [min(count, state.keep_window_size) for count in rows]
@@ -345,13 +354,15 @@ def summarise_cell(cell: Cell, samples: Samples, read: int, bandwidth: float) ->
     )
 
 
-def measure_start(path: Path, threads: int | None, context: int, tokens: int) -> dict[str, Any]:
+def measure_start(
+    path: Path, threads: int | None, device: str, context: int, tokens: int
+) -> dict[str, Any]:
     """Load a bundle and generate with it in a fresh process; what that one printed.
 
     Raises:
         BundleError: The process failed.
     """
-    arguments = json.dumps([str(path), threads, context, tokens])
+    arguments = json.dumps([str(path), threads, device, context, tokens])
     done = subprocess.run(
         [sys.executable, "-c", _FRESH, arguments], capture_output=True, check=False
     )
@@ -367,9 +378,9 @@ def measure_start(path: Path, threads: int | None, context: int, tokens: int) ->
 
 def print_start(import_seconds: float) -> None:
     """Be the fresh process of `measure_start`, whose imports took `import_seconds`."""
-    bundle, threads, context, tokens = json.loads(sys.argv[1])
+    bundle, threads, device, context, tokens = json.loads(sys.argv[1])
     started = time.perf_counter()
-    model = _load(bundle, threads)
+    model = _load(bundle, threads, device)
     loaded = time.perf_counter()
     vocab_size = model.manifest.vocab_size
     model.generate(random_prompts(Cell(1, 1), vocab_size), max_new_tokens=1)
@@ -424,6 +435,18 @@ def read_bandwidth(threads: int) -> float:
     return data.nbytes / best
 
 
+def copy_bandwidth(memory: Memory) -> float:
+    """Bytes per second that a copy on a device reads and writes; the best of several."""
+    rows = _MAX_ARRAY_BYTES // 256
+    source = memory.empty((1, 1, rows, 64), "float32")
+    best = float("inf")
+    for _ in range(_READS):
+        started = time.perf_counter()
+        memory.extended(source, np.zeros(64, np.float32), 1)
+        best = min(best, time.perf_counter() - started)
+    return 2 * 256 * rows / best
+
+
 def default_threads() -> int:
     """As many threads as a model takes that is not told."""
     return usable_cores() or os.cpu_count() or 1
@@ -451,11 +474,12 @@ def _measure_model(
     tokens: int,
     repetitions: int,
     threads: int | None,
+    device: str,
     report: Callable[[str], None],
-) -> tuple[dict[Cell, Samples], float]:
-    """Samples of all cells, and the best read bandwidth of all repetitions."""
+) -> tuple[str, dict[Cell, Samples], float]:
+    """The device, samples of all cells, and the best read bandwidth of all repetitions."""
     report("loading and warming up")
-    model = _load(opened.path, threads)
+    model = _load(opened.path, threads, device)
     bandwidths = []
 
     def generate(prompts: list[list[int]], count: int) -> Timings:
@@ -463,7 +487,10 @@ def _measure_model(
 
     def begin(repetition: int, cell: Cell) -> None:
         if cell == cells[0]:
-            bandwidths.append(read_bandwidth(threads or default_threads()))
+            if model.device == CPU:
+                bandwidths.append(read_bandwidth(threads or default_threads()))
+            else:
+                bandwidths.append(copy_bandwidth(Memory(model.device)))
         report(
             f"repetition {repetition + 1} of {repetitions}: context {cell.context}, "
             f"batch {cell.batch}"
@@ -471,11 +498,11 @@ def _measure_model(
 
     vocab_size = opened.manifest.vocab_size
     samples = measure_cells(generate, cells, vocab_size, tokens, repetitions, begin)
-    return samples, max(bandwidths)
+    return model.device, samples, max(bandwidths)
 
 
-def _load(path: str | Path, threads: int | None) -> Model:
-    model = load(path, threads=threads)
+def _load(path: str | Path, threads: int | None, device: str) -> Model:
+    model = load(path, device, threads=threads)
     # Greedy whatever the bundle recommends, and no token ends a text: each run has as many steps
     # as it was asked for.
     model._defaults = Defaults(frozenset(), sample=False, values={})

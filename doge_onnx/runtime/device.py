@@ -91,8 +91,8 @@ def check_placement(session: ort.InferenceSession) -> None:
     left = sorted(elsewhere - _SHAPE_OPERATORS)
     if left:
         raise DeviceError(
-            f"onnxruntime {ort.__version__} has no CUDA kernel for {', '.join(left)} as this bundle "
-            "uses it; export with --device cuda, or run it with the device cpu"
+            f"onnxruntime {ort.__version__} has no CUDA kernel for {', '.join(left)} as used by this "
+            "bundle; export with --device cuda, or run it with the device cpu"
         )
 
 
@@ -174,5 +174,3 @@ def _library(name: str) -> Any:
         return ctypes.CDLL(name)
     except OSError:
         return None
-
-

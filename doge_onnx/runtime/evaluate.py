@@ -61,14 +61,15 @@ class Scorer(Protocol):
 
 
 class BundleScorer:
-    """A bundle, run by ONNX Runtime.
+    """A bundle, run by ONNX Runtime on a device; see `doge_onnx.load`.
 
     Raises:
+        DeviceError: It cannot be run there.
         BundleError: The bundle is incomplete, altered, too new, or cannot be run.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self._model = load(path)
+    def __init__(self, path: str | Path, device: str = "auto") -> None:
+        self._model = load(path, device)
         manifest = self._model.manifest
         self._bundle = Bundle(Path(path), manifest)
         self._never = Defaults.read(self._bundle).eos_token_ids

@@ -64,9 +64,7 @@ def _model(nodes: list[bytes], inputs: list[bytes], outputs: list[bytes]) -> byt
     return _int(_MODEL_IR_VERSION, _IR_VERSION) + _bytes(_MODEL_GRAPH, graph) + opset
 
 
-def _node(
-    operator: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: int
-) -> bytes:
+def _node(operator: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: int) -> bytes:
     return b"".join(
         [
             *(_bytes(_NODE_INPUT, name.encode()) for name in inputs),
@@ -87,7 +85,9 @@ def _node(
 
 def _value(name: str, element_type: int, rank: int) -> bytes:
     """A tensor whose axes are of any size."""
-    dims = (_bytes(_SHAPE_DIM, _bytes(_DIM_NAME, f"{name}_{axis}".encode())) for axis in range(rank))
+    dims = (
+        _bytes(_SHAPE_DIM, _bytes(_DIM_NAME, f"{name}_{axis}".encode())) for axis in range(rank)
+    )
     shape = _bytes(_TENSOR_SHAPE, b"".join(dims))
     tensor = _bytes(_TYPE_TENSOR, _int(_TENSOR_ELEMENT, element_type) + shape)
     return _bytes(_VALUE_NAME, name.encode()) + _bytes(_VALUE_TYPE, tensor)

@@ -121,7 +121,8 @@ def _run_to(
     """Feed the tokens after which there are `total` of them."""
     binding.put(INPUT_IDS, input_ids)
     binding.bind_mask(total)
-    return binding.run(last_only)
+    logits: NDArray[np.float32] = binding.run(last_only)
+    return logits
 
 
 class _InPlaceDecoder(Decoder):

@@ -20,8 +20,8 @@ from doge_onnx.errors import InputError
 from doge_onnx.runtime.chat import ChatTemplate
 from doge_onnx.runtime.completion import Completion, Piece, Transcript, generate_pieces
 from doge_onnx.runtime.conversation import Chat
-from doge_onnx.runtime.generate import Row
 from doge_onnx.runtime.device import CPU, choose_device
+from doge_onnx.runtime.generate import Row
 from doge_onnx.runtime.growing import CopyingStepper, InPlaceStepper
 from doge_onnx.runtime.inputs import check_room, check_state, token_mask, token_matrix
 from doge_onnx.runtime.memory import Memory
@@ -66,7 +66,9 @@ def load(
     codec = None if tokenizer is None else Codec(tokenizer)
     chosen = choose_device(device, opened.manifest)
     session = open_session(opened, chosen, threads, verbose)
-    return Model(opened, make_stepper(session, opened.manifest, chosen, prefill_chunk), defaults, codec)
+    return Model(
+        opened, make_stepper(session, opened.manifest, chosen, prefill_chunk), defaults, codec
+    )
 
 
 def make_stepper(
@@ -74,22 +76,17 @@ def make_stepper(
 ) -> Stepper:
     """What runs a graph on a device; `chunk` tokens at once, or as many as suit the device."""
     layout = manifest.state
-    kind = "window" if layout.kind == "window" else "in place" if layout.in_place else "copying"
     if device == CPU:
-        return _STEPPERS[kind](session, manifest, chunk or DEFAULT_CHUNK)
-    return _RESIDENT[kind](session, manifest, Memory(device), chunk or RESIDENT_CHUNK)
-
-
-_STEPPERS: dict[str, type[Stepper]] = {
-    "window": WindowStepper,
-    "in place": InPlaceStepper,
-    "copying": CopyingStepper,
-}
-_RESIDENT = {
-    "window": ResidentWindowStepper,
-    "in place": ResidentStepper,
-    "copying": ResidentCopyingStepper,
-}
+        chunk = chunk or DEFAULT_CHUNK
+        if layout.kind == "window":
+            return WindowStepper(session, manifest, chunk)
+        kind = InPlaceStepper if layout.in_place else CopyingStepper
+        return kind(session, manifest, chunk)
+    memory, chunk = Memory(device), chunk or RESIDENT_CHUNK
+    if layout.kind == "window":
+        return ResidentWindowStepper(session, manifest, memory, chunk)
+    resident = ResidentStepper if layout.in_place else ResidentCopyingStepper
+    return resident(session, manifest, memory, chunk)
 
 
 class Model:

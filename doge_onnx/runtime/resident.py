@@ -64,7 +64,7 @@ class ResidentBinding:
         self._host: dict[str, NDArray[np.int64]] = {}
         self._ones: Tensor | None = None
         self._logits: Tensor | None = None
-        self._positions = (0, 0)
+        self._positions: tuple[int, ...] = (0, 0)
         self._keeps = has_logits_to_keep(session)
         self._kept = -1
 

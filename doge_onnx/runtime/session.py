@@ -125,9 +125,7 @@ def open_session(
     by_heads = state.dtype == "float32" and isinstance(heads, int) and 0 < threads <= heads
     try:
         with _attention_by_heads(by_heads):
-            session = ort.InferenceSession(
-                str(graph), options, providers=devices.providers(device)
-            )
+            session = ort.InferenceSession(str(graph), options, providers=devices.providers(device))
     except MemoryError:
         raise
     # The exceptions of ONNX Runtime share no base class but this one.
