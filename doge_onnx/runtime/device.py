@@ -88,11 +88,11 @@ def check_placement(session: ort.InferenceSession) -> None:
             "shows what it says"
         )
     elsewhere = {operator for provider, operator in placed(session) if provider != CUDA_PROVIDER}
-    left = sorted(elsewhere - _SHAPE_OPERATORS)
+    left = ", ".join(sorted(elsewhere - _SHAPE_OPERATORS))
     if left:
         raise DeviceError(
-            f"onnxruntime {ort.__version__} has no CUDA kernel for {', '.join(left)} as used by this "
-            "bundle; export with --device cuda, or run it with the device cpu"
+            f"onnxruntime {ort.__version__} has no CUDA kernel for {left} as used by this bundle; "
+            "export with --device cuda, or run it with the device cpu"
         )
 
 

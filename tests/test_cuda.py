@@ -1,0 +1,171 @@
+"""The provider of onnxruntime-gpu: where it places a step's nodes, and what it copies.
+
+Most of it needs no GPU: the real provider runs on a stand-in for CUDA whose kernels compute
+nothing. What the kernels compute is for the tests that are marked, on a machine with a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import checkpoints
+import cuda_stand_in
+import numpy as np
+import older_checkpoints
+import pytest
+from conftest import TINY_CHECKPOINT
+from environments import ROOT, environment
+
+import doge_onnx
+from doge_onnx.export.half import HALVES
+from doge_onnx.export.verify import RELATIVE_TOLERANCES
+from doge_onnx.runtime.device import missing_for_cuda
+
+# Arithmetic on lengths: of one number each.
+_LENGTHS = {"Cast", "Max", "Mod", "Squeeze", "Sub"}
+# Bundles of the first kind are run as well.
+_RUN = {
+    "fp16": {"device": "cuda"},
+    "bf16": {"device": "cuda", "precision": "bf16"},
+    "int8": {"device": "cuda", "precision": "int8", "rounding": "nearest"},
+    "int4": {"device": "cuda", "precision": "int4", "rounding": "nearest"},
+    "fp16, int8 state": {"device": "cuda", "kv_cache": "int8"},
+}
+_PLACE = {
+    "fp32 in standard operators": {"target": "portable"},
+    "fp32 with a window state": {"state": "window"},
+    "fp16 past the window": {"device": "cuda", "context_length": 96},
+}
+_VARIANTS = {
+    "mixture": {"is_moe": True, "num_experts": 16, "num_experts_per_tok": 3},
+    "biases": {
+        "attention_bias": True,
+        "mlp_bias": True,
+        "tie_word_embeddings": False,
+        "hidden_act": "gelu",
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory, make_bundle):
+    """What onnxruntime-gpu does with a bundle of each kind."""
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        pytest.skip("onnxruntime-gpu has a wheel for Linux on x86-64 only")
+    if shutil.which("gcc") is None or shutil.which("nm") is None:
+        pytest.skip("the stand-in for CUDA needs gcc and binutils")
+    python = environment(ROOT / "tests" / "requirements" / "cuda.txt")
+    provider = next(python.parent.parent.rglob("libonnxruntime_providers_cuda.so"))
+    stand_in = tmp_path_factory.mktemp("cuda")
+    cuda_stand_in.build(provider, stand_in)
+
+    made = tmp_path_factory.mktemp("checkpoints")
+    checkpoint = checkpoints.make(made / "plain", num_hidden_layers=2, keep_window_size=64)
+    paths: dict[str, tuple[Path, str]] = {}
+    for kind, options in (_RUN | _PLACE).items():
+        bundle = make_bundle(checkpoint, verify=False, **options)
+        paths[kind] = (bundle.path, "run" if kind in _RUN else "place")
+    for kind, overrides in _VARIANTS.items():
+        varied = checkpoints.make(made / kind, num_hidden_layers=1, **overrides)
+        paths[kind] = (make_bundle(varied, verify=False, device="cuda").path, "run")
+    older_checkpoints.make(made / "older", "older", num_hidden_layers=1)
+    paths["older"] = (make_bundle(made / "older", verify=False, device="cuda").path, "run")
+    log = stand_in / "copies"
+    environ = {"LD_LIBRARY_PATH": str(stand_in), "CUDA_STAND_IN_LOG": str(log)}
+    done = subprocess.run(
+        [python, "cuda_worker.py", *(f"{path}={what}" for path, what in paths.values())],
+        cwd=Path(__file__).parent,
+        env=os.environ | environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
+    return {kind: results[str(path)] for kind, (path, _) in paths.items()}
+
+
+_KINDS = [*_RUN, *_VARIANTS, "older"]
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_nothing_of_a_step_leaves_the_gpu_but_arithmetic_on_lengths(seen, kind):
+    assert seen[kind]["device"] == "cuda"
+    assert set(seen[kind]["on the CPU"]) <= _LENGTHS
+    assert sum(seen[kind]["on the CPU"].values()) < 10
+    assert seen[kind]["on CUDA"]["GroupQueryAttention"] > 0
+
+
+@pytest.mark.parametrize("kind", _PLACE)
+def test_bundles_of_other_kinds_run_there_too(seen, kind):
+    # `load` has looked at it; here only numbers of axes remain.
+    assert not {"MatMul", "Softmax", "GroupQueryAttention"} & set(seen[kind]["on the CPU"])
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_greedy_decoding_copies_token_ids_and_lengths_only(seen, kind):
+    copies = {copy: count for copy, count in seen[kind]["greedy"].items() if "DtoD" not in copy}
+    # The ids of two tokens come back; one number, the length, goes there.
+    assert copies == {"DtoH 16": 1, "HtoD 4": 1}
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_sampling_copies_what_the_sampler_looks_at(seen, kind):
+    ids, logits = 8, 4
+    sizes = {copy: count for copy, count in seen[kind]["top-k"].items() if copy.startswith("DtoH")}
+    candidates = 2 * (5 + 16)
+    assert sizes == {f"DtoH {candidates * ids}": 1, f"DtoH {candidates * logits}": 1}
+    vocab_size = 97 if kind != "older" else older_checkpoints.SMALL["vocab_size"]
+    everything = {
+        copy: count for copy, count in seen[kind]["all"].items() if copy.startswith("DtoH")
+    }
+    assert everything == {f"DtoH {2 * vocab_size * logits}": 1}
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_a_padded_batch_copies_its_mask_as_well(seen, kind):
+    copies = [copy for copy in seen[kind]["greedy, padded"] if copy.startswith("DtoH")]
+    assert copies == ["DtoH 16"]
+    sizes = [int(copy.split()[1]) for copy in seen[kind]["greedy, padded"] if "HtoD" in copy]
+    assert max(sizes) <= 2 * 8 * 20
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_states_grow_and_are_continued_on_a_device(seen, kind):
+    assert seen[kind]["tokens"] > 20
+    assert seen[kind]["shape"][:2] == [2, 3]
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    missing = missing_for_cuda()
+    if missing is not None:
+        pytest.skip(f"no CUDA here: {missing}")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("precision", HALVES)
+def test_a_gpu_computes_what_the_reference_does(gpu, tmp_path, precision):
+    out = tmp_path / "bundle"
+    report = doge_onnx.export(TINY_CHECKPOINT, out, device="cuda", precision=precision)
+    assert report.parity is not None
+    assert (report.parity.device, report.parity.passed) == ("cuda", True)
+
+
+@pytest.mark.cuda
+def test_a_gpu_continues_a_text_as_the_cpu_does(gpu, tmp_path):
+    path = doge_onnx.export(TINY_CHECKPOINT, tmp_path / "b", device="cuda", verify=False).path
+    here, there = (doge_onnx.load(path, device=device) for device in ("cpu", "cuda"))
+    ids = here.generate("It was a dark and stormy night", max_new_tokens=64).token_ids
+    state, logits = None, None
+    for token in ids:
+        if logits is not None and int(logits[0, 0].argmax()) != token:
+            row = logits[0, 0]
+            gap = float(row.max() - row[token])
+            assert gap <= RELATIVE_TOLERANCES["float16"] * float(np.abs(row).max())
+        logits, state = there.forward([[token]], state)
