@@ -1,0 +1,250 @@
+"""Decode and prefill on an NVIDIA GPU against transformers there, in one run.
+
+    python benchmarks/gpu.py [--shapes 20M 160M] [--contexts 16 512 1900] [--batches 1 8 64]
+
+Needs onnxruntime-gpu and a PyTorch with CUDA. First checks that fp16 on the GPU writes what the
+CPU writes, on examples/doge-tiny for 64 tokens, and names near-ties with the gap between the two
+best tokens. Then measures random weights of the released shapes in fp16: this package,
+transformers with its `sdpa` attention through `generate`, and transformers compiled by
+`torch.compile` with a static cache. Prints a table, and as its last line one JSON object.
+
+Each cell is timed `--rounds` times with all competitors in turn, and medians are compared. MBU
+(memory-bandwidth utilisation) is what a decode step must read, weights and state, divided by its
+time and by what a copy on the same GPU reads and writes per second.
+
+Not called cuda.py: PyTorch would take it for the package `cuda`, which it imports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+import transformers
+from checkpoints import SHAPES, random_checkpoint
+from rich.console import Console
+from rich.table import Table
+
+import doge_onnx
+from doge_onnx.errors import DogeOnnxError
+from doge_onnx.runtime.bench import Cell, copy_bandwidth, random_prompts, step_bytes
+from doge_onnx.runtime.device import CUDA, missing_for_cuda
+from doge_onnx.runtime.memory import Memory
+from doge_onnx.runtime.model import Model
+from doge_onnx.runtime.options import Defaults
+from doge_onnx.runtime.weights import read_weights
+
+TINY = Path(__file__).parent.parent / "examples" / "doge-tiny"
+DECODED = 32
+GREEDY_TOKENS = 64
+PROMPT = "It was a dark and stormy night"
+
+
+def main() -> None:
+    """Check, measure, and print what was measured."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shapes", nargs="+", default=["20M", "160M"], choices=SHAPES)
+    parser.add_argument("--contexts", nargs="+", type=int, default=[16, 512, 1900])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    arguments = parser.parse_args()
+    missing = missing_for_cuda()
+    if missing is None and not torch.cuda.is_available():
+        missing = f"torch {torch.__version__} is built without CUDA; install one with it"
+    if missing is not None:
+        sys.exit(f"error: {missing}")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        result = measure(arguments)
+    except DogeOnnxError as error:
+        sys.exit(f"error: {error}")
+    show(result)
+    print(json.dumps(result))
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Everything that is printed."""
+    with tempfile.TemporaryDirectory() as scratch:
+        greedy = compare_greedy(Path(scratch))
+        bandwidth = copy_bandwidth(Memory(CUDA))
+        rows = []
+        for shape in arguments.shapes:
+            checkpoint = random_checkpoint(Path(scratch), shape)
+            bundle = Path(scratch) / f"{shape}-bundle"
+            doge_onnx.export(checkpoint, bundle, device=CUDA, verify=False)
+            rows += measure_shape(shape, checkpoint, bundle, arguments, bandwidth)
+    machine = {
+        "gpu": torch.cuda.get_device_name(),
+        "copy_gb_per_s": round(bandwidth / 1e9, 1),
+        "onnxruntime": onnxruntime.__version__,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+    }
+    return {"machine": machine, "greedy": greedy, "rows": rows}
+
+
+def compare_greedy(scratch: Path, device: str = CUDA) -> dict[str, Any]:
+    """Feed a device what the CPU writes in fp32, and look where it would have chosen otherwise."""
+    exact = doge_onnx.export(TINY, scratch / "tiny-fp32", verify=False).path
+    half = doge_onnx.export(TINY, scratch / "tiny-fp16", device=CUDA, verify=False).path
+    cpu, gpu = doge_onnx.load(exact, device="cpu"), doge_onnx.load(half, device=device)
+    codec = cpu._codec
+    assert codec is not None
+    prompt = codec.encode(PROMPT)
+    ids = cpu.generate(prompt, max_new_tokens=GREEDY_TOKENS).token_ids
+    text = [prompt + ids[:-1]]
+    truth, ours = (model.forward(text, logits="all")[0][0] for model in (cpu, gpu))
+    ties = []
+    for position, token in enumerate(ids):
+        row, other = (logits[len(prompt) - 1 + position] for logits in (truth, ours))
+        if int(other.argmax()) != token:
+            second, first = np.sort(row)[-2:]
+            ties.append({"position": position, "top2_gap": float(first - second)})
+    return {"tokens": len(ids), "equal": len(ids) - len(ties), "near_ties": ties}
+
+
+def measure_shape(
+    shape: str, checkpoint: Path, bundle: Path, arguments: argparse.Namespace, bandwidth: float
+) -> list[dict[str, Any]]:
+    """All cells of one shape."""
+    model = doge_onnx.load(bundle, device=CUDA)
+    competitors: dict[str, Any] = {"doge-onnx": Ours(model), "sdpa": Theirs(checkpoint)}
+    if not arguments.no_compile:
+        competitors["compile"] = Theirs(checkpoint, compiled=True)
+    weights = read_weights(bundle / model.manifest.graph)
+    config = json.loads((bundle / "config.json").read_text(encoding="utf-8"))
+    rows = []
+    for context in arguments.contexts:
+        for batch in arguments.batches:
+            cell = Cell(context, batch)
+            prompts = random_prompts(cell, model.manifest.vocab_size)
+            prefill, decode, failed = time_cell(competitors, prompts, arguments.rounds)
+            read = step_bytes(weights, model.manifest, config, cell, DECODED)
+            rows.append(
+                {
+                    "shape": shape,
+                    "context": context,
+                    "batch": batch,
+                    "prefill_tokens_per_s": {n: context * batch / s for n, s in prefill.items()},
+                    "decode_tokens_per_s": {n: batch / s for n, s in decode.items()},
+                    "mbu": read / decode["doge-onnx"] / bandwidth,
+                    "failed": failed,
+                }
+            )
+    return rows
+
+
+class Ours:
+    """The exported bundle."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        # No token ends a text: each run has as many steps as the others'.
+        model._defaults = Defaults(frozenset(), sample=False, values={})
+
+    def run(self, prompts: list[list[int]], count: int) -> None:
+        """Generate greedily; nothing ends a text."""
+        self._model.generate(prompts, max_new_tokens=count)
+
+
+class Theirs:
+    """The same checkpoint in transformers, in fp16 on the same GPU."""
+
+    def __init__(self, checkpoint: Path, compiled: bool = False) -> None:
+        model: Any = transformers.DogeForCausalLM.from_pretrained(
+            checkpoint, dtype=torch.float16, attn_implementation="sdpa"
+        )
+        self._model = model.to(CUDA).eval()
+        # With a static cache, `generate` compiles the forward of its decode steps.
+        self._options: dict[str, Any] = {"cache_implementation": "static"} if compiled else {}
+
+    @torch.no_grad()
+    def run(self, prompts: list[list[int]], count: int) -> None:
+        """Generate greedily; nothing ends a text."""
+        ids = torch.tensor(prompts, device=CUDA)
+        self._model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=count,
+            min_new_tokens=count,
+            do_sample=False,
+            pad_token_id=0,
+            **self._options,
+        )
+
+
+def time_cell(
+    competitors: dict[str, Any], prompts: list[list[int]], rounds: int
+) -> tuple[dict[str, float], dict[str, float], dict[str, str]]:
+    """Seconds of a prefill and of a decode step, by competitor; and who could not, and why."""
+    failed = {}
+    for name, competitor in competitors.items():
+        try:
+            competitor.run(prompts, 1 + DECODED)
+        # Out of memory, or what a compiler does not take: the others are measured all the same.
+        except Exception as error:
+            if name == "doge-onnx":
+                raise
+            failed[name] = " ".join(str(error).split())[:200]
+            torch.cuda.empty_cache()
+    able = {name: competitor for name, competitor in competitors.items() if name not in failed}
+    prefill: dict[str, list[float]] = {name: [] for name in able}
+    decode: dict[str, list[float]] = {name: [] for name in able}
+    for _ in range(rounds):
+        for name, competitor in able.items():
+            short = seconds(lambda c=competitor: c.run(prompts, 1))  # type: ignore[misc]
+            long = seconds(lambda c=competitor: c.run(prompts, 1 + DECODED))  # type: ignore[misc]
+            prefill[name].append(short)
+            decode[name].append((long - short) / DECODED)
+    medians = ({n: statistics.median(v) for n, v in times.items()} for times in (prefill, decode))
+    first, second = medians
+    return first, second, failed
+
+
+def seconds(function: Callable[[], object]) -> float:
+    """Wall time of one call, with all that it left to the GPU."""
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    function()
+    torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the figures as tables."""
+    greedy = result["greedy"]
+    print(
+        f"{result['machine']['gpu']}, greedy: {greedy['equal']} of {greedy['tokens']} tokens equal"
+    )
+    for tie in greedy["near_ties"]:
+        print(f"  position {tie['position']}: the two best are {tie['top2_gap']:.4f} apart")
+    names = sorted({name for row in result["rows"] for name in row["decode_tokens_per_s"]})
+    columns = [f"{what} {name}" for what in ("decode", "prefill") for name in names]
+    table = Table("shape", "context", "batch", *columns, "times sdpa", "MBU")
+    for row in result["rows"]:
+        decode, prefill = row["decode_tokens_per_s"], row["prefill_tokens_per_s"]
+        speeds = (
+            f"{times[name]:.0f}" if name in times else "failed"
+            for times in (decode, prefill)
+            for name in names
+        )
+        ratio = f"{decode['doge-onnx'] / decode['sdpa']:.1f}" if "sdpa" in decode else ""
+        size = (row["shape"], str(row["context"]), str(row["batch"]))
+        table.add_row(*size, *speeds, ratio, f"{row['mbu']:.0%}")
+    Console(width=150).print(table)
+
+
+if __name__ == "__main__":
+    main()
