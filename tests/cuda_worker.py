@@ -16,15 +16,17 @@ from pathlib import Path
 
 from doge_onnx.runtime.device import CUDA_PROVIDER, placed
 from doge_onnx.runtime.model import Model, load
+from doge_onnx.runtime.options import Defaults
+from doge_onnx.runtime.resident import _ResidentDecoder
 
 STEPS = 10
 
 
 def copies(model: Model, prompts: list[list[int]], **options) -> dict[str, int]:
-    """Copies of a decode step by kind and size, on average over some steps."""
+    """Copies of a decode step: for each kind and size, the most of them that a step had."""
     log = Path(os.environ["CUDA_STAND_IN_LOG"])
     seen: list[Counter[str]] = []
-    step = type(model._stepper.decoder(model.forward(prompts)[1])).step
+    step = _ResidentDecoder.step
 
     def watched(decoder, *args):
         log.write_text("")
@@ -32,13 +34,12 @@ def copies(model: Model, prompts: list[list[int]], **options) -> dict[str, int]:
         seen.append(Counter(log.read_text().splitlines()))
         return result
 
-    decoder = type(model._stepper.decoder(model.forward(prompts)[1]))
-    decoder.step = watched
+    _ResidentDecoder.step = watched
     try:
         model.generate(prompts, max_new_tokens=STEPS + 4, **options)
     finally:
-        decoder.step = step
-    # The first ones fill the memory of what comes.
+        _ResidentDecoder.step = step
+    # The first ones fill the memory of those that come.
     last = seen[-STEPS:]
     return {copy: max(step[copy] for step in last) for copy in sum(last, Counter())}
 
@@ -46,6 +47,8 @@ def copies(model: Model, prompts: list[list[int]], **options) -> dict[str, int]:
 def look(bundle: str, what: str) -> dict[str, object]:
     """Where the nodes of a bundle are, and what it copies."""
     model = load(bundle, device="cuda")
+    # Nothing ends a text.
+    model._defaults = Defaults(frozenset(), sample=False, values={})
     nodes = placed(model._stepper._session)
     result: dict[str, object] = {
         "device": model.device,
@@ -64,7 +67,7 @@ def look(bundle: str, what: str) -> dict[str, object]:
         result["tokens"] = len(text.token_ids)
         _, state = model.forward(even)
         for _ in range(2):
-            logits, _ = model.forward(uneven[:1] * 2, state, logits="all")
+            logits, _ = model.forward(even, state, logits="all")
         result["shape"] = logits.shape
     return result
 

@@ -359,7 +359,7 @@ def scripted(monkeypatch):
     bandwidths = iter([1e9, 3e9, 2e9])
     seen = {}
 
-    def measure_start(path, threads, context, tokens):
+    def measure_start(path, threads, context, tokens, device):
         seen["start"] = (threads, context, tokens)
         return start(1.0, 10**9)
 

@@ -161,7 +161,7 @@ def test_a_manifest_that_does_not_fit_its_graph_is_refused(tmp_path, change, mes
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"device": "tpu"}, "device 'tpu' is not available; choose from: cpu"),
+        ({"device": "tpu"}, "device 'tpu' is not known; choose from: auto, cpu, cuda"),
         ({"threads": 0}, "threads must be a positive whole number, not 0"),
         ({"threads": 1.5}, r"not 1\.5"),
         ({"threads": True}, "not True"),

@@ -108,6 +108,7 @@ def check_activations(
     for ids in text.split(_BATCH):
         empty = torch.zeros(len(ids), heads.num_keys, 0, heads.row)
         logits, _ = step((ids, torch.ones_like(ids)), [(empty, empty)] * len(step.layers))
+        watch.where = ""
         watch.see("a logit", logits)
 
 

@@ -45,7 +45,7 @@ class GateRange:
 # finite, and is below every open one as long as scores differ by less than 60000.
 GATE_RANGES = {
     "float16": GateRange(-6e4, 3e4),
-    "bfloat16": GateRange(CLOSED_GATE, -CLOSED_GATE),
+    "bfloat16": GateRange(CLOSED_GATE, 1e29),
 }
 
 

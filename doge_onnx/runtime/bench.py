@@ -223,7 +223,7 @@ def bench(
     starts = []
     for number in range(repetitions):
         report(f"starting a fresh process, {number + 1} of {repetitions}")
-        starts.append(measure_start(opened.path, threads, ran_on, start_context, tokens))
+        starts.append(measure_start(opened.path, threads, start_context, tokens, ran_on))
     graph = opened.graph
     files = {graph} | {graph.parent / name for name in external_files(graph)}
     file_bytes = sum(path.stat().st_size for path in files)
@@ -355,14 +355,14 @@ def summarise_cell(cell: Cell, samples: Samples, read: int, bandwidth: float) ->
 
 
 def measure_start(
-    path: Path, threads: int | None, device: str, context: int, tokens: int
+    path: Path, threads: int | None, context: int, tokens: int, device: str = "auto"
 ) -> dict[str, Any]:
     """Load a bundle and generate with it in a fresh process; what that one printed.
 
     Raises:
         BundleError: The process failed.
     """
-    arguments = json.dumps([str(path), threads, device, context, tokens])
+    arguments = json.dumps([str(path), threads, context, tokens, device])
     done = subprocess.run(
         [sys.executable, "-c", _FRESH, arguments], capture_output=True, check=False
     )
@@ -378,7 +378,7 @@ def measure_start(
 
 def print_start(import_seconds: float) -> None:
     """Be the fresh process of `measure_start`, whose imports took `import_seconds`."""
-    bundle, threads, device, context, tokens = json.loads(sys.argv[1])
+    bundle, threads, context, tokens, device = json.loads(sys.argv[1])
     started = time.perf_counter()
     model = _load(bundle, threads, device)
     loaded = time.perf_counter()
@@ -501,7 +501,7 @@ def _measure_model(
     return model.device, samples, max(bandwidths)
 
 
-def _load(path: str | Path, threads: int | None, device: str) -> Model:
+def _load(path: str | Path, threads: int | None, device: str = "auto") -> Model:
     model = load(path, device, threads=threads)
     # Greedy whatever the bundle recommends, and no token ends a text: each run has as many steps
     # as it was asked for.
