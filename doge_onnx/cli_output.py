@@ -199,6 +199,7 @@ def manifest(shown: Manifest) -> None:
             "file": shown.graph,
             "target": shown.target,
             "precision": shown.precision,
+            "activations": shown.activations,
             "state": f"{state.kind}, {state.num_layers} layers, {state.dtype}",
             "key or value row": row,
             "keep window (keys)": state.keep_window_size,

@@ -215,6 +215,12 @@ def _channels(state: StateLayout) -> str:
         "for each query head, where the checkpoint has them), and a channel that closes the "
         "keys of padding."
     )
+    if state.dtype in ("float16", "bfloat16"):
+        words = (
+            "then comes its gate, which Dynamic Mask Attention adds to the key's score (one "
+            "for each query head, where the checkpoint has them), and then what rounding took "
+            "away from it. The gate of a key of padding is closed."
+        )
     if state.dtype == "int8":
         words += (
             " All are int8, in steps that are constants of the graph; a gate has two channels, "

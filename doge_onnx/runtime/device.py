@@ -28,7 +28,11 @@ _CUDA_OPTIONS = {"use_tf32": "0"}
 # Of the CUDA that onnxruntime-gpu is built for, and what it cannot be loaded without.
 _CUDA_MAJOR = 13
 _LIBRARIES = ("libcudart.so.13", "libcublasLt.so.13", "libcublas.so.13", "libcurand.so.10")
-_INSTALL = "pip uninstall onnxruntime && pip install 'doge-onnx[cuda]'"
+# Both packages own the same files, so neither may be left when the one is installed.
+_INSTALL = (
+    "pip install 'doge-onnx[cuda]' && pip uninstall --yes onnxruntime onnxruntime-gpu && "
+    "pip install --no-deps onnxruntime-gpu"
+)
 # What a graph may leave to the CPU: arithmetic on lengths and shapes, of a few numbers each. The
 # CUDA provider has kernels for them all and leaves them there because their inputs are there.
 _SHAPE_OPERATORS = {
