@@ -543,7 +543,7 @@ def test_json_is_all_that_is_on_stdout(canned, fake):
 def test_options_reach_the_library(canned, fake):
     given, _ = canned
     sizes = ["--contexts", "16,512", "--batches", "8"]
-    counts = ["--tokens", "5", "--repetitions", "7", "--threads", "2"]
+    counts = ["--tokens", "5", "--repetitions", "7", "--threads", "2", "--device", "cpu"]
     assert invoke(fake, *sizes, *counts).exit_code == 0
     del given["progress"]
     assert given == {
@@ -552,6 +552,7 @@ def test_options_reach_the_library(canned, fake):
         "tokens": 5,
         "repetitions": 7,
         "threads": 2,
+        "device": "cpu",
     }
     assert invoke(fake).exit_code == 0
     assert {given[name] for name in ("contexts", "batches", "tokens", "repetitions")} == {None}

@@ -19,7 +19,8 @@ import doge_onnx
 from doge_onnx import bundle as bundles
 from doge_onnx import cli, cli_options
 from doge_onnx.bundle import MANIFEST_NAME, read_manifest
-from doge_onnx.export import exporter, lowering, quantize
+from doge_onnx.export import exporter, half, lowering, quantize
+from doge_onnx.runtime import device
 from doge_onnx.runtime.model import Model
 
 PROMPT = "It was a dark and stormy night"
@@ -87,6 +88,8 @@ def test_choices_are_those_of_the_library():
     assert tuple(cli_options.Layouts) == bundles.LAYOUTS
     assert tuple(cli_options.Formats) == exporter.FORMATS
     assert tuple(cli_options.Targets) == tuple(lowering.TARGETS)
+    assert tuple(cli_options.Devices) == device.DEVICES
+    assert tuple(cli_options.ExportDevices) == half.DEVICES
 
 
 def test_help_imports_nothing_slow():
@@ -122,6 +125,8 @@ def test_help_imports_nothing_slow():
         ["generate", "bundle", "x", "--seed", "-1"],
         ["generate", "bundle", "x", "--threads", "0"],
         ["generate", "bundle", "x", "--logprobs"],
+        ["generate", "bundle", "x", "--device", "abacus"],
+        ["export", "model", "out", "--device", "auto"],
     ],
 )
 def test_wrong_usage_is_told_from_failure(arguments):
@@ -351,7 +356,7 @@ def test_no_prompt_on_a_terminal_is_wrong_usage(tiny_bundle):
         (["word " * 3000], None, ["2048", "tokens"]),
         (["x", "--top-p", "0"], None, ["top_p"]),
         (["x", "--stop", ""], None, ["stop"]),
-        (["x", "--device", "abacus"], None, ["abacus", "cpu"]),
+        (["x", "--device", "cuda"], None, ["fp32", "no attention on CUDA", "--device cuda"]),
     ],
 )
 def test_generate_says_what_it_cannot_take(tiny_bundle, arguments, piped, words):

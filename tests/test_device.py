@@ -109,7 +109,7 @@ def test_bf16_is_for_cuda_only(machine):
     [
         (
             {"gpu_package": False},
-            r"built without CUDA; .*pip install 'doge-onnx\[cuda\]' && pip uninstall .*onnxruntime-gpu",
+            r"built without CUDA; .*pip install 'doge-onnx\[cuda\]' && pip uninstall ",
         ),
         (
             {"missing": ["libcuda.so.1"]},
