@@ -37,7 +37,7 @@ _RUN = {
 }
 _PLACE = {
     "fp32 in standard operators": {"target": "portable"},
-    "fp32 with a window state": {"state": "window"},
+    "fp32 with a window state": {"target": "portable", "state": "window"},
     "fp16 past the window": {"device": "cuda", "context_length": 96},
 }
 _VARIANTS = {
@@ -68,7 +68,6 @@ def seen(tmp_path_factory, make_bundle):
     paths: dict[str, tuple[Path, str]] = {}
     for kind, options in (_RUN | _PLACE).items():
         bundle = make_bundle(checkpoint, verify=False, **options)
-        # A stand-in's Neg leaves graphs in fp32 without the number of logits that they need.
         paths[kind] = (bundle.path, "run" if "device" in options else "place")
     for kind, overrides in _VARIANTS.items():
         varied = checkpoints.make(made / kind, num_hidden_layers=1, **overrides)

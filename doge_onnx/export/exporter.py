@@ -276,7 +276,7 @@ def _check_activations(
 ) -> None:
     """What a type of activations goes with."""
     if activations == "float32":
-        if device == "cuda" and target == "ort" and state == "growing":
+        if device == "cuda" and target == "ort":
             raise DogeOnnxError(
                 "ONNX Runtime's attention on CUDA takes fp16 and bf16, not fp32: choose one of "
                 "them, or the target portable"

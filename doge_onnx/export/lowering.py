@@ -153,6 +153,10 @@ _fused_matmul = _contrib("FusedMatMul", 2, 1, transB=_INT)
 
 
 def _lower_rms_norm(x: Any, weight: Any, eps: float) -> Any:
+    if x.dtype != ir.DataType.FLOAT and len(weight.shape) > 1:
+        # Half precision is for CUDA, and of its kernel it is not known that it takes weights for
+        # each head, as the CPU's does.
+        return _lower_rms_norm_plainly(x, weight, eps)
     return op.RMSNormalization(x, weight, axis=-1, epsilon=eps)
 
 

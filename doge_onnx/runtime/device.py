@@ -116,11 +116,10 @@ def _unfit(device: str, manifest: Manifest) -> str | None:
             "this bundle computes in bf16, for which ONNX Runtime has no kernels on the CPU: it "
             "needs CUDA, or an export in fp16 or fp32"
         )
-    fused = manifest.target == "ort" and manifest.state.kind == "growing"
-    if device == CUDA and fused and manifest.activations == "float32":
+    if device == CUDA and manifest.target == "ort" and manifest.activations == "float32":
         return (
-            "this bundle computes in fp32, for which ONNX Runtime has no attention on CUDA; export "
-            "with --device cuda, or run it with the device cpu"
+            "this bundle computes in fp32 with operators for the CPU; CUDA has attention in "
+            "half precision only; export with --device cuda, or run it with the device cpu"
         )
     return None
 

@@ -33,7 +33,7 @@ from doge_onnx.runtime.resident import (
     ResidentWindowStepper,
 )
 from doge_onnx.runtime.sampling import Sampler, greedy, make_sampler, repetition_penalty
-from doge_onnx.runtime.session import open_session
+from doge_onnx.runtime.session import has_logits_to_keep, open_session
 from doge_onnx.runtime.state import State
 from doge_onnx.runtime.step import DEFAULT_CHUNK, Stepper
 from doge_onnx.runtime.text import Codec, TextStream
@@ -82,7 +82,9 @@ def make_stepper(
             return WindowStepper(session, manifest, chunk)
         kind = InPlaceStepper if layout.in_place else CopyingStepper
         return kind(session, manifest, chunk)
-    memory, chunk = Memory(device), chunk or RESIDENT_CHUNK
+    memory = Memory(device)
+    # Graphs that cannot leave logits out would need memory for those of all positions.
+    chunk = chunk or (RESIDENT_CHUNK if has_logits_to_keep(session) else DEFAULT_CHUNK)
     if layout.kind == "window":
         return ResidentWindowStepper(session, manifest, memory, chunk)
     resident = ResidentStepper if layout.in_place else ResidentCopyingStepper
