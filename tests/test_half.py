@@ -83,7 +83,7 @@ def test_an_export_for_cuda_is_fp16_and_compared(tiny_fp16):
     # Seen is a twentieth of what is allowed: the model is small, and trained.
     assert parity.max_abs_diff < parity.tolerance / 5
     card = (tiny_fp16.path / "README.md").read_text()
-    assert "Weights are fp16" in card
+    assert "\n- fp16\n" in card
     assert "| `past_key_values.{i}.key`, `.value` | float16 |" in card
 
 

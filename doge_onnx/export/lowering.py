@@ -164,7 +164,7 @@ def _lower_rms_norm_plainly(x: Any, weight: Any, eps: float) -> Any:
     if len(weight.shape) == 1:
         return _lower_rms_norm(x, weight, eps)
     ones = _typed_like(weight, op.Constant(value_floats=[1.0] * weight.shape[-1]))
-    return op.Mul(_lower_rms_norm(x, ones, eps), weight)
+    return op.Mul(op.RMSNormalization(x, ones, axis=-1, epsilon=eps), weight)
 
 
 def _lower_skip_rms_norm(x: Any, skip: Any, weight: Any, eps: float) -> Any:
