@@ -39,7 +39,7 @@ import doge_onnx
 from doge_onnx.errors import DogeOnnxError
 from doge_onnx.runtime.bench import Cell, copy_bandwidth, random_prompts, step_bytes
 from doge_onnx.runtime.device import CUDA, missing_for_cuda
-from doge_onnx.runtime.memory import Memory
+from doge_onnx.runtime.memory import DeviceMemory
 from doge_onnx.runtime.model import Model
 from doge_onnx.runtime.options import Defaults
 from doge_onnx.runtime.weights import read_weights
@@ -78,7 +78,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything that is printed."""
     with tempfile.TemporaryDirectory() as scratch:
         greedy = compare_greedy(Path(scratch))
-        bandwidth = copy_bandwidth(Memory(CUDA))
+        bandwidth = copy_bandwidth(DeviceMemory(CUDA))
         rows = []
         for shape in arguments.shapes:
             checkpoint = random_checkpoint(Path(scratch), shape)

@@ -278,7 +278,7 @@ def chat(
     stop: cli_options.Stop = None,
     threads: cli_options.Threads = None,
     prefill_chunk: cli_options.PrefillChunk = None,
-    device: cli_options.Device = "cpu",
+    device: cli_options.Device = cli_options.Devices.auto,
     verbose: cli_options.Verbose = False,
 ) -> None:
     """Talk with an instruction-tuned model.
@@ -288,7 +288,7 @@ def chat(
     context length, and then forgets the oldest turns.
     """
     model = doge_onnx.load(
-        bundle, device=device, threads=threads, prefill_chunk=prefill_chunk, verbose=verbose
+        bundle, device=device.value, threads=threads, prefill_chunk=prefill_chunk, verbose=verbose
     )
     conversation = model.chat(
         system=system,

@@ -16,7 +16,7 @@ from doge_onnx.bundle import seal
 from doge_onnx.errors import BundleError, DeviceError, InputError
 from doge_onnx.runtime import device as devices
 from doge_onnx.runtime import graphs
-from doge_onnx.runtime.memory import Memory
+from doge_onnx.runtime.memory import DeviceMemory
 from doge_onnx.runtime.resident import (
     ResidentCopyingStepper,
     ResidentStepper,
@@ -181,7 +181,7 @@ def resident(path, stepper=ResidentStepper, chunk=4):
     """A model whose state is in the memory of a device, which is the CPU."""
     model = doge_onnx.load(path, device="cpu", prefill_chunk=chunk)
     session = model._stepper._session
-    model._stepper = stepper(session, model.manifest, Memory("cpu"), chunk)
+    model._stepper = stepper(session, model.manifest, DeviceMemory("cpu"), chunk)
     return model
 
 
@@ -257,7 +257,7 @@ class Logits:
     """What a decoder runs, with logits that a test chooses."""
 
     def __init__(self, logits):
-        self.memory = Memory("cpu")
+        self.memory = DeviceMemory("cpu")
         self.tensor = self.memory.empty(logits.shape, "float32")
         self.tensor.value.update_inplace(logits)
 
@@ -317,7 +317,7 @@ def test_small_graphs_are_valid_onnx(graph):
 # Of bfloat16 the CPU has no kernel for this; test_cuda.py sees it run.
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
 def test_state_tensors_of_every_type_are_extended(dtype):
-    memory = Memory("cpu")
+    memory = DeviceMemory("cpu")
     none = memory.empty((2, 1, 0, 8), dtype)
     zeros = memory.extended(none, np.zeros(8, np.float32), 3)
     row = np.zeros(8, np.float32)

@@ -28,7 +28,7 @@ from doge_onnx.errors import BundleError, InputError
 from doge_onnx.runtime.completion import Timings
 from doge_onnx.runtime.device import CPU
 from doge_onnx.runtime.external_data import external_files
-from doge_onnx.runtime.memory import Memory
+from doge_onnx.runtime.memory import DeviceMemory
 from doge_onnx.runtime.model import Model, load
 from doge_onnx.runtime.options import Defaults
 from doge_onnx.runtime.session import usable_cores
@@ -435,7 +435,7 @@ def read_bandwidth(threads: int) -> float:
     return data.nbytes / best
 
 
-def copy_bandwidth(memory: Memory) -> float:
+def copy_bandwidth(memory: DeviceMemory) -> float:
     """Bytes per second that a copy on a device reads and writes; the best of several."""
     rows = _MAX_ARRAY_BYTES // 256
     source = memory.empty((1, 1, rows, 64), "float32")
@@ -490,7 +490,7 @@ def _measure_model(
             if model.device == CPU:
                 bandwidths.append(read_bandwidth(threads or default_threads()))
             else:
-                bandwidths.append(copy_bandwidth(Memory(model.device)))
+                bandwidths.append(copy_bandwidth(DeviceMemory(model.device)))
         report(
             f"repetition {repetition + 1} of {repetitions}: context {cell.context}, "
             f"batch {cell.batch}"

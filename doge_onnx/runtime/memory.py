@@ -48,7 +48,7 @@ class Tensor:
         return Tensor(self.value, self.dtype, shape, self.address)
 
 
-class Memory:
+class DeviceMemory:
     """The memory of one device.
 
     Args:
@@ -133,7 +133,7 @@ class Best:
     """
 
     def __init__(
-        self, memory: Memory, session: ort.InferenceSession, logits: Tensor, count: int
+        self, memory: DeviceMemory, session: ort.InferenceSession, logits: Tensor, count: int
     ) -> None:
         batch = logits.shape[0]
         self._session, self._binding = session, session.io_binding()

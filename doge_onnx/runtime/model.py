@@ -24,7 +24,7 @@ from doge_onnx.runtime.device import CPU, choose_device
 from doge_onnx.runtime.generate import Row
 from doge_onnx.runtime.growing import CopyingStepper, InPlaceStepper
 from doge_onnx.runtime.inputs import check_room, check_state, token_mask, token_matrix
-from doge_onnx.runtime.memory import Memory
+from doge_onnx.runtime.memory import DeviceMemory
 from doge_onnx.runtime.options import Defaults, Options
 from doge_onnx.runtime.resident import (
     RESIDENT_CHUNK,
@@ -82,7 +82,7 @@ def make_stepper(
             return WindowStepper(session, manifest, chunk)
         kind = InPlaceStepper if layout.in_place else CopyingStepper
         return kind(session, manifest, chunk)
-    memory = Memory(device)
+    memory = DeviceMemory(device)
     # Graphs that cannot leave logits out would need memory for those of all positions.
     chunk = chunk or (RESIDENT_CHUNK if has_logits_to_keep(session) else DEFAULT_CHUNK)
     if layout.kind == "window":

@@ -19,7 +19,7 @@ from doge_onnx.runtime.binding import last_position
 from doge_onnx.runtime.device import CPU
 from doge_onnx.runtime.growing import CopyingStepper, InPlaceStepper
 from doge_onnx.runtime.memory import Best as BestFinder
-from doge_onnx.runtime.memory import Memory, Tensor
+from doge_onnx.runtime.memory import DeviceMemory, Tensor
 from doge_onnx.runtime.session import (
     ATTENTION_MASK,
     INPUT_IDS,
@@ -50,7 +50,7 @@ class ResidentBinding:
         names: Sequence[tuple[str, str]],
         tensors: Sequence[Tensor],
         mask: NDArray[np.int64],
-        memory: Memory,
+        memory: DeviceMemory,
         vocab_size: int,
     ) -> None:
         """Bind `tensors` to pairs of input and output names; they must outlive this."""
@@ -125,7 +125,7 @@ class ResidentStepper(InPlaceStepper):
         self,
         session: ort.InferenceSession,
         manifest: Manifest,
-        memory: Memory,
+        memory: DeviceMemory,
         chunk: int = RESIDENT_CHUNK,
     ) -> None:
         super().__init__(session, manifest, chunk)
@@ -196,6 +196,15 @@ class _ResidentDecoder(Decoder):
         self._chosen = False
         return self._candidates(logits, *finder.read(), best)
 
+    def end(self) -> State:
+        """The state after all that was fed; see `Decoder.end`."""
+        if self._length == self._state.length:
+            return self._state
+        buffer = self._state.buffer
+        # So that whoever goes on from here finds the rest of the buffer free.
+        buffer.release(self._length)
+        return State(buffer, self._length, self._resident)
+
     def _find(self, logits: Tensor, best: int) -> BestFinder:
         vocab_size = logits.shape[2]
         count = 1 if best == 1 else min(best + _SPARE, vocab_size)
@@ -237,7 +246,7 @@ class ResidentWindowStepper(WindowStepper):
         self,
         session: ort.InferenceSession,
         manifest: Manifest,
-        memory: Memory,
+        memory: DeviceMemory,
         chunk: int = RESIDENT_CHUNK,
     ) -> None:
         super().__init__(session, manifest, chunk)
@@ -272,12 +281,16 @@ class ResidentCopyingStepper(CopyingStepper):
         self,
         session: ort.InferenceSession,
         manifest: Manifest,
-        memory: Memory,
+        memory: DeviceMemory,
         chunk: int = RESIDENT_CHUNK,
     ) -> None:
         super().__init__(session, manifest, chunk)
         self.device = memory.device
         self._memory = memory
+
+    def rewind(self, state: State, length: int) -> State | None:
+        """Not here: the rows would have to cross; see `Stepper.rewind`."""
+        return None
 
     def _empty(self, batch: int) -> ort.OrtValue:
         heads, row_size = self._row_shape
