@@ -6,6 +6,7 @@ nothing. What the kernels compute is for the tests that are marked, on a machine
 
 from __future__ import annotations
 
+import ctypes.util
 import json
 import os
 import platform
@@ -52,17 +53,27 @@ _VARIANTS = {
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory, make_bundle):
-    """What onnxruntime-gpu does with a bundle of each kind."""
+def gpu_python() -> Path:
+    """The interpreter of an environment with onnxruntime-gpu."""
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
         pytest.skip("onnxruntime-gpu has a wheel for Linux on x86-64 only")
     if shutil.which("gcc") is None or shutil.which("nm") is None:
         pytest.skip("the stand-in for CUDA needs gcc and binutils")
-    python = environment(ROOT / "tests" / "requirements" / "cuda.txt")
-    provider = next(python.parent.parent.rglob("libonnxruntime_providers_cuda.so"))
-    stand_in = tmp_path_factory.mktemp("cuda")
-    cuda_stand_in.build(provider, stand_in)
+    return environment(ROOT / "tests" / "requirements" / "cuda.txt")
 
+
+@pytest.fixture(scope="module")
+def stand_in(gpu_python, tmp_path_factory) -> Path:
+    """A directory with libraries that stand in for CUDA."""
+    provider = next(gpu_python.parent.parent.rglob("libonnxruntime_providers_cuda.so"))
+    directory = tmp_path_factory.mktemp("cuda")
+    cuda_stand_in.build(provider, directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def seen(gpu_python, stand_in, tmp_path_factory, make_bundle):
+    """What onnxruntime-gpu does with a bundle of each kind."""
     made = tmp_path_factory.mktemp("checkpoints")
     checkpoint = checkpoints.make(made / "plain", num_hidden_layers=2, keep_window_size=64)
     paths: dict[str, tuple[Path, str]] = {}
@@ -77,7 +88,7 @@ def seen(tmp_path_factory, make_bundle):
     log = stand_in / "copies"
     environ = {"LD_LIBRARY_PATH": str(stand_in), "CUDA_STAND_IN_LOG": str(log)}
     done = subprocess.run(
-        [python, "cuda_worker.py", *(f"{path}={what}" for path, what in paths.values())],
+        [gpu_python, "cuda_worker.py", *(f"{path}={what}" for path, what in paths.values())],
         cwd=Path(__file__).parent,
         env=os.environ | environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -87,6 +98,25 @@ def seen(tmp_path_factory, make_bundle):
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
     return {kind: results[str(path)] for kind, (path, _) in paths.items()}
+
+
+def test_what_is_missing_on_this_very_machine_is_named(gpu_python, stand_in, tmp_path):
+    code = "from doge_onnx.runtime.device import missing_for_cuda; print(missing_for_cuda())"
+
+    def missing(libraries: Path) -> str:
+        environ = os.environ | {"PYTHONPATH": str(ROOT), "LD_LIBRARY_PATH": str(libraries)}
+        done = subprocess.run(
+            [gpu_python, "-c", code], env=environ, capture_output=True, text=True, check=True
+        )
+        assert done.stderr == ""
+        return done.stdout
+
+    assert missing(stand_in) == "None\n"
+    if ctypes.util.find_library("cuda") is not None:
+        pytest.skip("this machine has a driver")
+    assert missing(tmp_path).startswith("there is no NVIDIA driver here")
+    shutil.copy(stand_in / "libcuda.so.1", tmp_path)
+    assert "libcublas.so.13" in missing(tmp_path)
 
 
 _KINDS = [*_RUN, *_VARIANTS, "older"]
