@@ -15,7 +15,7 @@ from stepping import row
 
 import doge_onnx
 from doge_onnx import cli_output
-from doge_onnx.bundle import GRAPH_NAME, MANIFEST_NAME, read_manifest
+from doge_onnx.bundle import CLOSED_GATE, GRAPH_NAME, MANIFEST_NAME, read_manifest
 from doge_onnx.errors import DogeOnnxError, QualityError
 from doge_onnx.export import checkpoint as checkpoint_reader
 from doge_onnx.export import exporter, lowering, quality
@@ -207,12 +207,12 @@ def test_gates_keep_their_precision_in_int8(tmp_path):
     directory = checkpoints.make(tmp_path / "checkpoint", num_hidden_layers=1)
     heads = GrowingState(checkpoint_reader.read(directory), 64, STANDARD, "int8").heads
     assert heads.row % 16 == 0
-    rows = Int8Rows(heads)
+    rows = Int8Rows(heads, CLOSED_GATE)
     largest = torch.ones(heads.num_keys, heads.dim)
     rows.set_ranges(largest, largest, gate=6.0)
     gates = torch.full((1, 500, heads.num_rotated, 1), 2.0)
     gates[:, :, heads.num_queries :] = torch.linspace(0, 40, 500)[None, :, None, None]
-    parts = torch.cat(rows.split(gates), dim=-1)
+    parts = torch.cat(rows.split(gates, torch.float32), dim=-1)
     assert (parts[:, :, : heads.num_queries] == 1).all()
     keys = parts[:, :, heads.num_queries :]
     steps = rows.key_scale[0, :, 0, heads.dim : heads.dim + 2]
@@ -307,7 +307,7 @@ def test_keys_fit_the_int8_state_at_every_position(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"precision": "int3"}, "'int3' is not known; choose from fp32, int8, int4"),
+        ({"precision": "int3"}, "'int3' is not known; choose from fp32, fp16, bf16, int8, int4"),
         ({"precision": "int8", "block_size": 48}, "48 does not fit.*choose from 16, 32, 64"),
         ({"precision": "int8", "block_size": 128}, "128 does not fit; for a hidden size of 48"),
         ({"block_size": 32}, "for quantized weights"),
