@@ -42,7 +42,7 @@ def tiny_hub_bundle(tmp_path_factory):
         if precision not in made:
             out = tmp_path_factory.mktemp("bundles") / f"tiny-hub-{precision}"
             # The quickest rounding: how good it is does not matter here.
-            rounding = None if precision == "fp32" else "nearest"
+            rounding = "nearest" if precision.startswith("int") else None
             options = {"precision": precision, "rounding": rounding, "layout": "hub"}
             made[precision] = doge_onnx.export(TINY_CHECKPOINT, out, verify=False, **options).path
         return made[precision]

@@ -29,7 +29,7 @@ PROMPT = "The little girl said"
 TOKENS = 24
 # Logits; several times what the builds of ONNX Runtime were seen to differ by.
 CLEAR = 0.1
-DTYPES = {"fp32": "fp32", "int8": "q8", "int4": "q4"}
+DTYPES = {"fp32": "fp32", "fp16": "fp16", "int8": "q8", "int4": "q4"}
 TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
@@ -144,7 +144,7 @@ def test_node_asks_for_one_text_after_another(examples, hub, greedy):
 def test_a_repository_with_several_precisions(examples, hub, greedy, tmp_path):
     # As if one bundle after another were uploaded to the same place.
     repository = tmp_path / "repository"
-    for precision in ("fp32", "int4", "int8"):
+    for precision in ("fp32", "fp16", "int4", "int8"):
         shutil.copytree(hub(precision), repository, dirs_exist_ok=True)
     for precision, dtype in DTYPES.items():
         result = chat(examples, "--dtype", dtype, "--max-new-tokens", TOKENS, repository, PROMPT)
