@@ -214,6 +214,8 @@ def test_the_date_is_today(tmp_path):
         ("{{ messages.append(1) }}", "refuses this"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "refuses this"),
         ("{{ strftime_now.__globals__ }}{{ x.y }}", "refuses this"),
+        ("{% if 1 %}" * 2000, "nested too deeply"),
+        ("{{ messages[0].content.ljust(2 ** 62) }}", "MemoryError"),
     ],
 )
 def test_a_template_that_fails_is_a_line(source, words, tmp_path):
@@ -229,6 +231,8 @@ def test_a_template_that_fails_is_a_line(source, words, tmp_path):
         "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}",
         "{% macro f(n) %}{% if n %}{{ f(n - 1) + f(n - 1) }}{% endif %}{% endmacro %}{{ f(50) }}",
         "{% for a in range(9999) %}{{ 'x' * 9999 }}{% endfor %}",
+        "{{ 9 ** (9 ** 9) }}",
+        "{% set n = namespace(x=7) %}{% for i in range(40) %}{% set n.x = n.x * n.x %}{% endfor %}",
     ],
 )
 def test_a_template_without_an_end_is_stopped(source, monkeypatch, tmp_path):

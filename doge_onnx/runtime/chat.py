@@ -29,6 +29,8 @@ _TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", 
 # Lines of Python that rendering may execute: some seconds' worth. A template has a few for each
 # message.
 _MAX_STEPS = 5_000_000
+# Of a number that it computes: more than any template needs.
+_MAX_BITS = 10_000
 # Characters that it may write: more than any context takes.
 _MAX_SIZE = 16_000_000
 
@@ -118,7 +120,7 @@ class ChatTemplate:
         # Whatever Python raises: a template adds, subscripts and calls as it likes.
         except Exception as error:
             raise InputError(
-                f"{self._origin}: the chat template fails with these messages: {error}"
+                f"{self._origin}: the chat template fails with these messages: {_reason(error)}"
             ) from None
         return "".join(pieces)
 
@@ -136,6 +138,12 @@ class ChatTemplate:
             raise BundleError(
                 f"{self._origin}: the chat template is no valid Jinja, line {error.lineno}: {error}"
             ) from None
+        except RecursionError:
+            raise BundleError(f"{self._origin}: the chat template is nested too deeply") from None
+
+
+def _reason(error: BaseException) -> str:
+    return str(error) or type(error).__name__
 
 
 def _default(templates: Any, origin: Path) -> str | None:
@@ -196,7 +204,21 @@ def _environment() -> jinja2.Environment:
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             return jinja2.nodes.Scope(body).set_lineno(line)
 
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+        """Also refuses numbers that take for ever to multiply: they are one step, however large."""
+
+        intercepted_binops = frozenset({"*", "**"})
+
+        def call_binop(
+            self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any
+        ) -> Any:
+            if isinstance(left, int) and isinstance(right, int):
+                bits = left.bit_length() * (abs(right) if operator == "**" else 1)
+                if max(bits, right.bit_length()) > _MAX_BITS:
+                    raise _WithoutEnd
+            return super().call_binop(context, operator, left, right)
+
+    environment = Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _to_json
