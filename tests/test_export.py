@@ -351,6 +351,7 @@ def test_an_export_can_be_repeated_bit_by_bit(one_layer, tmp_path):
     ("options", "message"),
     [
         ({"target": "tensorrt"}, "target 'tensorrt' is not known; choose from ort, portable"),
+        ({"target": {}}, "target {} is not known"),
         ({"precision": "int3"}, "precision 'int3' is not known; choose from fp32"),
         ({"context_length": 0}, "context length 0 is not a positive whole number"),
         ({"context_length": -5}, "context length -5"),

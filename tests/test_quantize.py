@@ -320,6 +320,7 @@ def test_keys_fit_the_int8_state_at_every_position(tmp_path):
         ({"max_kl": 0.1}, "nothing is quantized"),
         ({"precision": "int8", "max_kl": 0.1, "verify": False}, "not measured"),
         ({"precision": "int8", "max_kl": -1.0}, "0 or more"),
+        ({"precision": "int8", "max_kl": "0.1"}, "0 or more"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_any_work(options, message, tmp_path, original):

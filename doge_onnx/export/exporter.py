@@ -265,7 +265,7 @@ def _check_combination(
         raise DogeOnnxError("a limit of the loss is for quantized bundles; nothing is quantized")
     if max_kl is not None and not verify:
         raise DogeOnnxError("the loss is not measured when verification is off: drop one of both")
-    if max_kl is not None and not max_kl >= 0:
+    if max_kl is not None and not (isinstance(max_kl, int | float) and max_kl >= 0):
         raise DogeOnnxError(f"the limit of the loss must be 0 or more nats, not {max_kl!r}")
     if quantized:
         require_kernels("MatMulNBits", "GatherBlockQuantized", "GroupQueryAttention")

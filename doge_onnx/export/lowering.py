@@ -56,7 +56,8 @@ def target(name: str) -> Target:
     Raises:
         DogeOnnxError: There is none.
     """
-    if name not in TARGETS:
+    # Optimum's command line passes on any JSON.
+    if not isinstance(name, str) or name not in TARGETS:
         raise DogeOnnxError(f"target {name!r} is not known; choose from {', '.join(TARGETS)}")
     return TARGETS[name]
 
