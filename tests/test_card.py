@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from environments import environment
 from tokenizers import Tokenizer
 
 import doge_onnx
-from doge_onnx.bundle import Bundle, read_manifest
+from doge_onnx.bundle import Bundle, read_manifest, seal
 from doge_onnx.config import DogeConfig
 from doge_onnx.export import card, metadata
 from doge_onnx.export.checkpoint import Source
@@ -80,10 +81,8 @@ def test_the_metadata_of_a_checkpoint_of_the_hub(tiny_bundle, tmp_path):
     config = DogeConfig.from_file(TINY_CHECKPOINT / "config.json")
     source = source_with(tmp_path, GOOD)
     manifest = read_manifest(tiny_bundle)
-    manifest = dataclasses.replace(
-        manifest, precision="int4", files={**manifest.files, "chat_template.jinja": {}}
-    )
-    text = card.render(source, config, metadata.inherited(source), manifest)
+    manifest = dataclasses.replace(manifest, precision="int4")
+    text = card.render(source, config, metadata.inherited(source), manifest, conversational=True)
     (tmp_path / "README.md").write_text(text, encoding="utf-8")
     assert read_block(tmp_path) == {
         "license": "apache-2.0",
@@ -320,6 +319,56 @@ def hub_layout(tmp_path_factory) -> Path:
     """doge-tiny where transformers.js looks for it."""
     out = tmp_path_factory.mktemp("hub") / "bundle"
     return export(TINY_CHECKPOINT, out, layout="hub", verify=False).path
+
+
+TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{{ bos_token + message['role'] + ': ' + message['content'] + eos_token }}"
+    "{%- endfor -%}{%- if add_generation_prompt -%}{{ bos_token + 'assistant: ' }}{%- endif -%}"
+)
+
+
+@pytest.fixture(scope="module", params=["chat_template.jinja", "tokenizer_config.json"])
+def conversational(request, tmp_path_factory) -> Path:
+    """doge-tiny as if it were tuned on messages, with its template in either of the places."""
+    root = tmp_path_factory.mktemp("conversational")
+    model = shutil.copytree(TINY_CHECKPOINT, root / "model")
+    content = TEMPLATE
+    if request.param == "tokenizer_config.json":
+        config = json.loads((model / request.param).read_text(encoding="utf-8"))
+        content = json.dumps(config | {"chat_template": TEMPLATE})
+    (model / request.param).write_text(content, encoding="utf-8")
+    return export(model, root / "bundle", layout="hub", verify=False).path
+
+
+def test_the_snippets_of_a_conversational_model_send_a_message(conversational):
+    assert "conversational" in read_block(conversational)["tags"]
+    python, genai = code_blocks(conversational, "python")
+    (javascript_code,) = code_blocks(conversational, "js")
+    model = doge_onnx.load(conversational)
+    messages = [{"role": "user", "content": PROMPT}]
+    whole = model.generate(messages, max_new_tokens=100)
+    assert run([sys.executable, "-c"], python, conversational).stdout == whole.text + "\n"
+    count = clear_tokens(model, model._prompt_ids(messages), whole.token_ids)
+    assert count > 10
+    clear = model.generate(messages, max_new_tokens=min(count, 40)).text
+    interpreter = environment(ROOT / "tests/requirements/genai.txt")
+    assert run([interpreter, "-c"], genai, conversational).stdout.startswith(clear)
+    if (reason := javascript.lacking()) is not None:
+        pytest.skip(reason)
+    javascript.packages(EXAMPLES)
+    command = ["node", "--input-type=module", "--eval"]
+    shown = run(command, javascript_code, conversational, cwd=EXAMPLES).stdout
+    assert shown.startswith(clear)
+
+
+def test_a_template_that_cannot_be_used_is_none_to_the_card(tmp_path, tiny_bundle):
+    copy = shutil.copytree(tiny_bundle, tmp_path / "copy")
+    (copy / "tokenizer_config.json").write_text('{"chat_template": 1}', encoding="utf-8")
+    seal(copy, read_manifest(copy))
+    config = DogeConfig.from_file(TINY_CHECKPOINT / "config.json")
+    card.write(Source(TINY_CHECKPOINT, "tiny", None), config, {}, copy)
+    assert "conversational" not in read_block(copy)["tags"]
 
 
 def test_the_snippet_for_transformers_js_runs(hub_layout):

@@ -12,17 +12,20 @@ from typing import Any
 from doge_onnx.bundle import (
     CLOSED_GATE,
     MANIFEST_NAME,
+    Bundle,
     Manifest,
     StateLayout,
     read_manifest,
     replace_file,
 )
 from doge_onnx.config import DogeConfig
+from doge_onnx.errors import BundleError
 from doge_onnx.export import metadata
 from doge_onnx.export.checkpoint import CARD_NAME, Source
 from doge_onnx.export.metadata import Metadata
 from doge_onnx.export.ort_format import OPERATORS_NAME
 from doge_onnx.export.snippets import Snippet, snippets
+from doge_onnx.runtime.chat import ChatTemplate
 from doge_onnx.runtime.ort_format import is_ort_format
 
 
@@ -38,15 +41,32 @@ def write(source: Source, config: DogeConfig, taken_over: Metadata, directory: P
     Raises:
         BundleError: There is no readable manifest, or the card cannot be written.
     """
-    text = render(source, config, taken_over, read_manifest(directory))
+    manifest = read_manifest(directory)
+    conversational = _is_conversational(Bundle(directory, manifest))
+    text = render(source, config, taken_over, manifest, conversational)
     replace_file(directory, CARD_NAME, text)
 
 
-def render(source: Source, config: DogeConfig, taken_over: Metadata, manifest: Manifest) -> str:
-    """The text of a bundle's card; for the arguments see `write`."""
-    shown = snippets(manifest)
+def _is_conversational(bundle: Bundle) -> bool:
+    """Whether a bundle has a chat template, in a file of its own or in the tokenizer's config."""
+    try:
+        return ChatTemplate.read(bundle) is not None
+    # One that cannot be used is none, and no reason to have no bundle.
+    except BundleError:
+        return False
+
+
+def render(
+    source: Source,
+    config: DogeConfig,
+    taken_over: Metadata,
+    manifest: Manifest,
+    conversational: bool = False,
+) -> str:
+    """The text of the card of a bundle that may have a chat template; otherwise see `write`."""
+    shown = snippets(manifest, conversational)
     tags = [snippet.tag for snippet in shown if snippet.tag]
-    block = metadata.compose(source, config, manifest, tags, taken_over)
+    block = metadata.compose(source, config, manifest, tags, taken_over, conversational)
     # The name of a directory may hold anything.
     name = " ".join(source.model.replace("`", "'").split())
     at = f" at revision `{source.revision}`" if source.revision else ""

@@ -113,6 +113,7 @@ def compose(
     manifest: Manifest,
     tools: Collection[str],
     taken_over: Metadata,
+    conversational: bool = False,
 ) -> str:
     """The block of a bundle's card, without the lines of dashes around it.
 
@@ -122,11 +123,12 @@ def compose(
         manifest: The bundle's, with its list of files.
         tools: Others that load the bundle, by the tags that the Hub has for them.
         taken_over: What `inherited` found.
+        conversational: Whether the model has a chat template.
     """
     tags = ["onnx", "onnxruntime", "doge", *tools, manifest.precision]
     if config.is_moe:
         tags.append("moe")
-    if "chat_template.jinja" in manifest.files:
+    if conversational:
         tags.append("conversational")
     fields: dict[str, Any] = dict(taken_over)
     # A directory's name is no id that the Hub would know.

@@ -18,29 +18,53 @@ import doge_onnx
 model = doge_onnx.load("{PLACE}")
 print(model.generate("Hey how are you doing?", max_new_tokens=100).text)
 """
+_PYTHON_CHAT = f"""\
+import doge_onnx
+
+model = doge_onnx.load("{PLACE}")
+messages = [{{"role": "user", "content": "Hey how are you doing?"}}]
+print(model.generate(messages, max_new_tokens=100).text)
+"""
 _PYTHON_IDS = f"""\
 import doge_onnx
 
 model = doge_onnx.load("{PLACE}")
 print(model.generate([1, 2, 3], max_new_tokens=100).token_ids)
 """
+_GENAI_TEXT = """\
+# As the model was trained: with the token that begins a text.
+tokenizer.update_options(add_special_tokens="true")
+prompt = "Hey how are you doing?"
+"""
+_GENAI_CHAT = """\
+messages = '[{"role": "user", "content": "Hey how are you doing?"}]'
+prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+"""
 _GENAI = f"""\
 import onnxruntime_genai as og
 
 model = og.Model("{PLACE}")
 tokenizer = og.Tokenizer(model)
-# As the model was trained: with the token that begins a text.
-tokenizer.update_options(add_special_tokens="true")
-pieces = tokenizer.create_stream()
+%spieces = tokenizer.create_stream()
 params = og.GeneratorParams(model)
 params.set_search_options(max_length=100)
 generator = og.Generator(model, params)
-generator.append_tokens(tokenizer.encode("Hey how are you doing?"))
+generator.append_tokens(tokenizer.encode(prompt))
 while not generator.is_done():
     generator.generate_next_token()
     print(pieces.decode(generator.get_next_tokens()[0]), end="", flush=True)
 """
-# With the number of heads, the size of a row, the dtype, and options of a large model.
+_JAVASCRIPT_TEXT = 'const inputs = tokenizer("Hey how are you doing?");\n'
+_JAVASCRIPT_CHAT = """\
+const messages = [{ role: "user", content: "Hey how are you doing?" }];
+const form = { add_generation_prompt: true, return_dict: true };
+const inputs = tokenizer.apply_chat_template(messages, form);
+"""
+# It does not look for this file.
+_JAVASCRIPT_TEMPLATE = """\
+tokenizer.chat_template = await readFile(`${bundle}/chat_template.jinja`, "utf8");
+"""
+# With the number of heads, the size of a row, the dtype, options of a large model, and the prompt.
 _JAVASCRIPT = """\
 import { readFile } from "node:fs/promises";
 import { AutoTokenizer, LlamaForCausalLM, TextStreamer } from "@huggingface/transformers";
@@ -57,8 +81,7 @@ const options = { config, dtype: "%s"%s };
 const tokenizer = await AutoTokenizer.from_pretrained(bundle, { config });
 const model = await LlamaForCausalLM.from_pretrained(bundle, options);
 const streamer = new TextStreamer(tokenizer, { skip_prompt: true });
-const inputs = tokenizer("Hey how are you doing?");
-await model.generate({ ...inputs, max_new_tokens: 100, do_sample: false, streamer });
+%sawait model.generate({ ...inputs, max_new_tokens: 100, do_sample: false, streamer });
 """
 # By what transformers.js calls the precision of a graph of that name.
 _JAVASCRIPT_DTYPES = {
@@ -85,26 +108,30 @@ class Snippet:
     code: str
 
 
-def snippets(manifest: Manifest) -> list[Snippet]:
+def snippets(manifest: Manifest, conversational: bool = False) -> list[Snippet]:
     """How the bundle can be run; only what works with what is in it.
 
     Args:
         manifest: With its list of files.
+        conversational: Whether the model has a chat template, and so wants messages.
     """
-    has_text = "tokenizer.json" in manifest.files
-    found = [Snippet("doge-onnx", None, "python", _PYTHON if has_text else _PYTHON_IDS)]
+    code = _PYTHON_CHAT if conversational else _PYTHON
+    if "tokenizer.json" not in manifest.files:
+        code = _PYTHON_IDS
+    found = [Snippet("doge-onnx", None, "python", code)]
     # It wants both files of the tokenizer; and a state in half precision is for other processors
     # than its configuration is.
     wanted = {"genai_config.json", "tokenizer.json", "tokenizer_config.json"}
     if wanted <= manifest.files.keys() and manifest.state.dtype in ("float32", "int8"):
-        found.append(Snippet("onnxruntime-genai", "onnxruntime-genai", "python", _GENAI))
-    code = _javascript(manifest)
-    if code is not None:
-        found.append(Snippet("transformers.js in Node", "transformers.js", "js", code))
+        code = _GENAI % (_GENAI_CHAT if conversational else _GENAI_TEXT)
+        found.append(Snippet("onnxruntime-genai", "onnxruntime-genai", "python", code))
+    javascript = _javascript(manifest, conversational)
+    if javascript is not None:
+        found.append(Snippet("transformers.js in Node", "transformers.js", "js", javascript))
     return found
 
 
-def _javascript(manifest: Manifest) -> str | None:
+def _javascript(manifest: Manifest, conversational: bool) -> str | None:
     """The snippet for transformers.js, or None where that cannot run the bundle."""
     state = manifest.state
     dtype = _JAVASCRIPT_DTYPES.get(manifest.graph)
@@ -115,4 +142,8 @@ def _javascript(manifest: Manifest) -> str | None:
         return None
     large = f"{manifest.graph}_data" in manifest.files
     more = ", use_external_data_format: true" if large else ""
-    return _JAVASCRIPT % (PLACE, state.num_heads, state.row_size, dtype, more)
+    prompt = _JAVASCRIPT_TEXT
+    if conversational:
+        own_file = "chat_template.jinja" in manifest.files
+        prompt = (_JAVASCRIPT_TEMPLATE if own_file else "") + _JAVASCRIPT_CHAT
+    return _JAVASCRIPT % (PLACE, state.num_heads, state.row_size, dtype, more, prompt)
