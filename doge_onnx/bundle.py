@@ -22,7 +22,7 @@ from typing import Any
 
 from doge_onnx.errors import BundleError
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST_NAME = "doge_onnx.json"
 GRAPH_NAME = "model.onnx"
 # What closes a key that must never be attended to (padding, a free row): its gate, or a summand
@@ -112,7 +112,7 @@ class Manifest:
     # "since" is the first format version with the field; older ones mean its default.
     quality: dict[str, Any] | None = field(default=None, metadata={"since": 2})
     graph: str = field(default=GRAPH_NAME, metadata={"since": 3})
-    activations: str = field(default="float32", metadata={"since": 3})
+    activations: str = field(default="float32", metadata={"since": 4})
     format_version: int = FORMAT_VERSION
 
     @property

@@ -172,7 +172,7 @@ def test_a_manifest_that_is_none(path, content):
 
 FIELDS = sorted(set(asdict(MANIFEST)) - {"format_version"})
 # And the format version that brought them.
-NEWER = {"quality": 2, "graph": 3, "activations": 3}
+NEWER = {"quality": 2, "graph": 3, "activations": 4}
 STATE_FIELDS = sorted(asdict(MANIFEST.state))
 
 
@@ -225,14 +225,16 @@ def test_newer_fields_are_required_since_their_version(path, field):
     assert f"lacks the field {field!r}" in refusal(path)
 
 
-def test_a_bundle_of_the_first_format_is_read(path):
+@pytest.mark.parametrize("version", range(1, FORMAT_VERSION))
+def test_a_bundle_of_an_older_format_is_read(path, version):
     def age(raw):
-        for name in NEWER:
-            del raw[name]
-        raw["format_version"] = 1
+        for name, since in NEWER.items():
+            if since > version:
+                del raw[name]
+        raw["format_version"] = version
 
     edit_manifest(path, age)
-    expected = replace(MANIFEST, format_version=1)
+    expected = replace(MANIFEST, format_version=version)
     assert replace(Bundle.open(path).manifest, files={}) == expected
     # What is written into it keeps what it had.
     bundle.write_quality(path, {"mean_kl": 0.5})
