@@ -371,7 +371,12 @@ def test_a_template_that_cannot_be_used_is_none_to_the_card(tmp_path, tiny_bundl
     assert "conversational" not in read_block(copy)["tags"]
 
 
-def test_the_snippet_for_transformers_js_runs(hub_layout):
+@pytest.mark.parametrize("kind", ["fp32", "fp16"])
+def test_the_snippet_for_transformers_js_runs(kind, hub_layout, tmp_path):
+    if kind == "fp16":
+        options = {"precision": kind, "layout": "hub", "verify": False}
+        hub_layout = export(TINY_CHECKPOINT, tmp_path / "bundle", **options).path
+        assert "transformers.js" in read_block(hub_layout)["tags"]
     if (reason := javascript.lacking()) is not None:
         pytest.skip(reason)
     javascript.packages(EXAMPLES)
@@ -422,6 +427,7 @@ def test_half_a_tokenizer_is_none_to_onnxruntime_genai(tiny_bundle):
         ("onnx/model.onnx", "fp32"),
         ("onnx/model_quantized.onnx", "q8"),
         ("onnx/model_q4.onnx", "q4"),
+        ("onnx/model_fp16.onnx", "fp16"),
         ("model.onnx", None),
     ],
 )
@@ -440,9 +446,15 @@ def test_the_snippet_for_transformers_js_is_shown_where_it_finds_the_graph(
     assert f'dtype: "{dtype}", use_external_data_format: true }}' in snippets(large)[-1].code
 
 
-@pytest.mark.parametrize("change", [{"kind": "window"}, {"dtype": "int8"}])
-def test_a_state_that_transformers_js_cannot_feed_has_no_snippet_for_it(tiny_bundle, change):
+@pytest.mark.parametrize(
+    ("graph", "state", "change"),
+    [
+        ("onnx/model.onnx", {"kind": "window"}, {}),
+        ("onnx/model_quantized.onnx", {"dtype": "float16"}, {"activations": "float16"}),
+    ],
+)
+def test_what_transformers_js_cannot_run_has_no_snippet_for_it(tiny_bundle, graph, state, change):
     manifest = read_manifest(tiny_bundle)
-    state = dataclasses.replace(manifest.state, **change)
-    manifest = dataclasses.replace(manifest, graph="onnx/model.onnx", state=state)
+    state = dataclasses.replace(manifest.state, **state)
+    manifest = dataclasses.replace(manifest, graph=graph, state=state, **change)
     assert "js" not in [shown.language for shown in snippets(manifest)]

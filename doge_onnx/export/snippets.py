@@ -86,6 +86,7 @@ const streamer = new TextStreamer(tokenizer, { skip_prompt: true });
 # By what transformers.js calls the precision of a graph of that name.
 _JAVASCRIPT_DTYPES = {
     "onnx/model.onnx": "fp32",
+    "onnx/model_fp16.onnx": "fp16",
     "onnx/model_quantized.onnx": "q8",
     "onnx/model_q4.onnx": "q4",
 }
@@ -135,8 +136,11 @@ def _javascript(manifest: Manifest, conversational: bool) -> str | None:
     """The snippet for transformers.js, or None where that cannot run the bundle."""
     state = manifest.state
     dtype = _JAVASCRIPT_DTYPES.get(manifest.graph)
-    # It feeds a state that grows, in float32.
-    if dtype is None or (state.kind, state.dtype) != ("growing", "float32"):
+    # It feeds a state that grows, and asks the graph for its type.
+    if dtype is None or state.kind != "growing":
+        return None
+    # Quantized weights with products in half precision are for accelerators.
+    if manifest.activations != "float32" and manifest.precision != "fp16":
         return None
     if not {"tokenizer.json", "tokenizer_config.json"} <= manifest.files.keys():
         return None
