@@ -314,13 +314,6 @@ def test_the_snippet_for_onnxruntime_genai_runs(target, request):
     assert result.stdout.startswith(expected.text)
 
 
-@pytest.fixture(scope="module")
-def hub_layout(tmp_path_factory) -> Path:
-    """doge-tiny where transformers.js looks for it."""
-    out = tmp_path_factory.mktemp("hub") / "bundle"
-    return export(TINY_CHECKPOINT, out, layout="hub", verify=False).path
-
-
 TEMPLATE = (
     "{%- for message in messages -%}"
     "{{ bos_token + message['role'] + ': ' + message['content'] + eos_token }}"
@@ -372,19 +365,17 @@ def test_a_template_that_cannot_be_used_is_none_to_the_card(tmp_path, tiny_bundl
 
 
 @pytest.mark.parametrize("kind", ["fp32", "fp16"])
-def test_the_snippet_for_transformers_js_runs(kind, hub_layout, tmp_path):
-    if kind == "fp16":
-        options = {"precision": kind, "layout": "hub", "verify": False}
-        hub_layout = export(TINY_CHECKPOINT, tmp_path / "bundle", **options).path
-        assert "transformers.js" in read_block(hub_layout)["tags"]
+def test_the_snippet_for_transformers_js_runs(kind, tiny_hub_bundle):
+    bundle = tiny_hub_bundle(kind)
+    assert "transformers.js" in read_block(bundle)["tags"]
     if (reason := javascript.lacking()) is not None:
         pytest.skip(reason)
     javascript.packages(EXAMPLES)
-    (code,) = code_blocks(hub_layout, "js")
+    (code,) = code_blocks(bundle, "js")
     command = ["node", "--input-type=module", "--eval"]
-    shown = run(command, code, hub_layout, cwd=EXAMPLES).stdout
-    model = doge_onnx.load(hub_layout)
-    prompt = prompt_ids(hub_layout)
+    shown = run(command, code, bundle, cwd=EXAMPLES).stdout
+    model = doge_onnx.load(bundle)
+    prompt = prompt_ids(bundle)
     whole = model.generate(PROMPT, max_new_tokens=100)
     count = clear_tokens(model, prompt, whole.token_ids)
     assert count > 10
@@ -392,7 +383,8 @@ def test_the_snippet_for_transformers_js_runs(kind, hub_layout, tmp_path):
     assert len(shown) > 100
 
 
-def test_the_card_of_the_hub_layout_is_that_of_a_model_for_transformers_js(hub_layout):
+def test_the_card_of_the_hub_layout_is_that_of_a_model_for_transformers_js(tiny_hub_bundle):
+    hub_layout = tiny_hub_bundle("fp32")
     shown = read_block(hub_layout)
     assert shown["library_name"] == "transformers.js"
     assert {"transformers.js", "onnxruntime-genai"} <= set(shown["tags"])

@@ -133,6 +133,11 @@ def test_node_writes_the_text_that_python_writes(precision, examples, hub, greed
     assert re.fullmatch(r"24 tokens, \d+\.\d tokens/s\n", result.stderr)
 
 
+def test_node_gives_no_speed_where_there_is_none(examples, hub):
+    result = chat(examples, "--max-new-tokens", 1, hub("fp32"), PROMPT)
+    assert (result.returncode, result.stderr) == (0, "1 token\n")
+
+
 def test_node_asks_for_one_text_after_another(examples, hub, greedy):
     result = chat(examples, "--max-new-tokens", TOKENS, hub("fp32"), stdin=f"{PROMPT}\n\n{PROMPT}")
     assert result.returncode == 0, result.stderr
@@ -180,7 +185,13 @@ def test_the_snippet_for_a_program_of_ones_own(examples, hub, greedy, tmp_path):
 
 
 def test_node_says_what_is_wrong(examples, hub, tiny_bundle, tmp_path):
-    for arguments in ((), ("--max-new-tokens", "0", "x"), ("--nonsense", "x"), ("a", "b", "c")):
+    for arguments in (
+        (),
+        ("--max-new-tokens", "0", "x"),
+        ("--max-new-tokens", "1.5", "x"),
+        ("--nonsense", "x"),
+        ("a", "b", "c"),
+    ):
         result = chat(examples, *arguments)
         assert (result.returncode, result.stdout) == (2, "")
         assert result.stderr.startswith("usage: node chat.js ")
@@ -192,6 +203,7 @@ def test_node_says_what_is_wrong(examples, hub, tiny_bundle, tmp_path):
         ((window, PROMPT), "export without --state window"),
         (("--dtype", "q4", hub("fp32"), PROMPT), "there is no onnx/model_q4.onnx"),
         (("--dtype", "q5", hub("fp32"), PROMPT), "there is no dtype q5"),
+        (("--dtype", "toString", hub("fp32"), PROMPT), "there is no dtype toString"),
         ((hub("fp32"), "word " * 3000), "the context length is 2048"),
     ):
         result = chat(examples, *arguments)

@@ -52,7 +52,7 @@ export async function load(transformers, path, read, { dtype, device, progress_c
   const manifest = JSON.parse(await read("doge_onnx.json"));
   const config = llamaConfig(manifest, JSON.parse(await read("config.json")));
   dtype ??= Object.keys(GRAPHS).find((name) => GRAPHS[name] === manifest.graph);
-  if (!(dtype in GRAPHS)) {
+  if (!Object.hasOwn(GRAPHS, dtype ?? "")) {
     throw new Error(
       dtype
         ? `there is no dtype ${dtype}; choose from ${Object.keys(GRAPHS).join(", ")}`

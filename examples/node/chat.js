@@ -29,7 +29,9 @@ function readArguments() {
     const maxNewTokens = Number(values["max-new-tokens"]);
     const temperature = Number(values.temperature);
     if (![1, 2].includes(positionals.length)) throw new Error("give a bundle, and one prompt or none");
-    if (!(maxNewTokens >= 1)) throw new Error("--max-new-tokens must be at least 1");
+    if (!Number.isInteger(maxNewTokens) || maxNewTokens < 1) {
+      throw new Error("--max-new-tokens must be a whole number, 1 or more");
+    }
     if (!(temperature >= 0)) throw new Error("--temperature must be 0 or more");
     const [bundle, prompt] = positionals;
     return { bundle, prompt, dtype: values.dtype, maxNewTokens, temperature };
@@ -68,7 +70,9 @@ async function answer(loaded, messages, options) {
     onText: (piece) => process.stdout.write(piece),
   });
   process.stdout.write("\n");
-  console.error(`${result.tokens} tokens, ${result.tokensPerSecond.toFixed(1)} tokens/s`);
+  // A single token has no time of its own: it is the prompt's.
+  const speed = result.tokens > 1 ? `, ${result.tokensPerSecond.toFixed(1)} tokens/s` : "";
+  console.error(`${result.tokens} token${result.tokens === 1 ? "" : "s"}${speed}`);
   return result.text;
 }
 
