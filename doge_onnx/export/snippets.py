@@ -46,10 +46,11 @@ import onnxruntime_genai as og
 model = og.Model("{PLACE}")
 tokenizer = og.Tokenizer(model)
 %spieces = tokenizer.create_stream()
+ids = tokenizer.encode(prompt)
 params = og.GeneratorParams(model)
-params.set_search_options(max_length=100)
+params.set_search_options(max_length=len(ids) + 100)
 generator = og.Generator(model, params)
-generator.append_tokens(tokenizer.encode(prompt))
+generator.append_tokens(ids)
 while not generator.is_done():
     generator.generate_next_token()
     print(pieces.decode(generator.get_next_tokens()[0]), end="", flush=True)
