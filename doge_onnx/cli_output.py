@@ -60,12 +60,12 @@ def drop_unwritable() -> None:
 
 def note(words: str) -> None:
     """Say on stderr what is going on."""
-    _stderr.print(Text(words, style="dim"), soft_wrap=True)
+    _stderr.print(Text(_printable(words), style="dim"), soft_wrap=True)
 
 
 def error(message: str) -> None:
     """Print one line on stderr, whatever the message holds."""
-    line = Text.assemble(("error:", "bold red"), " ", " ".join(message.split("\n")))
+    line = Text.assemble(("error:", "bold red"), " ", _printable(message.replace("\n", " ")))
     _stderr.print(line, soft_wrap=True)
 
 
@@ -383,6 +383,13 @@ def _print_rows(rows: Mapping[str, object]) -> None:
         _stdout.print(line, soft_wrap=True)
 
 
+def _printable(text: str) -> str:
+    """A text without what a terminal takes for a command: it may be out of somebody's file."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
+
+
 def _words(value: object) -> str:
     if value is None:
         return "-"
@@ -390,7 +397,7 @@ def _words(value: object) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.3g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,}" if isinstance(value, int) else _printable(str(value))
 
 
 def _megabytes(size: int) -> str:

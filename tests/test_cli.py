@@ -440,6 +440,16 @@ def test_info_shows_the_manifest_to_a_person(bundle_copy):
     assert all(any(line.startswith(f"{name} ") for line in lines) for name in manifest.files)
 
 
+def test_what_a_terminal_would_obey_is_shown_and_not_sent(bundle_copy):
+    altered = json.loads(read_manifest(bundle_copy).to_json())
+    altered["source"] = {"model": "a\x1b]0;title\x07\nlicense  MIT é", "revision": None}
+    (bundle_copy / MANIFEST_NAME).write_text(json.dumps(altered), encoding="utf-8")
+    result = invoke("info", bundle_copy)
+    assert r"a\x1b]0;title\x07\nlicense  MIT é" in result.stdout
+    assert "\x1b" not in result.stdout
+    assert_one_line_error(invoke("info", "\x1b[31m"), r"\x1b[31m")
+
+
 def test_info_gives_the_manifest_to_a_program(tiny_bundle):
     result = invoke("info", tiny_bundle, "--json")
     assert (result.exit_code, result.stderr) == (0, "")
