@@ -23,7 +23,8 @@ SHAPES = {
 def random_checkpoint(directory: Path, shape: str, **overrides: Any) -> Path:
     """Write a checkpoint of one of `SHAPES` into `directory` and return its path.
 
-    Gates are randomised: with the initial A = 0 they would all be equal.
+    Gates are randomised: with the initial A = 0 they would all be equal. They stay below what
+    float16 holds.
     """
     hidden, middle, layers, heads, kv_heads, experts, per_token = SHAPES[shape]
     settings: dict[str, Any] = {
@@ -43,8 +44,10 @@ def random_checkpoint(directory: Path, shape: str, **overrides: Any) -> Path:
     model = transformers.DogeForCausalLM(transformers.DogeConfig(**{**settings, **overrides}))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith(".A") or ".dt_proj." in name:
+            if name.endswith(".A"):
                 parameter.normal_()
+            elif ".dt_proj." in name:
+                parameter.normal_(std=0.05)
     path = directory / shape
     model.save_pretrained(path)
     return path

@@ -6,7 +6,8 @@ Needs onnxruntime-gpu and a PyTorch with CUDA. First checks that fp16 on the GPU
 CPU writes, on examples/doge-tiny for 64 tokens, and names near-ties with the gap between the two
 best tokens. Then measures random weights of the released shapes in fp16: this package,
 transformers with its `sdpa` attention through `generate`, and transformers compiled by
-`torch.compile` with a static cache. Prints a table, and as its last line one JSON object.
+`torch.compile` with a static cache. Prints a table, and as its last line one JSON object; before,
+each row as soon as it is there, on the standard error.
 
 Each cell is timed `--rounds` times with all competitors in turn, and medians are compared. MBU
 (memory-bandwidth utilisation) is what a decode step must read, weights and state, divided by its
@@ -61,7 +62,7 @@ def main() -> None:
     arguments = parser.parse_args()
     missing = missing_for_cuda()
     if missing is None and not torch.cuda.is_available():
-        missing = f"torch {torch.__version__} is built without CUDA; install one with it"
+        missing = f"torch {torch.__version__} finds no CUDA; install one that is built with it"
     if missing is not None:
         sys.exit(f"error: {missing}")
     transformers.logging.set_verbosity_error()
@@ -130,6 +131,8 @@ def measure_shape(
         for batch in arguments.batches:
             cell = Cell(context, batch)
             prompts = random_prompts(cell, model.manifest.vocab_size)
+            # It compiles so many shapes and no more, and goes on without.
+            torch.compiler.reset()
             prefill, decode, failed = time_cell(competitors, prompts, arguments.rounds)
             read = step_bytes(weights, model.manifest, config, cell, DECODED)
             rows.append(
@@ -143,6 +146,8 @@ def measure_shape(
                     "failed": failed,
                 }
             )
+            # What is measured stays if the rest is cut off.
+            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     return rows
 
 

@@ -27,6 +27,7 @@ from doge_onnx.runtime import bench
 from doge_onnx.runtime.bench import Cell, Samples, Spread
 from doge_onnx.runtime.completion import Timings
 from doge_onnx.runtime.external_data import external_files
+from doge_onnx.runtime.memory import DeviceMemory
 from doge_onnx.runtime.weights import Table, Weights, read_weights
 
 ROW_BYTES = 2 * LAYERS * HEADS * ROW * 4
@@ -592,3 +593,23 @@ def test_a_failure_is_one_line_and_no_result(options, tmp_path):
     result = invoke(tmp_path, *options)
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr.splitlines()[-1].startswith(f"error: {tmp_path} is not a bundle")
+
+
+def test_bandwidth_of_a_device_is_that_of_its_copies_alone(monkeypatch):
+    monkeypatch.setattr(bench, "_MAX_ARRAY_BYTES", 2**16)
+    events = []
+    empty = DeviceMemory.empty
+
+    def watched(memory, *what):
+        events.append("memory")
+        return empty(memory, *what)
+
+    def clock():
+        events.append("clock")
+        return events.count("clock") * 2.0
+
+    monkeypatch.setattr(DeviceMemory, "empty", watched)
+    monkeypatch.setattr(bench.time, "perf_counter", clock)
+    # Read once and written once, in the two seconds between any two looks at the clock.
+    assert bench.copy_bandwidth(DeviceMemory("cpu")) == 2**16
+    assert events == ["memory"] * 2 + ["clock"] * 2 * bench._READS

@@ -7,6 +7,7 @@ the same in ordinary memory, which is how it is tested where there is nothing el
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -88,15 +89,24 @@ class DeviceMemory:
         """
         batch, heads, length, width = past.shape
         result = self.empty((batch, heads, length + rows, width), past.dtype)
+        self.extension(past, row, result)()
+        return result
+
+    def extension(self, past: Tensor, row: NDArray[Any], present: Tensor) -> Callable[[], None]:
+        """What writes `past`, and equal rows behind its own, into all of `present`.
+
+        All is bound already, so that a call is little more than the copy.
+        """
+        batch, heads, length, width = present.shape
+        added = np.array([batch, heads, length - past.shape[2], width], np.int64)
         session = self._session(graphs.extension(past.dtype))
         binding = session.io_binding()
         self.bind_input(binding, "past", past)
         # From bits, since NumPy lacks one of the types.
         binding.bind_ortvalue_input("row", _row(row, past.dtype))
-        binding.bind_cpu_input("shape", np.array([batch, heads, rows, width], np.int64))
-        self.bind_output(binding, "present", result)
-        session.run_with_iobinding(binding)
-        return result
+        binding.bind_cpu_input("shape", added)
+        self.bind_output(binding, "present", present)
+        return lambda: session.run_with_iobinding(binding)
 
     def bind_input(self, binding: ort.IOBinding, name: str, tensor: Tensor) -> None:
         """Let a graph read a tensor."""
