@@ -19,13 +19,20 @@ from safetensors.torch import load_file, save_file
 from stepping import fresh_text
 
 import doge_onnx
-from doge_onnx.errors import BundleError, CheckpointError, DeviceError, DogeOnnxError
+from doge_onnx.errors import (
+    BundleError,
+    CheckpointError,
+    DeviceError,
+    DogeOnnxError,
+    ParityError,
+)
 from doge_onnx.export import checkpoint as checkpoint_reader
 from doge_onnx.export import half
 from doge_onnx.export import verify as verifier
 from doge_onnx.export.eager import EagerModel
-from doge_onnx.export.state import GATE_RANGES
+from doge_onnx.export.state import GATE_RANGES, HalfRows
 from doge_onnx.export.verify import RELATIVE_TOLERANCES
+from doge_onnx.runtime.device import missing_for_cuda
 
 HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -157,6 +164,33 @@ def test_bf16_is_exported_but_not_run_on_a_cpu(tmp_path):
         doge_onnx.load(report.path, device="cpu")
     with pytest.raises(DeviceError, match="no kernels on the CPU"):
         verifier.verify(report.path, TINY_CHECKPOINT, device="cpu")
+
+
+def test_a_quantized_bundle_in_bf16_is_kept_where_nothing_can_run_it(one_layer, tmp_path):
+    options = {"precision": "bf16", "kv_cache": "int8", "context_length": 32}
+    if missing_for_cuda() is None:
+        pytest.skip("this machine has CUDA")
+    report = doge_onnx.export(one_layer, tmp_path / "b", **options)
+    assert (report.quality, report.manifest.state.dtype) == (None, "int8")
+    assert "no kernels on the CPU" in report.unchecked
+    # A limit that cannot be looked at is refused before there is any work.
+    with pytest.raises(DeviceError, match="a loss in bf16 can be measured on CUDA only, and the "):
+        doge_onnx.export("nowhere", tmp_path / "c", max_kl=1.0, **options)
+
+
+@pytest.mark.parametrize("wrong", ["gates", "padding"])
+def test_the_tolerance_of_fp16_does_not_pass_wrong_gates(wrong, one_layer, monkeypatch, tmp_path):
+    split = HalfRows.split
+
+    def broken(rows, gates, dtype):
+        coarse, fine = split(rows, gates, dtype)
+        closed = coarse < GATE_RANGES["float16"].closed / 2
+        off = closed if wrong == "padding" else (rows.share == 1) & ~closed
+        return torch.where(off, coarse / 2 if wrong == "gates" else 0, coarse), fine
+
+    monkeypatch.setattr(HalfRows, "split", broken)
+    with pytest.raises(ParityError):
+        doge_onnx.export(one_layer, tmp_path / "b", precision="fp16")
 
 
 @pytest.fixture(scope="module")

@@ -33,6 +33,7 @@ from doge_onnx.export.quantize import RECIPES, Recipe, check_choices, quantize, 
 from doge_onnx.export.state import GrowingState, WindowState
 from doge_onnx.export.step import RecurrentStep, State
 from doge_onnx.export.verify import ParityReport, compare
+from doge_onnx.runtime.device import missing_for_cuda
 from doge_onnx.runtime.evaluate import QualityReport
 
 STATES = ("growing", "window")
@@ -65,7 +66,8 @@ class ExportReport:
         manifest: Its manifest.
         parity: Result of the comparison with the reference, or None if not asked for, if
             weights or state are quantized, or if the bundle cannot run on this machine.
-        quality: What quantization lost; None if not asked for, or if nothing is quantized.
+        quality: What quantization lost; None if not asked for, if nothing is quantized, or if the
+            bundle cannot run on this machine.
         size: Bytes of all files of the bundle.
         seconds: Wall time of the whole export.
         unchecked: Why the bundle could not be run here and was not compared, if so.
@@ -146,6 +148,8 @@ def export(
     _check_activations(activations, device, target, state, kv_cache)
     if format == "ort" and activations != "float32":
         raise DogeOnnxError("the ORT format is for the CPU, half precision for others: drop one")
+    if max_kl is not None and activations == "bfloat16" and (missing := missing_for_cuda()):
+        raise DeviceError(f"a loss in bf16 can be measured on CUDA only, and {missing}")
     graph = bundle.graph_name(layout, precision)
     bundle.check_destination(out, force)
     source = checkpoints.find(model, revision)
@@ -208,17 +212,20 @@ def export(
             manifest = replace(manifest, graph=graph)
         sidecar.write(source, checkpoint.config, manifest, directory)
         bundle.seal(directory, manifest)
-        if verify and quantized:
-            del step
-            lost = quality.measure(directory, checkpoint, progress=report)
+        try:
+            if verify and quantized:
+                del step
+                lost = quality.measure(directory, checkpoint, progress=report)
+            elif verify:
+                parity = compare(directory, source.directory, report)
+        except DeviceError as error:
+            if max_kl is not None:
+                raise
+            unchecked = str(error)
+        if lost is not None:
             # Without a limit it still has to be a number.
             lost.require(math.inf if max_kl is None else max_kl, str(out))
             bundle.write_quality(directory, lost.as_dict())
-        elif verify:
-            try:
-                parity = compare(directory, source.directory, report)
-            except DeviceError as error:
-                unchecked = str(error)
         if parity is not None:
             parity.require(str(out))
             compared = {"checkpoint": source.model, "revision": source.revision}
