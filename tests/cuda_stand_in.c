@@ -57,6 +57,11 @@ int cudaDeviceGetAttribute(int *value, int attribute, int device) {
 }
 
 int cudaGetDeviceCount(int *count) { *count = 1; return 0; }
+/* Error 2: out of memory, or whatever a test wants. */
+int cudaSetDevice(int device) {
+    const char *error = getenv("CUDA_STAND_IN_ERROR");
+    return error ? atoi(error) : 0;
+}
 int cudaGetDevice(int *device) { *device = 0; return 0; }
 int cudaDriverGetVersion(int *version) { *version = 13000; return 0; }
 int cudaRuntimeGetVersion(int *version) { *version = 13000; return 0; }

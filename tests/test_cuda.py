@@ -12,6 +12,8 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import checkpoints
@@ -19,10 +21,13 @@ import cuda_stand_in
 import numpy as np
 import older_checkpoints
 import pytest
+import torch
 from conftest import TINY_CHECKPOINT
 from environments import ROOT, environment
 
 import doge_onnx
+from doge_onnx.export import checkpoint as checkpoint_reader
+from doge_onnx.export import half
 from doge_onnx.export.half import HALVES
 from doge_onnx.export.verify import RELATIVE_TOLERANCES
 from doge_onnx.runtime.device import missing_for_cuda
@@ -117,6 +122,58 @@ def test_what_is_missing_on_this_very_machine_is_named(gpu_python, stand_in, tmp
     assert missing(tmp_path).startswith("there is no NVIDIA driver here")
     shutil.copy(stand_in / "libcuda.so.1", tmp_path)
     assert "libcublas.so.13" in missing(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("device", "error", "said"),
+    [
+        (
+            "cuda",
+            "2",
+            "DeviceError CUDA does not start here: CUDA failure 2: an error of the stand-in",
+        ),
+        ("auto", "2", "cpu"),
+        ("auto", "0", "cuda"),
+    ],
+)
+def test_a_gpu_that_fails_is_told_or_left(
+    device, error, said, gpu_python, stand_in, tmp_path, make_bundle
+):
+    path = make_bundle(TINY_CHECKPOINT, verify=False, device="cuda").path
+    code = (
+        "import doge_onnx\n"
+        f"try: print(doge_onnx.load({str(path)!r}, {device!r}).device)\n"
+        "except doge_onnx.DogeOnnxError as error: print(type(error).__name__, error)"
+    )
+    environ = {"LD_LIBRARY_PATH": str(stand_in), "CUDA_STAND_IN_ERROR": error}
+    done = subprocess.run(
+        [gpu_python, "-c", code],
+        env=os.environ | environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    # ONNX Runtime has nothing to say on the standard output.
+    assert done.stdout == said + "\n"
+
+
+def test_the_benchmark_says_what_is_missing():
+    if missing_for_cuda() is None:
+        pytest.skip("this machine has CUDA")
+    script = ROOT / "benchmarks" / "gpu.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"error: {missing_for_cuda()}\n"
+
+
+def test_checkpoints_that_are_measured_fit_into_fp16(tmp_path):
+    # By its path: the tests have a module of that name, too.
+    spec = spec_from_file_location("measured", ROOT / "benchmarks" / "checkpoints.py")
+    measured = module_from_spec(spec)
+    spec.loader.exec_module(measured)
+    directory = measured.random_checkpoint(tmp_path, "20M", vocab_size=97)
+    text = torch.tensor([checkpoints.random_ids(64)])
+    half.check_activations(checkpoint_reader.read(directory), text)
 
 
 _KINDS = [*_RUN, *_VARIANTS, "older"]

@@ -19,8 +19,8 @@ import onnxruntime as ort
 from doge_onnx.bundle import Manifest
 from doge_onnx.errors import DeviceError, InputError
 
-CPU, CUDA = "cpu", "cuda"
-DEVICES = ("auto", CPU, CUDA)
+AUTO, CPU, CUDA = "auto", "cpu", "cuda"
+DEVICES = (AUTO, CPU, CUDA)
 CUDA_PROVIDER = "CUDAExecutionProvider"
 _CPU_PROVIDER = "CPUExecutionProvider"
 # TF32 would round the inputs of float32 products, those of the gates, to 11 bits.
@@ -56,7 +56,7 @@ def choose_device(asked: str, manifest: Manifest) -> str:
     if asked not in DEVICES:
         raise InputError(f"device {asked!r} is not known; choose from: {', '.join(DEVICES)}")
     unfit = {device: _unfit(device, manifest) for device in (CPU, CUDA)}
-    if asked == "auto":
+    if asked == AUTO:
         if unfit[CUDA] is not None:
             return CPU
         missing = missing_for_cuda()
@@ -71,6 +71,11 @@ def choose_device(asked: str, manifest: Manifest) -> str:
     if reason is not None:
         raise DeviceError(reason)
     return asked
+
+
+def runs_on_cpu(manifest: Manifest) -> bool:
+    """Whether a bundle can run there."""
+    return _unfit(CPU, manifest) is None
 
 
 def providers(device: str) -> list[Any]:

@@ -16,11 +16,11 @@ import onnxruntime as ort
 from numpy.typing import ArrayLike, NDArray
 
 from doge_onnx.bundle import Bundle, Manifest
-from doge_onnx.errors import InputError
+from doge_onnx.errors import DeviceError, InputError
 from doge_onnx.runtime.chat import ChatTemplate
 from doge_onnx.runtime.completion import Completion, Piece, Transcript, generate_pieces
 from doge_onnx.runtime.conversation import Chat
-from doge_onnx.runtime.device import CPU, choose_device
+from doge_onnx.runtime.device import AUTO, CPU, choose_device, runs_on_cpu
 from doge_onnx.runtime.generate import Row
 from doge_onnx.runtime.growing import CopyingStepper, InPlaceStepper
 from doge_onnx.runtime.inputs import check_room, check_state, token_mask, token_matrix
@@ -65,7 +65,13 @@ def load(
     tokenizer = opened.file("tokenizer.json")
     codec = None if tokenizer is None else Codec(tokenizer)
     chosen = choose_device(device, opened.manifest)
-    session = open_session(opened, chosen, threads, verbose)
+    try:
+        session = open_session(opened, chosen, threads, verbose)
+    except DeviceError:
+        if device != AUTO or not runs_on_cpu(opened.manifest):
+            raise
+        chosen = CPU
+        session = open_session(opened, chosen, threads, verbose)
     return Model(
         opened, make_stepper(session, opened.manifest, chosen, prefill_chunk), defaults, codec
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from typing import Any
 import onnxruntime as ort
 
 from doge_onnx.bundle import MANIFEST_NAME, Bundle, Manifest
-from doge_onnx.errors import BundleError, InputError
+from doge_onnx.errors import BundleError, DeviceError, InputError
 from doge_onnx.runtime import device as devices
 from doge_onnx.runtime.external_data import external_files
 from doge_onnx.runtime.ort_format import is_ort_format
@@ -37,6 +38,8 @@ _LACKING = (
     "is not a registered function/op",
     "No Op registered for",
 )
+# How a failed call of CUDA or its libraries begins; the rest is about ONNX Runtime's sources.
+_CUDA_FAILURE = re.compile(r"CU\w+ failure \d+: [^;]*[^; ]")
 # Kinds and element types of a state that this version can keep; names of NumPy and of ONNX Runtime.
 _KINDS = ("growing", "window")
 _DTYPES = {
@@ -125,12 +128,20 @@ def open_session(
     by_heads = state.dtype == "float32" and isinstance(heads, int) and 0 < threads <= heads
     try:
         with _attention_by_heads(by_heads):
-            session = ort.InferenceSession(str(graph), options, providers=devices.providers(device))
+            session = ort.InferenceSession(
+                str(graph),
+                options,
+                providers=devices.providers(device),
+                # Else it prints what is wrong, on the standard output, and takes the CPU.
+                enable_fallback=False,
+            )
     except MemoryError:
         raise
     # The exceptions of ONNX Runtime share no base class but this one.
     except Exception as error:
         reason = " ".join(str(error).split())
+        if device == devices.CUDA and (failure := _CUDA_FAILURE.search(reason)):
+            raise DeviceError(f"CUDA does not start here: {failure[0]}") from error
         if any(words in reason for words in _LACKING):
             quantized = bundle.manifest.quantized
             instead = "--precision fp32 --kv-cache fp32" if quantized else "--target portable"
