@@ -287,6 +287,21 @@ def test_what_does_not_fit_is_refused_by_name(name, one_layer, tmp_path):
     assert np.isfinite(EagerModel(checkpoint, 8, torch.bfloat16).logits([3, 4, 5])).all()
 
 
+def test_neurons_of_experts_that_do_not_fit_are_refused(tmp_path):
+    mixture = checkpoints.make(
+        tmp_path / "c", num_hidden_layers=1, is_moe=True, num_experts=16, num_experts_per_tok=3
+    )
+
+    def scale(tensors):
+        # Together they do no harm, and each weight fits.
+        tensors["model.layers.0.mlp.down_embed.weight"].mul_(1e4)
+        tensors["model.layers.0.mlp.up_embed.weight"].mul_(1e-5)
+
+    directory = _with(mixture, tmp_path / "large", scale)
+    with pytest.raises(CheckpointError, match="a neuron of the experts in layer 0 reaches"):
+        doge_onnx.export(directory, tmp_path / "out", precision="fp16", verify=False)
+
+
 def test_gates_beyond_the_calibration_text_saturate(one_layer, tmp_path):
     directory = _with(one_layer, tmp_path / "large", OVERFLOWS["a gate"][0])
     model = EagerModel(checkpoint_reader.read(directory), 8, torch.float16)

@@ -132,6 +132,19 @@ def _attach(watch: _Watch, step: RecurrentStep) -> None:
 
         return hook
 
+    def neurons(module: CDMoE) -> None:
+        """What an expert's activation takes is no module's output."""
+        entered: list[Tensor] = []
+
+        def enter(_: nn.Module, inputs: tuple[Tensor]) -> None:
+            entered[:] = inputs
+
+        def hook(_: nn.Module, inputs: object, rows: Tensor) -> None:
+            watch.see("a neuron of the experts", rows @ entered[0].unsqueeze(-1))
+
+        module.register_forward_pre_hook(enter)
+        module.down.register_forward_hook(hook)
+
     for number, layer in enumerate(step.layers):
         assert isinstance(layer, Layer)
         layer.register_forward_pre_hook(enter(number))
@@ -141,6 +154,7 @@ def _attach(watch: _Watch, step: RecurrentStep) -> None:
                 module.register_forward_hook(matrix(name))
             if isinstance(module, CDMoE):
                 module.register_forward_hook(matrix("the experts"))
+                neurons(module)
 
 
 class _Watch:
