@@ -1,4 +1,4 @@
-"""What each precision costs and gives: the table in docs/quantization.md and the plot there.
+"""What each precision costs and gives: the table in the README and the plot in docs/.
 
     python benchmarks/precisions.py [--shape 20M] [--text FILE] [--write]
 
@@ -27,7 +27,7 @@ import doge_onnx
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "examples" / "doge-tiny"
-PAGE = ROOT / "docs" / "quantization.md"
+PAGE = ROOT / "README.md"
 PLOT = ROOT / "docs" / "precisions.svg"
 # Weights, state.
 PRECISIONS = [
