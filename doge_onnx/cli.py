@@ -19,7 +19,7 @@ from typer.core import TyperGroup
 import doge_onnx
 from doge_onnx import cli_chat, cli_options, cli_output
 from doge_onnx.bundle import read_manifest
-from doge_onnx.errors import DogeOnnxError, InputError
+from doge_onnx.errors import DogeOnnxError
 
 _INTERRUPTED = 130
 
@@ -395,11 +395,7 @@ def _prompt(argument: str | None) -> str:
         raise typer.BadParameter(
             "nothing to continue: give a text, '-', or pipe one in", param_hint="PROMPT"
         )
-    # Not by way of sys.stdin's own encoding, which is the locale's.
-    try:
-        text = sys.stdin.buffer.read().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"standard input is not UTF-8 text: {error}") from None
+    text = cli_chat.decode(sys.stdin.buffer.read())
     # What `echo` and editors put at the end is seldom meant as a part of the text.
     return text.removesuffix("\n").removesuffix("\r")
 

@@ -27,6 +27,18 @@ def messages() -> Iterator[str]:
     return (line for line in lines if line.strip())
 
 
+def decode(data: bytes) -> str:
+    """Text that was piped in: not by way of sys.stdin's own encoding, which is the locale's.
+
+    Raises:
+        InputError: It is not UTF-8.
+    """
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input is not UTF-8 text: {error}") from None
+
+
 def print_answer(answer: Generator[str, None, None]) -> None:
     """Print an answer piece by piece, until it ends or Ctrl-C is pressed."""
     with contextlib.closing(answer), _interruptions() as interrupted:
@@ -72,9 +84,4 @@ def _typed() -> Iterator[str]:
 
 
 def _piped() -> Iterator[str]:
-    # Not by way of sys.stdin's own encoding, which is the locale's.
-    for line in sys.stdin.buffer:
-        try:
-            yield line.decode("utf-8").rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise InputError(f"standard input is not UTF-8 text: {error}") from None
+    return (decode(line).rstrip("\r\n") for line in sys.stdin.buffer)

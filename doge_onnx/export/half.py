@@ -87,7 +87,9 @@ def check_activations(
     def rotary_embedding(x: Tensor, *rest: object) -> Tensor:
         heads = step.state.heads
         rows = x.unflatten(-1, (heads.num_rotated, heads.row))
-        watch.see("a gate", rows[..., heads.dim : heads.dim + heads.gates], _most_gate())
+        watch.see(
+            "a gate", rows[..., heads.dim : heads.dim + heads.gates], GATE_RANGES["float16"].most
+        )
         watch.see("a key or query", rows[..., : heads.dim])
         return rotate(x, *rest)  # type: ignore[arg-type]  # as it was called
 
@@ -110,10 +112,6 @@ def check_activations(
         logits, _ = step((ids, torch.ones_like(ids)), [(empty, empty)] * len(step.layers))
         watch.where = ""
         watch.see("a logit", logits)
-
-
-def _most_gate() -> float:
-    return GATE_RANGES["float16"].most
 
 
 def _attach(watch: _Watch, step: RecurrentStep) -> None:

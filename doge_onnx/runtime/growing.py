@@ -6,6 +6,7 @@ for graphs of standard operators, in new tensors.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -125,7 +126,7 @@ def _run_to(
     return logits
 
 
-class _InPlaceDecoder(Decoder):
+class BufferDecoder(Decoder):
     """Has all rows of a buffer for itself: nothing is new at a step but the length of the mask.
 
     What Python does between two steps finds its code and data swept out of the caches, and takes
@@ -135,24 +136,18 @@ class _InPlaceDecoder(Decoder):
     def __init__(self, stepper: InPlaceStepper, state: State) -> None:
         super().__init__(stepper, state)
         self._in_place = stepper
-        self._logits = np.empty((state.batch_size, 1, stepper.vocab_size), np.float32)
-        self._rows = list(self._logits[:, 0])
         self._length = self._capacity = state.length
-        self._binding: InPlaceBinding
+        self._binding: Any
         self._mask: NDArray[np.int64]
 
-    def step(
-        self, mask: NDArray[np.int64] | None, best: int | None = None
-    ) -> Sequence[NDArray[np.float32]]:
-        """Feed `tokens`; see `Decoder.step`."""
+    def _advance(self, mask: NDArray[np.int64] | None) -> None:
+        """Make room for a row, and bind the mask that ends with it."""
         if self._length == self._capacity:
             self._take_buffer()
         self._length += 1
         if mask is not None:
             self._mask[:, self._length - 1 : self._length] = mask
         self._binding.bind_mask(self._length)
-        self._binding.run_as_bound()
-        return self._rows
 
     def end(self) -> State:
         """The state after all that was fed; see `Decoder.end`."""
@@ -167,12 +162,36 @@ class _InPlaceDecoder(Decoder):
         buffer = self._in_place.claim_all(self._state)
         self._mask = buffer.mask
         self._mask[:, self._length :] = 1
-        self._binding = self._in_place.bind(buffer)
-        self._binding.bind_input(INPUT_IDS, self.tokens)
-        self._binding.bind_logits(self._logits)
+        self._bind(buffer)
         self._capacity = buffer.capacity
         # The state when this buffer is full, which is when it is needed again.
         self._state = State(buffer, self._capacity, self._in_place)
+
+    @abstractmethod
+    def _bind(self, buffer: Buffer) -> None:
+        """Make `_binding` that of a buffer."""
+
+
+class _InPlaceDecoder(BufferDecoder):
+    """Reads and writes the same NumPy arrays at each step."""
+
+    def __init__(self, stepper: InPlaceStepper, state: State) -> None:
+        super().__init__(stepper, state)
+        self._logits = np.empty((state.batch_size, 1, stepper.vocab_size), np.float32)
+        self._rows = list(self._logits[:, 0])
+
+    def step(
+        self, mask: NDArray[np.int64] | None, best: int | None = None
+    ) -> Sequence[NDArray[np.float32]]:
+        """Feed `tokens`; see `Decoder.step`."""
+        self._advance(mask)
+        self._binding.run_as_bound()
+        return self._rows
+
+    def _bind(self, buffer: Buffer) -> None:
+        self._binding = self._in_place.bind(buffer)
+        self._binding.bind_input(INPUT_IDS, self.tokens)
+        self._binding.bind_logits(self._logits)
 
 
 class CopyingStepper(Stepper):

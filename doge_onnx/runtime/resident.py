@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from doge_onnx.bundle import CLOSED_GATE, Manifest
 from doge_onnx.runtime.binding import last_position
 from doge_onnx.runtime.device import CPU
-from doge_onnx.runtime.growing import CopyingStepper, InPlaceStepper
+from doge_onnx.runtime.growing import BufferDecoder, CopyingStepper, InPlaceStepper
 from doge_onnx.runtime.memory import Best as BestFinder
 from doge_onnx.runtime.memory import DeviceMemory, Tensor
 from doge_onnx.runtime.session import (
@@ -28,7 +28,7 @@ from doge_onnx.runtime.session import (
     has_logits_to_keep,
 )
 from doge_onnx.runtime.state import Buffer, State
-from doge_onnx.runtime.step import Best, Decoder
+from doge_onnx.runtime.step import Best, Decoder, Stepper
 from doge_onnx.runtime.window import WindowStepper
 
 # Tokens that go through the graph at once: a device with its own memory is busy with many only.
@@ -118,8 +118,8 @@ class ResidentBinding:
         return self._logits
 
 
-class ResidentStepper(InPlaceStepper):
-    """For graphs whose past and present are one buffer."""
+class _Resident(Stepper):
+    """What the steppers of a device have in common."""
 
     def __init__(
         self,
@@ -131,6 +131,20 @@ class ResidentStepper(InPlaceStepper):
         super().__init__(session, manifest, chunk)
         self.device, self.memory = memory.device, memory
 
+    def _bind(self, tensors: Sequence[Any], mask: NDArray[np.int64]) -> ResidentBinding:
+        return ResidentBinding(
+            self._session, self._names, tensors, mask, self.memory, self.vocab_size
+        )
+
+    def _no_rows(self, batch: int) -> Tensor:
+        """A state tensor without rows."""
+        heads, row_size = self._row_shape
+        return self.memory.empty((batch, heads, 0, row_size), self._dtype)
+
+
+class ResidentStepper(_Resident, InPlaceStepper):
+    """For graphs whose past and present are one buffer."""
+
     def decoder(self, state: State) -> Decoder:
         """Go on from `state`, which nobody will use again, one token at a time."""
         return _ResidentDecoder(self, state)
@@ -139,31 +153,22 @@ class ResidentStepper(InPlaceStepper):
         """What runs the graph on a buffer, for one user of it."""
         return self._bind(buffer.tensors, buffer.mask)
 
-    def _bind(self, tensors: Sequence[Any], mask: NDArray[np.int64]) -> ResidentBinding:
-        return ResidentBinding(
-            self._session, self._names, tensors, mask, self.memory, self.vocab_size
-        )
-
     def _allocate(self, state: State | None, batch: int, capacity: int) -> list[Any]:
-        heads, row_size = self._row_shape
-        row = np.zeros(row_size, np.float32)
+        row = np.zeros(self._row_shape[1], np.float32)
         if state is None:
-            none = self.memory.empty((batch, heads, 0, row_size), self._dtype)
+            none = self._no_rows(batch)
             return [self.memory.extended(none, row, capacity) for _ in self._names]
         past = state.buffer.tensors
         # The rows behind those of the state come along; nothing reads them.
         return [self.memory.extended(t, row, max(0, capacity - t.shape[2])) for t in past]
 
 
-class _ResidentDecoder(Decoder):
-    """Has all rows of a buffer for itself, and leaves the logits where they are if it can."""
+class _ResidentDecoder(BufferDecoder):
+    """Leaves the logits where they are if it can."""
 
     def __init__(self, stepper: ResidentStepper, state: State) -> None:
         super().__init__(stepper, state)
         self._resident = stepper
-        self._length = self._capacity = state.length
-        self._binding: ResidentBinding
-        self._mask: NDArray[np.int64]
         self._finder: BestFinder | None = None
         self._count = 0
         # Whether the ids that come next are on the device already.
@@ -173,12 +178,7 @@ class _ResidentDecoder(Decoder):
         self, mask: NDArray[np.int64] | None, best: int | None = None
     ) -> Sequence[NDArray[np.float32] | Best]:
         """Feed `tokens`; see `Decoder.step`."""
-        if self._length == self._capacity:
-            self._take_buffer()
-        self._length += 1
-        if mask is not None:
-            self._mask[:, self._length - 1 : self._length] = mask
-        self._binding.bind_mask(self._length)
+        self._advance(mask)
         if not self._chosen:
             self._binding.put(INPUT_IDS, self.tokens)
         logits = self._binding.run_on_device(last_only=True)
@@ -195,15 +195,6 @@ class _ResidentDecoder(Decoder):
             return [Best(ids, zero) for ids in finder.read_ids()]
         self._chosen = False
         return self._candidates(logits, *finder.read(), best)
-
-    def end(self) -> State:
-        """The state after all that was fed; see `Decoder.end`."""
-        if self._length == self._state.length:
-            return self._state
-        buffer = self._state.buffer
-        # So that whoever goes on from here finds the rest of the buffer free.
-        buffer.release(self._length)
-        return State(buffer, self._length, self._resident)
 
     def _find(self, logits: Tensor, best: int) -> BestFinder:
         vocab_size = logits.shape[2]
@@ -228,73 +219,39 @@ class _ResidentDecoder(Decoder):
             scores.append(Best(row_ids[order], row_values[order]))
         return scores
 
-    def _take_buffer(self) -> None:
-        buffer = self._resident.claim_all(self._state)
-        self._mask = buffer.mask
-        self._mask[:, self._length :] = 1
+    def _bind(self, buffer: Buffer) -> None:
         # Not the one that all who use the buffer share: logits and ids of this are its own.
         self._binding = self._resident.new_binding(buffer)
         self._finder, self._chosen = None, False
-        self._capacity = buffer.capacity
-        self._state = State(buffer, self._capacity, self._resident)
 
 
-class ResidentWindowStepper(WindowStepper):
+class ResidentWindowStepper(_Resident, WindowStepper):
     """For graphs with a state of constant size."""
 
-    def __init__(
-        self,
-        session: ort.InferenceSession,
-        manifest: Manifest,
-        memory: DeviceMemory,
-        chunk: int = RESIDENT_CHUNK,
-    ) -> None:
-        super().__init__(session, manifest, chunk)
-        self.device = memory.device
-        self._memory = memory
-
-    def _bind(self, tensors: Sequence[Any], mask: NDArray[np.int64]) -> ResidentBinding:
-        return ResidentBinding(
-            self._session, self._names, tensors, mask, self._memory, self.vocab_size
-        )
-
     def _allocate(self, state: State | None, batch: int, rows: int, capacity: int) -> list[Any]:
-        heads, row_size = self._row_shape
-        zeros = np.zeros(row_size, np.float32)
+        zeros = np.zeros(self._row_shape[1], np.float32)
         closed = zeros.copy()
         closed[self._gate] = CLOSED_GATE
         if state is None:
-            past = [self._memory.empty((batch, heads, 0, row_size), self._dtype)] * len(self._names)
+            past = [self._no_rows(batch)] * len(self._names)
         else:
             past = list(state.buffer.tensors)
         free = [closed, zeros] * (len(past) // 2)
         return [
-            self._memory.extended(tensor, row, capacity - rows)
+            self.memory.extended(tensor, row, capacity - rows)
             for tensor, row in zip(past, free, strict=True)
         ]
 
 
-class ResidentCopyingStepper(CopyingStepper):
+class ResidentCopyingStepper(_Resident, CopyingStepper):
     """For graphs of standard operators."""
-
-    def __init__(
-        self,
-        session: ort.InferenceSession,
-        manifest: Manifest,
-        memory: DeviceMemory,
-        chunk: int = RESIDENT_CHUNK,
-    ) -> None:
-        super().__init__(session, manifest, chunk)
-        self.device = memory.device
-        self._memory = memory
 
     def rewind(self, state: State, length: int) -> State | None:
         """Not here: the rows would have to cross; see `Stepper.rewind`."""
         return None
 
     def _empty(self, batch: int) -> ort.OrtValue:
-        heads, row_size = self._row_shape
-        return self._memory.empty((batch, heads, 0, row_size), self._dtype).value
+        return self._no_rows(batch).value
 
     def _feed(
         self, feeds: dict[str, NDArray[np.int64]], past: Sequence[ort.OrtValue]
@@ -305,7 +262,7 @@ class ResidentCopyingStepper(CopyingStepper):
         for name, value in zip(self._past, past, strict=True):
             binding.bind_ortvalue_input(name, value)
         for name in self._outputs:
-            binding.bind_output(name, self._memory.device, 0)
+            binding.bind_output(name, self.device, 0)
         self._session.run_with_iobinding(binding)
         logits, *present = binding.get_outputs()
         return logits.numpy(), present
