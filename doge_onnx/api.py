@@ -41,6 +41,7 @@ def load(
     threads: int | None = None,
     prefill_chunk: int | None = None,
     verbose: bool = False,
+    cuda_graph: bool | None = None,
 ) -> Model:
     """Load a bundle and make it ready to run.
 
@@ -52,15 +53,19 @@ def load(
         prefill_chunk: Most tokens of a prompt that go through the graph at once; None is a
             number that is good for speed and memory. The result does not depend on it.
         verbose: Let the warnings of ONNX Runtime through.
+        cuda_graph: Whether CUDA captures decode steps once and replays them, which saves the time
+            to launch their kernels. None is where the bundle allows it and the first steps, which
+            are then run both ways, agree.
 
     Raises:
         BundleError: The bundle is incomplete, altered, too new, or cannot be run.
-        DeviceError: The device is not there, lacks a library, or cannot run the bundle.
+        DeviceError: The device is not there, lacks a library, or cannot run the bundle or capture
+            its steps.
         InputError: An unknown device, or a number of threads below 1.
     """
     from doge_onnx.runtime import model
 
-    return model.load(bundle, device, threads, prefill_chunk, verbose)
+    return model.load(bundle, device, threads, prefill_chunk, verbose, cuda_graph)
 
 
 def export(
@@ -243,6 +248,7 @@ def bench(
     repetitions: int | None = None,
     threads: int | None = None,
     device: str = "auto",
+    cuda_graph: bool | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> BenchReport:
     """Measure how fast a bundle runs on this machine, and how much memory it needs.
@@ -257,6 +263,7 @@ def bench(
         repetitions: How often each figure is measured; None is 3.
         threads: Threads that one operator may use; None is one for each core that may be used.
         device: "auto", "cpu" or "cuda"; see `load`.
+        cuda_graph: See `load`.
         progress: Called with a line of text when a step begins.
 
     Raises:
@@ -273,6 +280,7 @@ def bench(
         repetitions=repetitions,
         threads=threads,
         device=device,
+        cuda_graph=cuda_graph,
         progress=progress,
     )
 

@@ -216,6 +216,7 @@ def generate(
     threads: cli_options.Threads = None,
     prefill_chunk: cli_options.PrefillChunk = None,
     device: cli_options.Device = cli_options.Devices.auto,
+    cuda_graph: cli_options.CudaGraph = None,
     verbose: cli_options.Verbose = False,
 ) -> None:
     """Continue a text, or with --chat answer a message.
@@ -233,7 +234,12 @@ def generate(
         before = [] if system is None else [{"role": "system", "content": system}]
         text = [*before, {"role": "user", "content": text}]
     model = doge_onnx.load(
-        bundle, device=device.value, threads=threads, prefill_chunk=prefill_chunk, verbose=verbose
+        bundle,
+        device=device.value,
+        threads=threads,
+        prefill_chunk=prefill_chunk,
+        verbose=verbose,
+        cuda_graph=cuda_graph,
     )
     sampling: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
@@ -279,6 +285,7 @@ def chat(
     threads: cli_options.Threads = None,
     prefill_chunk: cli_options.PrefillChunk = None,
     device: cli_options.Device = cli_options.Devices.auto,
+    cuda_graph: cli_options.CudaGraph = None,
     verbose: cli_options.Verbose = False,
 ) -> None:
     """Talk with an instruction-tuned model.
@@ -288,7 +295,12 @@ def chat(
     context length, and then forgets the oldest turns.
     """
     model = doge_onnx.load(
-        bundle, device=device.value, threads=threads, prefill_chunk=prefill_chunk, verbose=verbose
+        bundle,
+        device=device.value,
+        threads=threads,
+        prefill_chunk=prefill_chunk,
+        verbose=verbose,
+        cuda_graph=cuda_graph,
     )
     conversation = model.chat(
         system=system,
@@ -317,6 +329,7 @@ def bench(
     repetitions: cli_options.Repetitions = None,
     threads: cli_options.Threads = None,
     device: cli_options.Device = cli_options.Devices.auto,
+    cuda_graph: cli_options.CudaGraph = None,
     json: cli_options.JsonBench = False,
 ) -> None:
     """Measure how fast a bundle runs on this machine.
@@ -337,6 +350,7 @@ def bench(
             repetitions=repetitions,
             threads=threads,
             device=device.value,
+            cuda_graph=cuda_graph,
             progress=progress,
         )
     if json:

@@ -369,6 +369,13 @@ Device = Annotated[
         "others insist."
     ),
 ]
+CudaGraph = Annotated[
+    bool | None,
+    typer.Option(
+        "--cuda-graph/--no-cuda-graph",
+        help="Let CUDA capture decode steps once and replay them. Default: where that works.",
+    ),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Let ONNX Runtime's warnings through.")]
 JsonManifest = Annotated[
     bool, typer.Option("--json", help="Print the manifest as it is, for a program.")

@@ -258,7 +258,7 @@ def bench(report: BenchReport) -> None:
         "Machine",
         {
             "processor": f"{report.machine['processor']}, {report.machine['cores']} cores",
-            "device": report.device,
+            "device": report.device + (", with a CUDA graph" if report.cuda_graph else ""),
             "threads": report.threads,
             "read bandwidth": f"{report.read_bytes_per_second / 1e9:.1f} GB/s",
         },

@@ -1,10 +1,15 @@
 /*
  * A stand-in for the CUDA runtime, good for looking at what a library does with a GPU where there
- * is none. Device memory is host memory, copies copy, and kernels do nothing at all. Each copy is
- * a line in the file that CUDA_STAND_IN_LOG names: its kind, and its number of bytes.
+ * is none. Device memory is host memory, copies copy, and kernels do nothing at all. What happens
+ * is a line in the file that CUDA_STAND_IN_LOG names: of a copy its kind and its number of bytes,
+ * "kernel", "replay" of a graph, and while one is captured the same after "captured".
+ *
+ * Whatever CUDA forbids while a stream is captured, from any thread, fails as it does there, and
+ * the capture with it.
  *
  * What is not here is made by cuda_stand_in.py: functions that do nothing and report success.
  */
+#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -66,7 +71,69 @@ int cudaGetDevice(int *device) { *device = 0; return 0; }
 int cudaDriverGetVersion(int *version) { *version = 13000; return 0; }
 int cudaRuntimeGetVersion(int *version) { *version = 13000; return 0; }
 
+static void say(const char *format, ...) {
+    const char *path = getenv("CUDA_STAND_IN_LOG");
+    FILE *log = path ? fopen(path, "a") : NULL;
+    if (!log) return;
+    va_list values;
+    va_start(values, format);
+    vfprintf(log, format, values);
+    va_end(values);
+    fclose(log);
+}
+
+/* The stream that is captured, if one is, and whether something went wrong since. */
+static void *captured;
+static int spoilt;
+
+enum { CAPTURE_UNSUPPORTED = 900, CAPTURE_INVALIDATED = 901 };
+
+static int forbidden(const char *what) {
+    if (!captured) return 0;
+    say("forbidden %s\n", what);
+    spoilt = 1;
+    return CAPTURE_UNSUPPORTED;
+}
+
+int cudaStreamBeginCapture(void *stream, int mode) {
+    captured = stream;
+    spoilt = getenv("CUDA_STAND_IN_SPOIL") != NULL;
+    return 0;
+}
+int cudaStreamEndCapture(void *stream, void **graph) {
+    captured = NULL;
+    *graph = spoilt ? NULL : malloc(16);
+    return spoilt ? CAPTURE_INVALIDATED : 0;
+}
+int cudaStreamIsCapturing(void *stream, int *status) {
+    *status = captured && captured == stream;
+    return 0;
+}
+int cudaGraphInstantiate(void **executable, void *graph, unsigned long long flags) {
+    *executable = malloc(16);
+    return 0;
+}
+int cudaGraphLaunch(void *executable, void *stream) {
+    if (forbidden("replay")) return CAPTURE_UNSUPPORTED;
+    say("replay\n");
+    return 0;
+}
+int cudaStreamSynchronize(void *stream) { return forbidden("cudaStreamSynchronize"); }
+int cudaDeviceSynchronize() { return forbidden("cudaDeviceSynchronize"); }
+int cudaEventSynchronize(void *event) { return forbidden("cudaEventSynchronize"); }
+
+static int launch() {
+    say(captured ? "captured kernel\n" : "kernel\n");
+    return 0;
+}
+int cudaLaunchKernel() { return launch(); }
+int __cudaLaunchKernel() { return launch(); }
+int cudaLaunchCooperativeKernel() { return launch(); }
+int cudaLaunchKernelExC() { return launch(); }
+int cudaLaunchHostFunc() { return launch(); }
+
 int cudaMalloc(void **pointer, size_t size) {
+    if (forbidden("cudaMalloc")) return CAPTURE_UNSUPPORTED;
     size = (size + 511) & ~255ul;
     *pointer = aligned_alloc(256, size);
     if (!*pointer) return 2;
@@ -78,7 +145,11 @@ int cudaHostAlloc(void **pointer, size_t size, unsigned flags) { return cudaMall
 int cudaMallocFromPoolAsync(void **pointer, size_t size, void *pool, void *stream) {
     return cudaMalloc(pointer, size);
 }
-int cudaFree(void *pointer) { free(pointer); return 0; }
+int cudaFree(void *pointer) {
+    if (forbidden("cudaFree")) return CAPTURE_UNSUPPORTED;
+    free(pointer);
+    return 0;
+}
 int cudaFreeHost(void *pointer) { free(pointer); return 0; }
 int cudaFreeAsync(void *pointer, void *stream) { free(pointer); return 0; }
 int cudaMemGetInfo(size_t *available, size_t *total) {
@@ -92,19 +163,16 @@ int cudaMemsetAsync(void *pointer, int value, size_t size, void *stream) {
     return 0;
 }
 
-int cudaMemcpy(void *to, const void *from, size_t size, int kind) {
+int cudaMemcpyAsync(void *to, const void *from, size_t size, int kind, void *stream) {
     static const char *kinds[] = {"HtoH", "HtoD", "DtoH", "DtoD", "any"};
-    const char *path = getenv("CUDA_STAND_IN_LOG");
-    FILE *log = path ? fopen(path, "a") : NULL;
-    if (log) {
-        fprintf(log, "%s %zu\n", kinds[kind], size);
-        fclose(log);
-    }
+    if (captured) return say("captured %s %zu\n", kinds[kind], size), 0;
+    say("%s %zu\n", kinds[kind], size);
     memmove(to, from, size);
     return 0;
 }
-int cudaMemcpyAsync(void *to, const void *from, size_t size, int kind, void *stream) {
-    return cudaMemcpy(to, from, size, kind);
+int cudaMemcpy(void *to, const void *from, size_t size, int kind) {
+    if (forbidden("cudaMemcpy")) return CAPTURE_UNSUPPORTED;
+    return cudaMemcpyAsync(to, from, size, kind, NULL);
 }
 
 /* Handles must not be null. */
@@ -114,7 +182,6 @@ int cudaStreamCreateWithFlags(void **stream, unsigned flags) { return handle(str
 int cudaEventCreate(void **event) { return handle(event); }
 int cudaEventCreateWithFlags(void **event, unsigned flags) { return handle(event); }
 int cudaMemPoolCreate(void **pool, void *properties) { return handle(pool); }
-int cudaStreamIsCapturing(void *stream, int *status) { *status = 0; return 0; }
 void **__cudaRegisterFatBinary(void *binary) { static void *made[4]; return made; }
 
 const char *cudaGetErrorString(int error) { return "an error of the stand-in"; }

@@ -2,8 +2,9 @@
 
     python cuda_worker.py BUNDLE=what ...
 
-`what` is "place" to look at where the nodes are, or "run" to generate as well. Prints one JSON
-object. With the stand-in for CUDA the texts are nonsense, but as long as real ones.
+`what` is "place" to look at where the nodes are, "run" to generate as well, or "capture" to do that
+with captured steps, too. Prints one JSON object. With the stand-in for CUDA the texts are nonsense,
+but as long as real ones.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import os
 import sys
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 from doge_onnx.runtime.device import CUDA_PROVIDER, placed
+from doge_onnx.runtime.fixed import FixedSteps
 from doge_onnx.runtime.model import Model, load
 from doge_onnx.runtime.options import Defaults
 from doge_onnx.runtime.resident import _ResidentDecoder
@@ -22,8 +25,8 @@ from doge_onnx.runtime.resident import _ResidentDecoder
 STEPS = 10
 
 
-def copies(model: Model, prompts: list[list[int]], **options) -> dict[str, int]:
-    """Copies of a decode step: for each kind and size, the most of them that a step had."""
+def events(model: Model, prompts: list[list[int]], **options) -> dict[str, int]:
+    """What a decode step does: for each kind of it, the most that a step had."""
     log = Path(os.environ["CUDA_STAND_IN_LOG"])
     seen: list[Counter[str]] = []
     step = _ResidentDecoder.step
@@ -36,7 +39,7 @@ def copies(model: Model, prompts: list[list[int]], **options) -> dict[str, int]:
 
     _ResidentDecoder.step = watched
     try:
-        model.generate(prompts, max_new_tokens=STEPS + 4, **options)
+        model.generate(prompts, max_new_tokens=STEPS + 8, **options)
     finally:
         _ResidentDecoder.step = step
     # The first ones fill the memory of those that come.
@@ -45,23 +48,34 @@ def copies(model: Model, prompts: list[list[int]], **options) -> dict[str, int]:
 
 
 def look(bundle: str, what: str) -> dict[str, object]:
-    """Where the nodes of a bundle are, and what it copies."""
-    model = load(bundle, device="cuda")
+    """Where the nodes of a bundle are, and what it copies, as it is and with captured steps."""
+    result = {"as it is": look_at(load(bundle, device="cuda", cuda_graph=False), what)}
+    if what == "capture":
+        # There are no results to compare.
+        with mock.patch.object(FixedSteps, "problem", return_value=None):
+            model = load(bundle, device="cuda", cuda_graph=True)
+        result["captured"] = look_at(model, what)
+    return result
+
+
+def look_at(model: Model, what: str) -> dict[str, object]:
+    """The same of a model that is loaded."""
     # Nothing ends a text.
     model._defaults = Defaults(frozenset(), sample=False, values={})
     nodes = placed(model._stepper._session)
     result: dict[str, object] = {
         "device": model.device,
+        "cuda_graph": model.cuda_graph,
         "on the CPU": Counter(kind for provider, kind in nodes if provider != CUDA_PROVIDER),
         "on CUDA": Counter(kind for provider, kind in nodes if provider == CUDA_PROVIDER),
     }
-    if what == "run":
+    if what != "place":
         even = [[3, 4, 5], [6, 7, 8]]
         uneven = [[3, 4, 5], [6]]
-        result["greedy"] = copies(model, even)
-        result["greedy, padded"] = copies(model, uneven)
-        result["top-k"] = copies(model, even, temperature=1.0, top_k=5, seed=0)
-        result["all"] = copies(model, even, temperature=1.0, seed=0)
+        result["greedy"] = events(model, even)
+        result["greedy, padded"] = events(model, uneven)
+        result["top-k"] = events(model, even, temperature=1.0, top_k=5, seed=0)
+        result["all"] = events(model, even, temperature=1.0, seed=0)
         # Past the first capacity of a buffer, and with a state that is continued twice.
         text = model.generate([3, 4, 5], max_new_tokens=300)
         result["tokens"] = len(text.token_ids)

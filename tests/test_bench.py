@@ -360,7 +360,7 @@ def scripted(monkeypatch):
     bandwidths = iter([1e9, 3e9, 2e9])
     seen = {}
 
-    def measure_start(path, threads, context, tokens, device):
+    def measure_start(path, threads, context, tokens, device, cuda_graph):
         seen["start"] = (threads, context, tokens)
         return start(1.0, 10**9)
 
@@ -544,7 +544,7 @@ def test_json_is_all_that_is_on_stdout(canned, fake):
 def test_options_reach_the_library(canned, fake):
     given, _ = canned
     sizes = ["--contexts", "16,512", "--batches", "8"]
-    counts = ["--tokens", "5", "--repetitions", "7", "--threads", "2", "--device", "cpu"]
+    counts = ["--tokens=5", "--repetitions=7", "--threads=2", "--device=cpu", "--cuda-graph"]
     assert invoke(fake, *sizes, *counts).exit_code == 0
     del given["progress"]
     assert given == {
@@ -554,6 +554,7 @@ def test_options_reach_the_library(canned, fake):
         "repetitions": 7,
         "threads": 2,
         "device": "cpu",
+        "cuda_graph": True,
     }
     assert invoke(fake).exit_code == 0
     assert {given[name] for name in ("contexts", "batches", "tokens", "repetitions")} == {None}

@@ -177,17 +177,27 @@ def test_a_step_that_leaves_the_gpu_is_refused():
         devices.check_placement(Session(["CPUExecutionProvider"], []))
 
 
-def resident(path, stepper=ResidentStepper, chunk=4):
+def resident(path, stepper=ResidentStepper, chunk=4, **options):
     """A model whose state is in the memory of a device, which is the CPU."""
     model = doge_onnx.load(path, device="cpu", prefill_chunk=chunk)
     session = model._stepper._session
-    model._stepper = stepper(session, model.manifest, DeviceMemory("cpu"), chunk)
+    model._stepper = stepper(session, model.manifest, DeviceMemory("cpu"), chunk, **options)
     return model
 
 
-@pytest.fixture(params=["in place", "in place without logits_to_keep", "int8", "copying"])
-def pair(request, tmp_path):
+@pytest.fixture(
+    params=[
+        *("in place", "in place without logits_to_keep", "int8", "copying"),
+        *("fp16", "fp16, captured"),
+    ]
+)
+def pair(request, tmp_path, make_bundle, main_checkpoint):
     """The same bundle as usual, and as on a device."""
+    if request.param.startswith("fp16"):
+        # Of a real export: its graph can be told where in the mask its tokens are.
+        path = make_bundle(main_checkpoint, device="cuda", verify=False).path
+        usual = doge_onnx.load(path, device="cpu", prefill_chunk=4)
+        return usual, resident(path, capture="captured" in request.param)
     changes = {
         "in place": {},
         "in place without logits_to_keep": {"keep": False},

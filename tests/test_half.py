@@ -131,7 +131,7 @@ def test_types_of_the_graph(dtype, tiny_fp16, rich, make_bundle):
         graph = onnx.load(made.path / "model.onnx").graph
     types = _types(graph)
     for value in (*graph.input, *graph.output):
-        if value.name.startswith(("past", "present")):
+        if value.name.startswith(("past_key_values", "present")):
             assert types[value.name] == dtype
     assert types["logits"] == TensorProto.FLOAT
     wide, matrices = [], 0

@@ -45,17 +45,19 @@ def trace(step: RecurrentStep, target: Target) -> ir.Model:
     Returns:
         A model with inputs `input_ids`, `attention_mask`, for a window state `position_ids`,
         and `past_key_values.{i}.key|value`, and outputs `logits` and `present.{i}.key|value`.
-        `logits_to_keep`, where the target has it, is an initializer that a caller may override.
+        `logits_to_keep` and `past_length`, where the target and the state have them, are
+        initializers that a caller may override.
     """
     layers = range(len(step.layers))
     pairs = [(i, part) for i in layers for part in ("key", "value")]
     batch, length, past = Dim("batch_size"), Dim("sequence_length"), Dim("past_sequence_length")
     tokens, token_axes = torch.zeros(_BATCH, _LENGTH, dtype=torch.int64), {0: batch, 1: length}
     inputs = {"input_ids": (tokens, token_axes)}
-    grows = isinstance(step.state, GrowingState)
-    if grows:
+    if isinstance(step.state, GrowingState):
         mask = torch.ones(_BATCH, _PAST + _LENGTH, dtype=torch.int64)
         inputs["attention_mask"] = (mask, {0: batch, 1: Dim(TOTAL_LENGTH)})
+        if step.state.takes_past_length and target.in_place:
+            inputs["past_length"] = (torch.full((1,), -1), {})
     else:
         inputs["attention_mask"] = (torch.ones_like(tokens), token_axes)
         # One tensor for two inputs would become one input.
@@ -92,11 +94,13 @@ def trace(step: RecurrentStep, target: Target) -> ir.Model:
         )
     assert program is not None
     model = program.model
-    if grows:
+    if isinstance(step.state, GrowingState):
         for output in model.graph.outputs[1:]:
             _rename_axis(output, 2, TOTAL_LENGTH)
     if target.logits_to_keep:
         _make_default(model, "logits_to_keep", np.zeros(1, np.int64))
+    if "past_length" in inputs:
+        _make_default(model, "past_length", np.full(1, -1))
     _drop_training_statistics(model)
     _fix_shapes(model)
     if isinstance(step.state, GrowingState) and step.state.frequencies is not None:

@@ -262,18 +262,42 @@ def _lower_keep_last(x: Any, count: Any) -> Any:
     return op.Slice(x, op.Mod(first, length), end, axis)
 
 
-def _lower_new_columns(mask: Any, input_ids: Any) -> Any:
+def _lower_new_columns(
+    mask: Any, input_ids: Any, past_length: Any = None, numbers: Any = None
+) -> Any:
     axis = op.Constant(value_ints=[1])
     end = op.Shape(mask, start=1, end=2)
     start = op.Sub(end, op.Shape(input_ids, start=1, end=2))
-    before = op.CumSum(mask, op.Constant(value_int=1), exclusive=1)
-    return op.Slice(before, start, end, axis), op.Slice(mask, start, end, axis)
-
-
-def _lower_lengths(mask: Any) -> Any:
-    total = op.Cast(op.Shape(mask, start=1, end=2), to=onnx.TensorProto.INT32)
-    one = op.Constant(value=onnx.helper.make_tensor("one", onnx.TensorProto.INT32, [1], [1]))
-    return op.Expand(op.Sub(total, one), op.Shape(mask, start=0, end=1)), op.Squeeze(total)
+    total = op.Cast(end, to=onnx.TensorProto.INT32)
+    batch = op.Shape(mask, start=0, end=1)
+    if past_length is None:
+        before = op.CumSum(mask, op.Constant(value_int=1), exclusive=1)
+        one = op.Constant(value=onnx.helper.make_tensor("one", onnx.TensorProto.INT32, [1], [1]))
+        return (
+            op.Slice(before, start, end, axis),
+            op.Slice(mask, start, end, axis),
+            op.Expand(op.Sub(total, one), batch),
+            op.Squeeze(total),
+        )
+    # Whatever the GPU computes with must be there: a number from the host would be copied at each
+    # step, and a step with such a copy cannot be captured. So columns are cut out of a table.
+    zero = op.Constant(value_ints=[0])
+    last = op.Slice(numbers, start, end, zero)
+    given = op.Add(op.Slice(numbers, zero, op.Sub(end, start), zero), past_length)
+    columns = op.Where(op.Less(past_length, zero), last, given)
+    is_token = op.Gather(mask, columns, axis=1)
+    # CUDA's CumSum adds up each of its results from the beginning: only the new columns are
+    # left to it. Sums of float32 have a kernel of ONNX Runtime's own, those of int64 are cuDNN's.
+    first = op.Slice(columns, zero, axis, zero)
+    earlier = op.Where(op.Less(op.Slice(numbers, zero, end, zero), first), mask, zero)
+    count = op.ReduceSum(op.Cast(earlier, to=onnx.TensorProto.FLOAT), axis, keepdims=1)
+    before = op.Add(
+        op.Cast(count, to=onnx.TensorProto.INT64),
+        op.CumSum(is_token, op.Constant(value_int=1), exclusive=1),
+    )
+    newest = op.Slice(columns, op.Constant(value_ints=[-1]), op.Constant(value_ints=[2**62]), zero)
+    lengths = op.Expand(op.Cast(newest, to=onnx.TensorProto.INT32), batch)
+    return before, is_token, lengths, op.Squeeze(total)
 
 
 def _lower_quantized_linear(
@@ -372,7 +396,6 @@ TARGETS = {
             torch.ops.doge_onnx.project_to_vocabulary.default: _lower_project_to_vocabulary,
             torch.ops.doge_onnx.keep_last.default: _lower_keep_last,
             torch.ops.doge_onnx.new_columns.default: _lower_new_columns,
-            torch.ops.doge_onnx.lengths.default: _lower_lengths,
             torch.ops.doge_onnx.quantized_linear.default: _lower_quantized_linear,
             torch.ops.doge_onnx.quantized_rows.default: _lower_quantized_rows,
         },

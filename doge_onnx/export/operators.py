@@ -108,7 +108,8 @@ def _causal_attention(
         past_key: `[B, num_kv_heads, P, W]`.
         past_value: `[B, num_kv_heads, P, W]`.
         lengths: int32 `[B]`, P + S - 1 for each sequence.
-        total_length: int32 scalar, P + S.
+        total_length: int32 scalar, P + S. As a fused operator, it may be more, up to the rows of
+            the buffer: only S and it being equal means that there is no past.
         num_heads: Number of query heads.
         num_kv_heads: Number of key/value heads.
         bias: `[B, num_heads, S, P + S]`, added to the scores.
@@ -209,34 +210,38 @@ def _keep_last(x: Tensor, count: Tensor) -> Tensor:
     return x[:, -kept:].clone()
 
 
-def _new_columns(mask: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """What the mask of all tokens says of the new ones, which are its last columns.
+def _new_columns(
+    mask: Tensor,
+    input_ids: Tensor,
+    past_length: Tensor | None = None,
+    numbers: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the mask of all tokens says of the new ones, and lengths as attention takes them.
 
     Args:
-        mask: int64 `[B, P + S]`, 1 for a token, 0 for padding.
+        mask: int64 `[B, T]`, 1 for a token, 0 for padding.
         input_ids: int64 `[B, S]`; only its length matters.
+        past_length: int64 `[1]`, P: the new tokens are the S columns of the mask from there, and
+            those behind them mean nothing yet. None or -1: they are its last ones, P = T - S.
+        numbers: int64 `[N]`, N >= T, the numbers from 0 on; beside `past_length` only, for a
+            device that has no other way to count.
 
     Returns:
-        Number of tokens before each new one, and the mask of the new ones, int64 `[B, S]`.
+        Number of tokens before each new one, and the mask of the new ones, int64 `[B, S]`;
+        P + S - 1 for each sequence, int32 `[B]`; and T, an int32 scalar.
     """
     total, length = mask.shape[1], input_ids.shape[1]
-    columns = torch.arange(length, device=mask.device) + (total - length)
+    past = torch.full((1,), total - length, device=mask.device)
+    if past_length is not None:
+        past = torch.where(past_length < 0, past, past_length)
+    columns = torch.arange(length, device=mask.device) + past
     before = mask.cumsum(dim=1) - mask
-    # A custom operator may not return its own input.
-    return before.index_select(1, columns), mask.index_select(1, columns)
-
-
-def _lengths(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Lengths in the form that attention kernels take.
-
-    Args:
-        mask: int64 `[B, T]`.
-
-    Returns:
-        T - 1 for each sequence, int32 `[B]`, and T, an int32 scalar.
-    """
-    total = torch.full((), mask.shape[1], dtype=torch.int32, device=mask.device)
-    return (total - 1).expand(mask.shape[0]).clone(), total
+    return (
+        before.index_select(1, columns),
+        mask.index_select(1, columns),
+        columns[-1:].to(torch.int32).repeat(mask.shape[0]),
+        torch.full((), total, dtype=torch.int32, device=mask.device),
+    )
 
 
 def _quantized_linear(
@@ -303,8 +308,9 @@ class Operators:
     all_gates: Callable[[Tensor, Tensor, Tensor, int, int, int], Tensor]
     project_to_vocabulary: Callable[[Tensor, Tensor], Tensor]
     keep_last: Callable[[Tensor, Tensor], Tensor]
-    new_columns: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-    lengths: Callable[[Tensor], tuple[Tensor, Tensor]]
+    new_columns: Callable[
+        [Tensor, Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor, Tensor, Tensor]
+    ]
     quantized_linear: Callable[[Tensor, Tensor, Tensor, Tensor | None, int, int], Tensor]
     quantized_rows: Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
@@ -318,7 +324,6 @@ STANDARD = Operators(
     project_to_vocabulary=_project_to_vocabulary,
     keep_last=_keep_last,
     new_columns=_new_columns,
-    lengths=_lengths,
     quantized_linear=_quantized_linear,
     quantized_rows=_quantized_rows,
 )
@@ -368,12 +373,9 @@ FUSED = Operators(
     new_columns=_opaque(
         "new_columns",
         _new_columns,
-        lambda mask, ids: (torch.empty_like(ids), torch.empty_like(ids)),
-    ),
-    lengths=_opaque(
-        "lengths",
-        _lengths,
-        lambda mask: (
+        lambda mask, ids, past_length=None, numbers=None: (
+            torch.empty_like(ids),
+            torch.empty_like(ids),
             mask.new_empty(mask.shape[0], dtype=torch.int32),
             mask.new_empty((), dtype=torch.int32),
         ),

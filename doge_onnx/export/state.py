@@ -260,23 +260,39 @@ class GrowingState(nn.Module):
         self.rest = nn.Buffer(rest)
         window = config.keep_window_size
         self.window = window if window is not None and context_length > window else None
+        # As many as a mask may have columns, see `max_rows` of the runtime.
+        self.numbers = nn.Buffer(torch.arange(2 * context_length))
 
     @property
     def table_size(self) -> int:
         """Number of values that the graph holds beside the weights."""
         return self.cos.numel() + self.sin.numel()
 
-    def tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tokens:
+    @property
+    def takes_past_length(self) -> bool:
+        """Whether a step can be told where its tokens are in a mask that is longer.
+
+        Then none of its shapes depends on their place, and CUDA can replay it. Half precision is
+        for CUDA; the choice of a window's keys needs the very length.
+        """
+        return self.activations != "float32" and self.window is None
+
+    def tokens(
+        self, input_ids: Tensor, attention_mask: Tensor, past_length: Tensor | None = None
+    ) -> Tokens:
         """Positions, padding and lengths of a step's tokens.
 
         Args:
             input_ids: int64 `[B, S]`.
-            attention_mask: int64 `[B, P + S]`.
+            attention_mask: int64 `[B, P + S]`, or longer with `past_length`.
+            past_length: int64 `[1]`, P, or -1 for P + S being the mask's length; see
+                `operators`.
         """
         # Counting real tokens, not slots: padding, wherever it is, does not move a token's
         # rotation, which past the trained context depends on its absolute position.
-        positions, is_token = self.ops.new_columns(attention_mask, input_ids)
-        lengths, total_length = self.ops.lengths(attention_mask)
+        positions, is_token, lengths, total_length = self.ops.new_columns(
+            attention_mask, input_ids, past_length, None if past_length is None else self.numbers
+        )
         return Tokens(
             rows=positions,
             cos=self.cos,

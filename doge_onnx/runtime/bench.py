@@ -149,6 +149,7 @@ class BenchReport:
         file_bytes: Of graph and weights on the disk.
         machine: Processor, cores, system, and versions of the libraries.
         device: Where the model ran, "cpu" or "cuda".
+        cuda_graph: Whether its decode steps were replayed; see `load`.
         threads: Asked for, or else one for each core that may be used; bandwidth is measured
             with as many.
         read_bytes_per_second: The best that this many threads read from memory; on a device
@@ -166,6 +167,7 @@ class BenchReport:
     file_bytes: int
     machine: dict[str, Any]
     device: str
+    cuda_graph: bool
     threads: int
     read_bytes_per_second: float
     tokens: int
@@ -195,6 +197,7 @@ def bench(
     repetitions: int | None = None,
     threads: int | None = None,
     device: str = "auto",
+    cuda_graph: bool | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> BenchReport:
     """Measure a bundle on this machine. See `doge_onnx.bench`."""
@@ -214,16 +217,22 @@ def bench(
             f"with the {tokens + 1} that are generated"
         )
     # Before the fresh processes, so that this one holds no model while they are measured.
-    ran_on, samples, bandwidth = _measure_model(
-        opened, cells, tokens, repetitions, threads, device, report
+    report("loading and warming up")
+    model = _load(opened.path, threads, device, cuda_graph)
+    ran_on, captured = model.device, model.cuda_graph
+    samples, bandwidth = _measure_model(
+        model, cells, tokens, repetitions, threads or default_threads(), report
     )
+    del model
     start_context = _START_CONTEXT
     if manifest.state.kind != "window":
         start_context = min(start_context, manifest.context_length - tokens - 1)
     starts = []
     for number in range(repetitions):
         report(f"starting a fresh process, {number + 1} of {repetitions}")
-        starts.append(measure_start(opened.path, threads, start_context, tokens, ran_on))
+        starts.append(
+            measure_start(opened.path, threads, start_context, tokens, ran_on, cuda_graph)
+        )
     graph = opened.graph
     files = {graph} | {graph.parent / name for name in external_files(graph)}
     file_bytes = sum(path.stat().st_size for path in files)
@@ -235,6 +244,7 @@ def bench(
         file_bytes=file_bytes,
         machine=_machine(),
         device=ran_on,
+        cuda_graph=captured,
         threads=threads or default_threads(),
         read_bytes_per_second=bandwidth,
         tokens=tokens,
@@ -355,14 +365,19 @@ def summarise_cell(cell: Cell, samples: Samples, read: int, bandwidth: float) ->
 
 
 def measure_start(
-    path: Path, threads: int | None, context: int, tokens: int, device: str = "auto"
+    path: Path,
+    threads: int | None,
+    context: int,
+    tokens: int,
+    device: str = "auto",
+    cuda_graph: bool | None = None,
 ) -> dict[str, Any]:
     """Load a bundle and generate with it in a fresh process; what that one printed.
 
     Raises:
         BundleError: The process failed.
     """
-    arguments = json.dumps([str(path), threads, context, tokens, device])
+    arguments = json.dumps([str(path), threads, context, tokens, device, cuda_graph])
     done = subprocess.run(
         [sys.executable, "-c", _FRESH, arguments], capture_output=True, check=False
     )
@@ -378,9 +393,9 @@ def measure_start(
 
 def print_start(import_seconds: float) -> None:
     """Be the fresh process of `measure_start`, whose imports took `import_seconds`."""
-    bundle, threads, context, tokens, device = json.loads(sys.argv[1])
+    bundle, threads, context, tokens, device, cuda_graph = json.loads(sys.argv[1])
     started = time.perf_counter()
-    model = _load(bundle, threads, device)
+    model = _load(bundle, threads, device, cuda_graph)
     loaded = time.perf_counter()
     vocab_size = model.manifest.vocab_size
     model.generate(random_prompts(Cell(1, 1), vocab_size), max_new_tokens=1)
@@ -471,17 +486,14 @@ def _proc_kilobytes(path: str, name: str) -> int | None:
 
 
 def _measure_model(
-    opened: Bundle,
+    model: Model,
     cells: Sequence[Cell],
     tokens: int,
     repetitions: int,
-    threads: int | None,
-    device: str,
+    threads: int,
     report: Callable[[str], None],
-) -> tuple[str, dict[Cell, Samples], float]:
-    """The device, samples of all cells, and the best read bandwidth of all repetitions."""
-    report("loading and warming up")
-    model = _load(opened.path, threads, device)
+) -> tuple[dict[Cell, Samples], float]:
+    """Samples of all cells, and the best read bandwidth of all repetitions."""
     bandwidths = []
 
     def generate(prompts: list[list[int]], count: int) -> Timings:
@@ -490,7 +502,7 @@ def _measure_model(
     def begin(repetition: int, cell: Cell) -> None:
         if cell == cells[0]:
             if model.device == CPU:
-                bandwidths.append(read_bandwidth(threads or default_threads()))
+                bandwidths.append(read_bandwidth(threads))
             else:
                 bandwidths.append(copy_bandwidth(DeviceMemory(model.device)))
         report(
@@ -498,13 +510,15 @@ def _measure_model(
             f"batch {cell.batch}"
         )
 
-    vocab_size = opened.manifest.vocab_size
+    vocab_size = model.manifest.vocab_size
     samples = measure_cells(generate, cells, vocab_size, tokens, repetitions, begin)
-    return model.device, samples, max(bandwidths)
+    return samples, max(bandwidths)
 
 
-def _load(path: str | Path, threads: int | None, device: str = "auto") -> Model:
-    model = load(path, device, threads=threads)
+def _load(
+    path: str | Path, threads: int | None, device: str = "auto", cuda_graph: bool | None = None
+) -> Model:
+    model = load(path, device, threads=threads, cuda_graph=cuda_graph)
     # Greedy whatever the bundle recommends, and no token ends a text: each run has as many steps
     # as it was asked for.
     model._defaults = Defaults(frozenset(), sample=False, values={})

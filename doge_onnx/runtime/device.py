@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import io
 import platform
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,9 @@ CUDA_PROVIDER = "CUDAExecutionProvider"
 _CPU_PROVIDER = "CPUExecutionProvider"
 # TF32 would round the inputs of float32 products, those of the gates, to 11 bits.
 _CUDA_OPTIONS = {"use_tf32": "0"}
+_GRAPH_ID = "gpu_graph_id"
+# How a failed call of CUDA or its libraries begins; the rest is about ONNX Runtime's sources.
+_CUDA_FAILURE = re.compile(r"CU\w+ failure \d+: [^;]*[^; ]")
 # Of the CUDA that onnxruntime-gpu is built for, and what it cannot be loaded without.
 _CUDA_MAJOR = 13
 _LIBRARIES = ("libcudart.so.13", "libcublasLt.so.13", "libcublas.so.13", "libcurand.so.10")
@@ -78,11 +82,29 @@ def runs_on_cpu(manifest: Manifest) -> bool:
     return _unfit(CPU, manifest) is None
 
 
-def providers(device: str) -> list[Any]:
-    """What ONNX Runtime is to run a graph with."""
+def providers(device: str, capture: bool = False) -> list[Any]:
+    """What ONNX Runtime is to run a graph with; `capture` lets CUDA capture `captured_run`s."""
     if device == CUDA:
-        return [(CUDA_PROVIDER, _CUDA_OPTIONS), _CPU_PROVIDER]
+        options = _CUDA_OPTIONS | {"enable_cuda_graph": str(int(capture))}
+        return [(CUDA_PROVIDER, options), _CPU_PROVIDER]
     return [_CPU_PROVIDER]
+
+
+def captured_run(graph: int) -> ort.RunOptions:
+    """Options of a run that replays the graph of that number, or captures it if there is none."""
+    options = ort.RunOptions()
+    options.add_run_config_entry(_GRAPH_ID, str(graph))
+    return options
+
+
+# Where it can capture, ONNX Runtime would capture any run that does not say otherwise.
+ORDINARY_RUN = captured_run(-1)
+
+
+def cuda_failure(error: Exception) -> str | None:
+    """What an exception of ONNX Runtime says of a call of CUDA that failed; None if nothing."""
+    failure = _CUDA_FAILURE.search(" ".join(str(error).split()))
+    return None if failure is None else failure[0]
 
 
 def check_placement(session: ort.InferenceSession) -> None:

@@ -49,17 +49,18 @@ class InPlaceStepper(Stepper):
         mask = np.zeros((batch, capacity), np.int64)
         if state is not None:
             mask[:, :past] = state.mask
-        return Buffer(self._allocate(state, batch, capacity), mask, rows=end)
+        return self._new_buffer(state, mask, end)
 
-    def _allocate(self, state: State | None, batch: int, capacity: int) -> list[Any]:
-        """Tensors of at least `capacity` rows that begin with those of `state`."""
+    def _new_buffer(self, state: State | None, mask: NDArray[np.int64], rows: int) -> Buffer:
+        """A buffer for all columns of a mask that begins with the rows of `state`."""
         heads, row_size = self._row_shape
+        batch, capacity = mask.shape
         tensors = [np.zeros((batch, heads, capacity, row_size), self._dtype) for _ in self._names]
         if state is not None:
             past = state.length
             for target, source in zip(tensors, state.buffer.tensors, strict=True):
                 target[:, :, :past] = source[:, :, :past]
-        return tensors
+        return Buffer(tensors, mask, rows)
 
     def claim_all(self, state: State) -> Buffer:
         """A buffer that holds the rows of `state`, with room for others, and is the caller's."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -118,9 +118,15 @@ class DeviceMemory:
         where = (ELEMENT_TYPES[tensor.dtype], tensor.shape, tensor.address)
         binding.bind_output(name, self.device, 0, *where)
 
-    def best(self, logits: Tensor, count: int) -> Best:
-        """What finds the `count` largest logits; made once, for as many runs as wanted."""
-        return Best(self, self._session(graphs.best()), logits, count)
+    def best(self, logits: Tensor, count: int, ids: Tensor | None = None) -> Best:
+        """What finds the `count` largest logits; made once, for as many runs as wanted.
+
+        Args:
+            logits: float32 `[B, 1, V]`.
+            count: How many are wanted.
+            ids: int64 `[B, count]`, where the ids go; None for a tensor of their own.
+        """
+        return Best(self, self._session(graphs.best()), logits, count, ids)
 
     def _session(self, graph: bytes) -> ort.InferenceSession:
         with self._lock:
@@ -136,25 +142,26 @@ class DeviceMemory:
 
 
 class Best:
-    """Finds the largest logits of each sequence on the device.
-
-    Attributes:
-        ids: int64 `[B, 1, count]` on the device, after a run.
-    """
+    """Finds the largest logits of each sequence on the device; see `DeviceMemory.best`."""
 
     def __init__(
-        self, memory: DeviceMemory, session: ort.InferenceSession, logits: Tensor, count: int
+        self,
+        memory: DeviceMemory,
+        session: ort.InferenceSession,
+        logits: Tensor,
+        count: int,
+        ids: Tensor | None,
     ) -> None:
         batch = logits.shape[0]
         self._session, self._binding = session, session.io_binding()
-        self._logits = logits
-        self.ids = memory.empty((batch, 1, count), "int64")
+        self._memory, self._logits = memory, logits
+        self._ids = memory.empty((batch, count), "int64") if ids is None else ids
         self._values = memory.empty((batch, 1, count), "float32")
         memory.bind_input(self._binding, "logits", logits)
         self._count = np.array([count], np.int64)
         self._binding.bind_cpu_input("count", self._count)
         memory.bind_output(self._binding, "values", self._values)
-        memory.bind_output(self._binding, "ids", self.ids)
+        memory.bind_output(self._binding, "ids", self._ids.reshaped(batch, 1, count))
 
     def run(self) -> None:
         """Look at the logits as they are now."""
@@ -162,11 +169,11 @@ class Best:
 
     def read(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Ids and logits, `[B, count]`, largest first; they cross to the host."""
-        return self.ids.value.numpy()[:, 0], self._values.value.numpy()[:, 0]
+        return self.read_ids(), self._memory.read(self._values)[:, 0]
 
     def read_ids(self) -> NDArray[np.int64]:
         """The ids alone."""
-        return cast("NDArray[np.int64]", self.ids.value.numpy()[:, 0])
+        return self._memory.read(self._ids)
 
 
 def _row(row: NDArray[Any], dtype: str) -> ort.OrtValue:

@@ -12,32 +12,22 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import ArrayLike, NDArray
 
 from doge_onnx.bundle import Bundle, Manifest
-from doge_onnx.errors import DeviceError, InputError
+from doge_onnx.errors import InputError
 from doge_onnx.runtime.chat import ChatTemplate
 from doge_onnx.runtime.completion import Completion, Piece, Transcript, generate_pieces
 from doge_onnx.runtime.conversation import Chat
-from doge_onnx.runtime.device import AUTO, CPU, choose_device, runs_on_cpu
+from doge_onnx.runtime.device import AUTO
 from doge_onnx.runtime.generate import Row
-from doge_onnx.runtime.growing import CopyingStepper, InPlaceStepper
 from doge_onnx.runtime.inputs import check_room, check_state, token_mask, token_matrix
-from doge_onnx.runtime.memory import DeviceMemory
+from doge_onnx.runtime.loading import open_stepper
 from doge_onnx.runtime.options import Defaults, Options
-from doge_onnx.runtime.resident import (
-    RESIDENT_CHUNK,
-    ResidentCopyingStepper,
-    ResidentStepper,
-    ResidentWindowStepper,
-)
 from doge_onnx.runtime.sampling import Sampler, greedy, make_sampler, repetition_penalty
-from doge_onnx.runtime.session import has_logits_to_keep, open_session
 from doge_onnx.runtime.state import State
-from doge_onnx.runtime.step import DEFAULT_CHUNK, Stepper
+from doge_onnx.runtime.step import Stepper
 from doge_onnx.runtime.text import Codec, TextStream
-from doge_onnx.runtime.window import WindowStepper
 
 # Lists and tuples rather than any sequence: a str is a sequence of str, too.
 Messages = list[dict[str, Any]] | list[dict[str, str]]
@@ -50,51 +40,19 @@ _ANSWER_SHARE = 25
 
 def load(
     bundle: str | Path,
-    device: str = "auto",
+    device: str = AUTO,
     threads: int | None = None,
     prefill_chunk: int | None = None,
     verbose: bool = False,
+    cuda_graph: bool | None = None,
 ) -> Model:
     """Load a bundle. See `doge_onnx.load`."""
-    if prefill_chunk is not None and (
-        isinstance(prefill_chunk, bool) or not isinstance(prefill_chunk, int) or prefill_chunk < 1
-    ):
-        raise InputError(f"prefill_chunk must be a positive whole number, not {prefill_chunk!r}")
     opened = Bundle.open(bundle)
     defaults = Defaults.read(opened)
     tokenizer = opened.file("tokenizer.json")
     codec = None if tokenizer is None else Codec(tokenizer)
-    chosen = choose_device(device, opened.manifest)
-    try:
-        session = open_session(opened, chosen, threads, verbose)
-    except DeviceError:
-        if device != AUTO or not runs_on_cpu(opened.manifest):
-            raise
-        chosen = CPU
-        session = open_session(opened, chosen, threads, verbose)
-    return Model(
-        opened, make_stepper(session, opened.manifest, chosen, prefill_chunk), defaults, codec
-    )
-
-
-def make_stepper(
-    session: ort.InferenceSession, manifest: Manifest, device: str, chunk: int | None = None
-) -> Stepper:
-    """What runs a graph on a device; `chunk` tokens at once, or as many as suit the device."""
-    layout = manifest.state
-    if device == CPU:
-        chunk = chunk or DEFAULT_CHUNK
-        if layout.kind == "window":
-            return WindowStepper(session, manifest, chunk)
-        kind = InPlaceStepper if layout.in_place else CopyingStepper
-        return kind(session, manifest, chunk)
-    memory = DeviceMemory(device)
-    # Graphs that cannot leave logits out would need memory for those of all positions.
-    chunk = chunk or (RESIDENT_CHUNK if has_logits_to_keep(session) else DEFAULT_CHUNK)
-    if layout.kind == "window":
-        return ResidentWindowStepper(session, manifest, memory, chunk)
-    resident = ResidentStepper if layout.in_place else ResidentCopyingStepper
-    return resident(session, manifest, memory, chunk)
+    stepper = open_stepper(opened, device, threads, prefill_chunk, verbose, cuda_graph)
+    return Model(opened, stepper, defaults, codec)
 
 
 class Model:
@@ -117,6 +75,11 @@ class Model:
     def device(self) -> str:
         """Where the model runs: "cpu" or "cuda"."""
         return self._stepper.device
+
+    @property
+    def cuda_graph(self) -> bool:
+        """Whether CUDA captures decode steps once and replays them."""
+        return self._stepper.captures
 
     @property
     def manifest(self) -> Manifest:

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from doge_onnx.bundle import CLOSED_GATE, Manifest
 from doge_onnx.runtime.binding import last_position
-from doge_onnx.runtime.device import CPU
+from doge_onnx.runtime.device import CPU, ORDINARY_RUN
+from doge_onnx.runtime.fixed import CHECKED_ROWS, EXCLUSIVE, FixedStep, FixedSteps
 from doge_onnx.runtime.growing import BufferDecoder, CopyingStepper, InPlaceStepper
 from doge_onnx.runtime.memory import Best as BestFinder
 from doge_onnx.runtime.memory import DeviceMemory, Tensor
@@ -26,6 +27,7 @@ from doge_onnx.runtime.session import (
     LOGITS,
     LOGITS_TO_KEEP,
     has_logits_to_keep,
+    has_past_length,
 )
 from doge_onnx.runtime.state import Buffer, State
 from doge_onnx.runtime.step import Best, Decoder, Stepper
@@ -60,6 +62,7 @@ class ResidentBinding:
             memory.bind_input(self._binding, past, tensor)
             memory.bind_output(self._binding, present, tensor)
         self._mask = mask
+        self._ids: Tensor | None = None
         # What is bound on the host must live as long.
         self._host: dict[str, NDArray[np.int64]] = {}
         self._ones: Tensor | None = None
@@ -79,11 +82,14 @@ class ResidentBinding:
         self._binding.bind_input(name, CPU, 0, np.int64, array.shape, array.ctypes.data)
         self._host[name] = array
 
-    def put_tensor(self, name: str, tensor: Tensor) -> None:
-        """Let an input be what a tensor of the device holds at each run."""
-        self._memory.bind_input(self._binding, name, tensor)
-        if name == INPUT_IDS:
-            self._positions = tensor.shape
+    @property
+    def ids(self) -> Tensor:
+        """int64 `[B, 1]` on the device: what the next runs feed, from the first use of this on."""
+        if self._ids is None:
+            self._ids = self._memory.empty((len(self._mask), 1), "int64")
+            self._memory.bind_input(self._binding, INPUT_IDS, self._ids)
+            self._positions = self._ids.shape
+        return self._ids
 
     def bind_mask(self, length: int) -> None:
         """Give the graph the mask of the first `length` tokens."""
@@ -94,14 +100,15 @@ class ResidentBinding:
         # Without padding, it is the beginning of a tensor that was there before.
         if self._ones is None:
             self._ones = self._memory.ones(self._mask.size)
-        self.put_tensor(ATTENTION_MASK, self._ones.reshaped(len(mask), length))
+        ones = self._ones.reshaped(len(mask), length)
+        self._memory.bind_input(self._binding, ATTENTION_MASK, ones)
 
     def run(self, last_only: bool) -> NDArray[np.float32]:
         """Run the graph for the tokens that are bound; see `InPlaceBinding.run`."""
         logits: NDArray[np.float32] = self._memory.read(self.run_on_device(last_only))
         return last_position(logits) if last_only else logits
 
-    def run_on_device(self, last_only: bool) -> Tensor:
+    def run_on_device(self, last_only: bool = True) -> Tensor:
         """Run the graph; logits `[B, 1, V]` or `[B, S, V]` that the next run overwrites."""
         batch, positions = self._positions
         if self._keeps:
@@ -114,12 +121,12 @@ class ResidentBinding:
         if self._logits is None or self._logits.shape != shape:
             self._logits = self._memory.empty(shape, "float32")
             self._memory.bind_output(self._binding, LOGITS, self._logits)
-        self._session.run_with_iobinding(self._binding)
+        self._session.run_with_iobinding(self._binding, ORDINARY_RUN)
         return self._logits
 
 
 class _Resident(Stepper):
-    """What the steppers of a device have in common."""
+    """What the steppers of a device have in common: one of them runs at a time."""
 
     def __init__(
         self,
@@ -130,6 +137,11 @@ class _Resident(Stepper):
     ) -> None:
         super().__init__(session, manifest, chunk)
         self.device, self.memory = memory.device, memory
+
+    def step(self, *args: Any, **options: Any) -> tuple[NDArray[np.float32], State]:
+        """Feed new tokens; see `Stepper.step`."""
+        with EXCLUSIVE:
+            return super().step(*args, **options)
 
     def _bind(self, tensors: Sequence[Any], mask: NDArray[np.int64]) -> ResidentBinding:
         return ResidentBinding(
@@ -143,24 +155,80 @@ class _Resident(Stepper):
 
 
 class ResidentStepper(_Resident, InPlaceStepper):
-    """For graphs whose past and present are one buffer."""
+    """For graphs whose past and present are one buffer.
+
+    Args:
+        session: With the inputs and outputs that the manifest implies.
+        manifest: Of the bundle.
+        memory: Where states are.
+        chunk: Most tokens of a sequence that go through the graph at once.
+        capture: Whether decode steps are captured; the session must have been made for it.
+    """
+
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        manifest: Manifest,
+        memory: DeviceMemory,
+        chunk: int = RESIDENT_CHUNK,
+        capture: bool = False,
+    ) -> None:
+        super().__init__(session, manifest, memory, chunk)
+        self._zero = np.zeros(self._row_shape[1], np.float32)
+        # None where the graph finds lengths in shapes only.
+        self._fixed: FixedSteps | None = None
+        if has_past_length(session):
+            self._fixed = FixedSteps(session, self._names, memory, self.vocab_size, capture)
+            self.captures = capture
+
+    def capture_problem(self) -> str | None:
+        """What is wrong with replaying steps here, or None if nothing is; see `FixedSteps`."""
+        if self._fixed is None:
+            return "its graph takes lengths from shapes"
+        with EXCLUSIVE:
+            return self._fixed.problem(self._zeros(1, CHECKED_ROWS))
+
+    def claim(self, state: State | None, batch: int, end: int, capacity: int) -> Buffer:
+        """See `InPlaceStepper.claim`."""
+        if state is not None:
+            # All rows of its buffer come along, since they lie between others; nothing reads them.
+            capacity = max(capacity, state.buffer.capacity)
+        return super().claim(state, batch, end, capacity)
 
     def decoder(self, state: State) -> Decoder:
         """Go on from `state`, which nobody will use again, one token at a time."""
         return _ResidentDecoder(self, state)
 
-    def new_binding(self, buffer: Buffer) -> ResidentBinding:
-        """What runs the graph on a buffer, for one user of it."""
-        return self._bind(buffer.tensors, buffer.mask)
+    def new_binding(self, buffer: Buffer) -> ResidentBinding | FixedStep:
+        """What runs the graph on a buffer, one token at a time, for one user of it."""
+        if self._fixed is None:
+            return self._bind(buffer.tensors, buffer.mask)
+        step = self._fixed.of(buffer)
+        step.follow(buffer.mask)
+        return step
 
-    def _allocate(self, state: State | None, batch: int, capacity: int) -> list[Any]:
-        row = np.zeros(self._row_shape[1], np.float32)
-        if state is None:
-            none = self._no_rows(batch)
-            return [self.memory.extended(none, row, capacity) for _ in self._names]
-        past = state.buffer.tensors
-        # The rows behind those of the state come along; nothing reads them.
-        return [self.memory.extended(t, row, max(0, capacity - t.shape[2])) for t in past]
+    def _capacity(self, rows: int, follow: int | None) -> int:
+        # Of few sizes, so that what was captured can be used again.
+        return super()._capacity(*(rows + 1, None) if self.captures else (rows, follow))
+
+    def _new_buffer(self, state: State | None, mask: NDArray[np.int64], rows: int) -> Buffer:
+        batch, capacity = mask.shape
+        step = self._fixed.take(batch, capacity) if self._fixed is not None else None
+        past = [] if state is None else state.buffer.tensors
+        if step is None:
+            more = [self.memory.extended(t, self._zero, capacity - t.shape[2]) for t in past]
+            return Buffer(more or self._zeros(batch, capacity), mask, rows)
+        # At the start of a text, what was there before does no harm: nothing reads it.
+        for source, target in zip(past, step.tensors, strict=False):
+            self.memory.extension(source, self._zero, target)()
+        buffer = Buffer(step.tensors, mask, rows)
+        assert self._fixed is not None
+        self._fixed.lend(step, buffer)
+        return buffer
+
+    def _zeros(self, batch: int, capacity: int) -> list[Tensor]:
+        none = self._no_rows(batch)
+        return [self.memory.extended(none, self._zero, capacity) for _ in self._names]
 
 
 class _ResidentDecoder(BufferDecoder):
@@ -178,29 +246,32 @@ class _ResidentDecoder(BufferDecoder):
         self, mask: NDArray[np.int64] | None, best: int | None = None
     ) -> Sequence[NDArray[np.float32] | Best]:
         """Feed `tokens`; see `Decoder.step`."""
+        with EXCLUSIVE:
+            return self._step(mask, best)
+
+    def _step(
+        self, mask: NDArray[np.int64] | None, best: int | None
+    ) -> Sequence[NDArray[np.float32] | Best]:
         self._advance(mask)
         if not self._chosen:
-            self._binding.put(INPUT_IDS, self.tokens)
-        logits = self._binding.run_on_device(last_only=True)
+            self._binding.ids.value.update_inplace(self.tokens)
+        logits = self._binding.run_on_device()
+        self._chosen = best == 1
         if best is None:
-            self._chosen = False
             return list(self._resident.memory.read(logits)[:, 0])
         finder = self._find(logits, best)
         finder.run()
         if best == 1:
-            # The next step reads them where they are.
-            self._binding.put_tensor(INPUT_IDS, finder.ids.reshaped(logits.shape[0], 1))
-            self._chosen = True
             zero = np.zeros(1, np.float32)
             return [Best(ids, zero) for ids in finder.read_ids()]
-        self._chosen = False
         return self._candidates(logits, *finder.read(), best)
 
     def _find(self, logits: Tensor, best: int) -> BestFinder:
-        vocab_size = logits.shape[2]
-        count = 1 if best == 1 else min(best + _SPARE, vocab_size)
+        count = 1 if best == 1 else min(best + _SPARE, logits.shape[2])
         if self._finder is None or self._count != count:
-            self._finder, self._count = self._resident.memory.best(logits, count), count
+            # A single one is what the next step feeds, and goes where that reads.
+            ids = self._binding.ids if best == 1 else None
+            self._finder, self._count = self._resident.memory.best(logits, count, ids), count
         return self._finder
 
     def _candidates(

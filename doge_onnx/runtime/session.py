@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -30,16 +29,16 @@ POSITION_IDS = "position_ids"
 LOGITS = "logits"
 # How many last positions get logits, 0 for all; a default-valued input that not every graph has.
 LOGITS_TO_KEEP = "logits_to_keep"
+# How many rows of the state there are, if the mask does not end with the new tokens; likewise.
+PAST_LENGTH = "past_length"
 
-_WARNING, _ERROR = 2, 3
+_WARNING, _ERROR, _FATAL = 2, 3, 4
 # What ONNX Runtime says of an operator that it has no kernel for, or does not know at all.
 _LACKING = (
     "Could not find an implementation",
     "is not a registered function/op",
     "No Op registered for",
 )
-# How a failed call of CUDA or its libraries begins; the rest is about ONNX Runtime's sources.
-_CUDA_FAILURE = re.compile(r"CU\w+ failure \d+: [^;]*[^; ]")
 # Kinds and element types of a state that this version can keep; names of NumPy and of ONNX Runtime.
 _KINDS = ("growing", "window")
 _DTYPES = {
@@ -70,7 +69,11 @@ def present_names(num_layers: int) -> list[str]:
 
 
 def open_session(
-    bundle: Bundle, device: str = "cpu", threads: int | None = None, verbose: bool = False
+    bundle: Bundle,
+    device: str = "cpu",
+    threads: int | None = None,
+    verbose: bool = False,
+    capture: bool = False,
 ) -> ort.InferenceSession:
     """Load a bundle's graph into ONNX Runtime.
 
@@ -79,10 +82,11 @@ def open_session(
         device: "cpu" or "cuda"; see `choose_device`.
         threads: Threads that one operator may use; None is as many as `usable_cores` finds.
         verbose: Let the warnings of ONNX Runtime through.
+        capture: Let CUDA capture runs that ask for it.
 
     Raises:
         InputError: A number of threads below 1.
-        DeviceError: CUDA does not start, or lacks kernels for the graph.
+        DeviceError: CUDA does not start, lacks kernels for the graph, or cannot capture it.
         BundleError: The state is of a kind that this version does not know, or the graph
             keeps data in files that are not the bundle's, cannot be loaded, or does not
             have the inputs and outputs that the manifest promises.
@@ -113,6 +117,9 @@ def open_session(
             )
     options = ort.SessionOptions()
     options.log_severity_level = _WARNING if verbose else _ERROR
+    if capture and not verbose:
+        # A graph that cannot be captured is run without, and nobody needs to know.
+        options.log_severity_level = _FATAL
     if threads is None:
         threads = usable_cores()
     options.intra_op_num_threads = threads
@@ -131,7 +138,7 @@ def open_session(
             session = ort.InferenceSession(
                 str(graph),
                 options,
-                providers=devices.providers(device),
+                providers=devices.providers(device, capture),
                 # Else it prints what is wrong, on the standard output, and takes the CPU.
                 enable_fallback=False,
             )
@@ -140,8 +147,10 @@ def open_session(
     # The exceptions of ONNX Runtime share no base class but this one.
     except Exception as error:
         reason = " ".join(str(error).split())
-        if device == devices.CUDA and (failure := _CUDA_FAILURE.search(reason)):
-            raise DeviceError(f"CUDA does not start here: {failure[0]}") from error
+        if capture and "graph capture" in reason:
+            raise DeviceError("the host takes part in its steps") from error
+        if device == devices.CUDA and (failure := devices.cuda_failure(error)):
+            raise DeviceError(f"CUDA does not start here: {failure}") from error
         if any(words in reason for words in _LACKING):
             quantized = bundle.manifest.quantized
             instead = "--precision fp32 --kv-cache fp32" if quantized else "--target portable"
@@ -213,7 +222,16 @@ def _attention_by_heads(wanted: bool) -> Iterator[None]:
 
 def has_logits_to_keep(session: ort.InferenceSession) -> bool:
     """Whether the graph can leave out the logits of all but the last positions."""
-    return any(entry.name == LOGITS_TO_KEEP for entry in session.get_overridable_initializers())
+    return _has_default(session, LOGITS_TO_KEEP)
+
+
+def has_past_length(session: ort.InferenceSession) -> bool:
+    """Whether the graph can be told where in its mask the new tokens are."""
+    return _has_default(session, PAST_LENGTH)
+
+
+def _has_default(session: ort.InferenceSession, name: str) -> bool:
+    return any(entry.name == name for entry in session.get_overridable_initializers())
 
 
 def _check_signature(session: ort.InferenceSession, manifest: Manifest, graph: str) -> None:

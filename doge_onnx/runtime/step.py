@@ -29,6 +29,7 @@ class Stepper(ABC):
 
     Attributes:
         device: Where it does.
+        captures: Whether CUDA captures decode steps and replays them.
 
     Args:
         session: With the inputs and outputs that the manifest implies.
@@ -37,6 +38,7 @@ class Stepper(ABC):
     """
 
     device = "cpu"
+    captures = False
 
     def __init__(
         self, session: ort.InferenceSession, manifest: Manifest, chunk: int = DEFAULT_CHUNK
@@ -83,7 +85,7 @@ class Stepper(ABC):
         new = input_ids.shape[1]
         end = new if state is None else state.length + new
         # For all chunks at once, so that no state between two of them is ever copied.
-        capacity = grown_capacity(end, self._most_rows, follow)
+        capacity = self._capacity(end, follow)
         if new <= self._chunk:
             return self._run(input_ids, mask, state, last_only, consume, capacity)
         parts = []
@@ -101,6 +103,10 @@ class Stepper(ABC):
             parts.append(logits)
         assert state is not None
         return parts[-1] if last_only else np.concatenate(parts, axis=1), state
+
+    def _capacity(self, rows: int, follow: int | None) -> int:
+        """Rows of a new buffer; see `grown_capacity`."""
+        return grown_capacity(rows, self._most_rows, follow)
 
     def decoder(self, state: State) -> Decoder:
         """Go on from `state`, which nobody will use again, one token at a time."""

@@ -1,0 +1,245 @@
+"""Decode steps whose shapes and addresses never change, which CUDA captures once and replays.
+
+Knows what such a step reads and writes beside the state, when it is captured, and how to find out
+whether a replay computes what the step does. Does not know whose state it is (`resident`).
+
+Facts about ONNX Runtime that all of this rests on: a session that was made for it captures the
+third run with a new graph id, after two ordinary ones that it makes by itself. It keeps what it
+captured for each thread, and forgets nothing before the session ends. While it captures, CUDA
+forbids every allocation and synchronous copy in the whole process, so all who use a device take
+`EXCLUSIVE`. A replay uses the temporary memory of the captured run, which is free for other runs
+in between, but not at the same time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Sequence
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from doge_onnx.runtime import device as devices
+from doge_onnx.runtime.memory import DeviceMemory, Tensor
+from doge_onnx.runtime.session import (
+    ATTENTION_MASK,
+    INPUT_IDS,
+    LOGITS,
+    LOGITS_TO_KEEP,
+    PAST_LENGTH,
+    has_logits_to_keep,
+)
+from doge_onnx.runtime.state import Buffer
+
+EXCLUSIVE = threading.RLock()
+
+# Steps on the same tensors before they are captured, which takes as long as three.
+_BEFORE_CAPTURE = 4
+# A captured graph takes memory for as long as the model is loaded.
+_MOST_GRAPHS = 64
+# Bytes of states that are kept for later texts of the same shape.
+_MOST_FREE = 2 << 30
+# What is looked at before any text: as large as the buffer of a short one.
+CHECKED_ROWS = 256
+_CHECKED_STEPS = 4
+# Of the largest logit. The kernels are the same; lengths that were captured with their values, as
+# numbers, change much more.
+_TOLERANCE = 1e-2
+
+_Names = Sequence[tuple[str, str]]
+
+
+class FixedStep:
+    """A graph that is bound for good: one token for each sequence, on the same tensors.
+
+    Only what the tensors hold changes: the ids, the number of rows that are there, and the mask
+    of all rows of the buffer, of which the graph reads no more than those.
+
+    Attributes:
+        tensors: The state, each `[B, H, capacity, row]`.
+        ids: int64 `[B, 1]` on the device: what the next run feeds.
+        logits: float32 `[B, 1, V]` on the device.
+        graph: Options of a run that is captured or replayed; None if there will be none.
+    """
+
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        names: _Names,
+        tensors: Sequence[Tensor],
+        memory: DeviceMemory,
+        vocab_size: int,
+        graph: ort.RunOptions | None,
+    ) -> None:
+        batch, _, capacity, _ = tensors[0].shape
+        self.tensors, self.graph = tensors, graph
+        self.ids = memory.empty((batch, 1), "int64")
+        self.logits = memory.empty((batch, 1, vocab_size), "float32")
+        self._mask = memory.empty((batch, capacity), "int64")
+        self._past = memory.empty((1,), "int64")
+        self._session, self._binding = session, session.io_binding()
+        for (past, present), tensor in zip(names, tensors, strict=True):
+            memory.bind_input(self._binding, past, tensor)
+            memory.bind_output(self._binding, present, tensor)
+        for name, tensor in (
+            (INPUT_IDS, self.ids),
+            (ATTENTION_MASK, self._mask),
+            (PAST_LENGTH, self._past),
+        ):
+            memory.bind_input(self._binding, name, tensor)
+        memory.bind_output(self._binding, LOGITS, self.logits)
+        self._keep = np.ones(1, np.int64)
+        if has_logits_to_keep(session):
+            where = (devices.CPU, 0, np.int64, self._keep.shape, self._keep.ctypes.data)
+            self._binding.bind_input(LOGITS_TO_KEEP, *where)
+        self._seen: NDArray[np.int64]
+        self._host: NDArray[np.int64]
+        self._count = 0
+
+    def follow(self, mask: NDArray[np.int64]) -> None:
+        """Use a mask of the host `[B, capacity]`, of which more columns are filled as time goes on.
+
+        Those of tokens to come must be 1.
+        """
+        self._host = mask
+        self._show(mask.copy())
+
+    def bind_mask(self, length: int) -> None:
+        """Let the next run feed the token after which there are `length` of them."""
+        column = self._host[:, length - 1]
+        if (column != self._seen[:, length - 1]).any():
+            # A sequence has ended. It will not begin again, so this is shown once.
+            mask = self._host.copy()
+            mask[:, length:] = column[:, np.newaxis]
+            self._show(mask)
+        self._past.value.update_inplace(np.array([length - 1], np.int64))
+
+    def run_on_device(self) -> Tensor:
+        """Run the graph, or replay it; logits `[B, 1, V]` that the next run overwrites."""
+        self._count += 1
+        if self.graph is not None and self._count > _BEFORE_CAPTURE:
+            try:
+                self.run_with(self.graph)
+            # The exceptions of ONNX Runtime share no base class but this one.
+            except Exception:
+                # Something else in this process used the device meanwhile. What was written is
+                # written again, with the same values.
+                self.graph = None
+            else:
+                return self.logits
+        self.run_with(devices.ORDINARY_RUN)
+        return self.logits
+
+    def run_with(self, options: ort.RunOptions) -> None:
+        """Run the graph as `options` say."""
+        self._session.run_with_iobinding(self._binding, options)
+
+    def _show(self, mask: NDArray[np.int64]) -> None:
+        self._mask.value.update_inplace(mask)
+        self._seen = mask
+
+
+class FixedSteps:
+    """Fixed steps of one model, each with the tensors of one buffer at a time.
+
+    A step that was captured is only good with its own tensors. So these outlive their buffer,
+    and the next buffer of the same shape gets them.
+
+    Args:
+        session: What runs the graph, which can be told where its tokens are.
+        names: Input and output of each tensor of the state.
+        memory: Where that is.
+        vocab_size: Size of the last axis of the logits.
+        capture: Whether to capture steps; the session must have been made for it.
+    """
+
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        names: _Names,
+        memory: DeviceMemory,
+        vocab_size: int,
+        capture: bool,
+    ) -> None:
+        self._session, self._names, self._memory = session, names, memory
+        self._vocab_size = vocab_size
+        self._capture = capture
+        self._graphs = 0
+        self._free: list[FixedStep] = []
+        self._of_buffer: weakref.WeakKeyDictionary[Buffer, FixedStep] = weakref.WeakKeyDictionary()
+
+    def take(self, batch: int, capacity: int) -> FixedStep | None:
+        """A step whose tensors have that shape and nobody uses, which is the caller's now."""
+        # Of a copy: whenever a buffer goes, on whatever thread, the list becomes another.
+        for step in list(self._free):
+            shape = step.tensors[0].shape
+            if (shape[0], shape[2]) == (batch, capacity):
+                with contextlib.suppress(ValueError):
+                    self._free.remove(step)
+                    return step
+        return None
+
+    def lend(self, step: FixedStep, buffer: Buffer) -> None:
+        """Let a step be that of a buffer which has its tensors, for as long as it lives."""
+        self._of_buffer[buffer] = step
+        weakref.finalize(buffer, _give_back, self._free, step).atexit = False
+
+    def of(self, buffer: Buffer) -> FixedStep:
+        """The step of a buffer's tensors."""
+        step = self._of_buffer.get(buffer)
+        if step is None:
+            step = self._new(buffer.tensors)
+            if step.graph is None:
+                self._of_buffer[buffer] = step
+            else:
+                self.lend(step, buffer)
+        return step
+
+    def problem(self, tensors: Sequence[Tensor]) -> str | None:
+        """What is wrong with replaying steps, or None if nothing is.
+
+        Each of a few steps is run and replayed, and the two compared: of whatever a capture
+        would fix that must not be fixed, all steps but the first would show it.
+
+        Args:
+            tensors: A state of a single sequence, of zeros.
+        """
+        step = self._new(tensors)
+        assert step.graph is not None, "only where steps are to be captured"
+        step.follow(np.ones((1, tensors[0].shape[2]), np.int64))
+        nothing = np.full(step.logits.shape, np.nan, np.float32)
+        for length in range(1, _CHECKED_STEPS + 1):
+            step.ids.value.update_inplace(np.full((1, 1), length % self._vocab_size, np.int64))
+            step.bind_mask(length)
+            results = []
+            for options in (devices.ORDINARY_RUN, step.graph):
+                step.logits.value.update_inplace(nothing)
+                step.run_with(options)
+                results.append(self._memory.read(step.logits))
+            truth, replayed = results
+            difference = float(np.abs(replayed - truth).max())
+            # Not a number is no good, either.
+            if not difference <= _TOLERANCE * float(np.abs(truth).max()):
+                return f"the logits of a replayed step differ by {difference:.3g}"
+        self._free.append(step)
+        return None
+
+    def _new(self, tensors: Sequence[Tensor]) -> FixedStep:
+        graph = None
+        if self._capture and self._graphs < _MOST_GRAPHS:
+            self._graphs += 1
+            graph = devices.captured_run(self._graphs)
+        return FixedStep(self._session, self._names, tensors, self._memory, self._vocab_size, graph)
+
+
+def _give_back(free: list[FixedStep], step: FixedStep) -> None:
+    """Keep a step for the next buffer, and for that perhaps let go of older ones."""
+    if step.graph is None:
+        return
+    free.append(step)
+    sizes = [sum(t.value.tensor_size_in_bytes() for t in step.tensors) for step in free]
+    while sum(sizes) > _MOST_FREE:
+        del free[0], sizes[0]

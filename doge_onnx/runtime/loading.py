@@ -1,0 +1,135 @@
+"""From a bundle to what runs it: which device, and whether CUDA replays decode steps there.
+
+Knows in which order to try. Does not know what a session needs (`session`), what a device lacks
+(`device`) or how a step is run (`step` and its children).
+"""
+
+from __future__ import annotations
+
+from doge_onnx.bundle import Bundle
+from doge_onnx.errors import DeviceError, InputError
+from doge_onnx.runtime import device as devices
+from doge_onnx.runtime.fixed import EXCLUSIVE
+from doge_onnx.runtime.growing import CopyingStepper, InPlaceStepper
+from doge_onnx.runtime.memory import DeviceMemory
+from doge_onnx.runtime.resident import (
+    RESIDENT_CHUNK,
+    ResidentCopyingStepper,
+    ResidentStepper,
+    ResidentWindowStepper,
+)
+from doge_onnx.runtime.session import has_logits_to_keep, open_session
+from doge_onnx.runtime.step import DEFAULT_CHUNK, Stepper
+from doge_onnx.runtime.window import WindowStepper
+
+
+def open_stepper(
+    bundle: Bundle,
+    device: str = devices.AUTO,
+    threads: int | None = None,
+    chunk: int | None = None,
+    verbose: bool = False,
+    cuda_graph: bool | None = None,
+) -> Stepper:
+    """Load the graph of a bundle on a device.
+
+    Args:
+        bundle: An opened bundle.
+        device: "auto", "cpu" or "cuda"; see `choose_device`.
+        threads: See `open_session`.
+        chunk: Most tokens of a sequence that go through the graph at once; None is as many as
+            suit the device.
+        verbose: See `open_session`.
+        cuda_graph: Whether decode steps are captured and replayed; None is where that works.
+
+    Raises:
+        InputError: A device that nobody knows, or numbers out of their range.
+        DeviceError: The device is not there or cannot run the bundle, or cannot capture its steps
+            though it should.
+        BundleError: See `open_session`.
+    """
+    if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
+        raise InputError(f"prefill_chunk must be a positive whole number, not {chunk!r}")
+    if cuda_graph is not None and not isinstance(cuda_graph, bool):
+        raise InputError(f"cuda_graph must be True, False or None, not {cuda_graph!r}")
+    chosen = devices.choose_device(device, bundle.manifest)
+    if chosen == devices.CUDA:
+        try:
+            with EXCLUSIVE:
+                return _on_cuda(bundle, threads, chunk, verbose, cuda_graph)
+        except DeviceError:
+            # What somebody insists on is not left out.
+            if cuda_graph or device != devices.AUTO or not devices.runs_on_cpu(bundle.manifest):
+                raise
+    elif cuda_graph:
+        raise DeviceError("CUDA graphs need CUDA, and this model runs on the CPU")
+    session = open_session(bundle, devices.CPU, threads, verbose)
+    layout, chunk = bundle.manifest.state, chunk or DEFAULT_CHUNK
+    if layout.kind == "window":
+        return WindowStepper(session, bundle.manifest, chunk)
+    kind = InPlaceStepper if layout.in_place else CopyingStepper
+    return kind(session, bundle.manifest, chunk)
+
+
+def _on_cuda(
+    bundle: Bundle,
+    threads: int | None,
+    chunk: int | None,
+    verbose: bool,
+    cuda_graph: bool | None,
+) -> Stepper:
+    problem = _never_captured(bundle)
+    if problem is None and cuda_graph is not False:
+        stepper = _capturing(bundle, threads, chunk, verbose)
+        if isinstance(stepper, Stepper):
+            return stepper
+        problem = stepper
+    if cuda_graph:
+        raise DeviceError(
+            f"the steps of this bundle cannot be captured: {problem}; leave out cuda_graph"
+        )
+    # A session that failed to capture once is not used again.
+    return _stepper(bundle, threads, chunk, verbose, capture=False)
+
+
+def _capturing(
+    bundle: Bundle, threads: int | None, chunk: int | None, verbose: bool
+) -> Stepper | str:
+    """What runs a bundle on CUDA and captures its steps, or why that does not work."""
+    try:
+        stepper = _stepper(bundle, threads, chunk, verbose, capture=True)
+        assert isinstance(stepper, ResidentStepper)
+        return stepper.capture_problem() or stepper
+    except DeviceError as error:
+        return str(error)
+    # A capture that fails says so when the graph is run, and in no class of its own. If it is
+    # something else, it will be seen again without a capture.
+    except Exception as error:
+        return devices.cuda_failure(error) or " ".join(str(error).split())
+
+
+def _never_captured(bundle: Bundle) -> str | None:
+    """Why no step of such a bundle can be captured, or None if it may be possible."""
+    manifest = bundle.manifest
+    state = manifest.state
+    if state.kind != "growing" or not state.in_place or manifest.activations == "float32":
+        return "its shapes change at each step; export with --device cuda"
+    window = bundle.read_json("config.json").get("keep_window_size")
+    if isinstance(window, int) and manifest.context_length > window:
+        return "which keys are in its window is computed with the length on the host"
+    return None
+
+
+def _stepper(
+    bundle: Bundle, threads: int | None, chunk: int | None, verbose: bool, capture: bool
+) -> Stepper:
+    """What runs a bundle on CUDA."""
+    session = open_session(bundle, devices.CUDA, threads, verbose, capture)
+    manifest, memory = bundle.manifest, DeviceMemory(devices.CUDA)
+    # Graphs that cannot leave logits out would need memory for those of all positions.
+    chunk = chunk or (RESIDENT_CHUNK if has_logits_to_keep(session) else DEFAULT_CHUNK)
+    if manifest.state.kind == "window":
+        return ResidentWindowStepper(session, manifest, memory, chunk)
+    if not manifest.state.in_place:
+        return ResidentCopyingStepper(session, manifest, memory, chunk)
+    return ResidentStepper(session, manifest, memory, chunk, capture)
