@@ -42,8 +42,7 @@ _BEFORE_CAPTURE = 4
 _MOST_GRAPHS = 64
 # Bytes of states that are kept for later texts of the same shape.
 _MOST_FREE = 2 << 30
-# What is looked at before any text: as large as the buffer of a short one.
-CHECKED_ROWS = 256
+# Steps that are looked at before any text.
 _CHECKED_STEPS = 4
 # Of the largest logit. The kernels are the same; lengths that were captured with their values, as
 # numbers, change much more.

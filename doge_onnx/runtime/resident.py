@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from doge_onnx.bundle import CLOSED_GATE, Manifest
 from doge_onnx.runtime.binding import last_position
 from doge_onnx.runtime.device import CPU, ORDINARY_RUN
-from doge_onnx.runtime.fixed import CHECKED_ROWS, EXCLUSIVE, FixedStep, FixedSteps
+from doge_onnx.runtime.fixed import EXCLUSIVE, FixedStep, FixedSteps
 from doge_onnx.runtime.growing import BufferDecoder, CopyingStepper, InPlaceStepper
 from doge_onnx.runtime.memory import Best as BestFinder
 from doge_onnx.runtime.memory import DeviceMemory, Tensor
@@ -186,7 +186,8 @@ class ResidentStepper(_Resident, InPlaceStepper):
         if self._fixed is None:
             return "its graph takes lengths from shapes"
         with EXCLUSIVE:
-            return self._fixed.problem(self._zeros(1, CHECKED_ROWS))
+            # As large as the first buffer of a single text, which then finds its step captured.
+            return self._fixed.problem(self._zeros(1, self._capacity(1, None)))
 
     def claim(self, state: State | None, batch: int, end: int, capacity: int) -> Buffer:
         """See `InPlaceStepper.claim`."""

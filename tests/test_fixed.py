@@ -1,0 +1,384 @@
+"""Decode steps of fixed shapes: what a graph makes of them, and when they are replayed.
+
+A session of the CPU captures nothing and ignores who asks for it, so that here it stands for one
+that does. What CUDA does is in test_cuda.py.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+
+import checkpoints
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+import doge_onnx
+from doge_onnx.errors import DeviceError, InputError
+from doge_onnx.runtime import device as devices
+from doge_onnx.runtime import fixed, loading
+from doge_onnx.runtime.memory import DeviceMemory
+from doge_onnx.runtime.resident import ResidentStepper
+from doge_onnx.runtime.session import PAST_LENGTH
+
+CAPACITY = 24
+
+
+@pytest.fixture(scope="module")
+def half_checkpoint(tmp_path_factory):
+    return checkpoints.make(tmp_path_factory.mktemp("half") / "checkpoint", num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def half_bundle(half_checkpoint, make_bundle):
+    return make_bundle(half_checkpoint, device="cuda", verify=False).path
+
+
+class Graph:
+    """The graph of a bundle, fed by hand."""
+
+    def __init__(self, path):
+        self.session = ort.InferenceSession(path / "model.onnx")
+        self.heads, self.row = self.session.get_inputs()[2].shape[1::2]
+        self.layers = len(self.session.get_outputs()) // 2
+
+    def run(self, ids, mask, state, **options):
+        """Logits and the next state, whose tensors have a row for each column of `mask`."""
+        names = [
+            f"past_key_values.{i}.{part}" for i in range(self.layers) for part in ("key", "value")
+        ]
+        feeds = {"input_ids": ids, "attention_mask": mask} | dict(zip(names, state, strict=True))
+        logits, *state = self.session.run(None, feeds | options)
+        return logits, state
+
+    def rows(self, batch, count, dtype):
+        """A state of zeros."""
+        shape = (batch, self.heads, count, self.row)
+        return [np.zeros(shape, dtype) for _ in range(2 * self.layers)]
+
+
+@pytest.mark.parametrize("options", [{}, {"kv_cache": "int8"}, {"precision": "int4"}])
+@pytest.mark.parametrize(("batch", "padded"), [(1, False), (3, True)])
+def test_a_mask_may_be_longer_than_what_is_there(
+    options, batch, padded, half_checkpoint, make_bundle
+):
+    if "precision" in options:
+        options = options | {"rounding": "nearest"}
+    graph = Graph(make_bundle(half_checkpoint, device="cuda", verify=False, **options).path)
+    dtype = np.int8 if "kv_cache" in options else np.float16
+    rng = np.random.default_rng(batch)
+    ids = rng.integers(0, 97, (batch, 12))
+    mask = np.ones((batch, CAPACITY), np.int64)
+    if padded:
+        mask[0, :4] = mask[1, :2] = mask[2, 9:11] = 0
+    truth, state = graph.run(ids[:, :7], mask[:, :7], graph.rows(batch, 0, dtype))
+    # What a longer mask says of tokens to come does not count.
+    buffers = graph.rows(batch, CAPACITY, dtype)
+    for buffer, rows in zip(buffers, state, strict=True):
+        buffer[:, :, :7] = rows
+        buffer[:, :, 7:] = 9
+    for position in range(7, 12):
+        new = ids[:, position : position + 1]
+        truth, state = graph.run(new, mask[:, : position + 1], state)
+        past = np.array([position])
+        ours, buffers = graph.run(new, mask, buffers, **{PAST_LENGTH: past})
+        np.testing.assert_array_equal(ours, truth)
+        for buffer, rows in zip(buffers, state, strict=True):
+            np.testing.assert_array_equal(buffer[:, :, : position + 1], rows)
+
+
+def test_several_tokens_may_be_fed_before_the_end_of_a_mask(half_bundle):
+    graph = Graph(half_bundle)
+    ids, mask = np.arange(3, 15)[np.newaxis], np.ones((1, CAPACITY), np.int64)
+    mask[0, :2] = 0
+    truth, _ = graph.run(ids, mask[:, :12], graph.rows(1, 0, np.float16))
+    _, state = graph.run(ids[:, :7], mask[:, :7], graph.rows(1, 0, np.float16))
+    buffers = graph.rows(1, CAPACITY, np.float16)
+    for buffer, rows in zip(buffers, state, strict=True):
+        buffer[:, :, :7] = rows
+    ours, _ = graph.run(ids[:, 7:], mask, buffers, **{PAST_LENGTH: np.array([7])})
+    np.testing.assert_allclose(ours, truth[:, 7:], atol=0.02)
+
+
+class Capturing:
+    """A session of the CPU that captures runs as CUDA would, with a fault of choice.
+
+    Attributes:
+        runs: The graph id of each run; -1 for ordinary ones.
+    """
+
+    def __init__(self, session, fault=None):
+        self._session, self.fault = session, fault
+        self.runs: list[int] = []
+        self.captured: dict[int, np.ndarray] = {}
+
+    def __getattr__(self, name):
+        return getattr(self._session, name)
+
+    def run_with_iobinding(self, binding, options=None):
+        assert fixed.EXCLUSIVE._is_owned()
+        number = int(options.get_run_config_entry("gpu_graph_id"))
+        replayed = number in self.captured
+        self.runs.append(number)
+        if number == -1:
+            self._session.run_with_iobinding(binding)
+            return
+        if self.fault == "raises":
+            raise RuntimeError("x CUDA failure 901: operation failed ; GPU=0")
+        if self.fault == "does nothing" and replayed:
+            return
+        step = self.step
+        past = step._past.value.numpy().copy()
+        if self.fault == "captures lengths":
+            # As if they had been numbers of the host.
+            step._past.value.update_inplace(self.captured.setdefault(number, past))
+        self.captured.setdefault(number, past)
+        self._session.run_with_iobinding(binding)
+        step._past.value.update_inplace(past)
+
+
+def capturing(path, fault=None):
+    """A model whose steps are captured, and its session."""
+    model = doge_onnx.load(path, device="cpu")
+    session = Capturing(model._stepper._session, fault)
+    stepper = ResidentStepper(session, model.manifest, DeviceMemory("cpu"), capture=True)
+    new = stepper._fixed._new
+
+    def watched(tensors):
+        session.step = new(tensors)
+        return session.step
+
+    stepper._fixed._new = watched
+    model._stepper = stepper
+    return model, session
+
+
+@pytest.mark.parametrize(
+    ("fault", "problem"),
+    [
+        (None, None),
+        ("does nothing", "the logits of a replayed step differ by nan"),
+        ("captures lengths", "the logits of a replayed step differ by [0-9]"),
+    ],
+)
+def test_a_replay_is_looked_at_before_it_is_used(half_bundle, fault, problem):
+    model, session = capturing(half_bundle, fault)
+    found = model._stepper.capture_problem()
+    assert found is None if problem is None else re.match(problem, found)
+    assert session.runs[:4] == [-1, 1, -1, 1]
+
+
+def test_steps_are_replayed_after_some_and_what_was_captured_is_used_again(half_bundle):
+    model, session = capturing(half_bundle)
+    assert model.cuda_graph
+    usual = doge_onnx.load(half_bundle, device="cpu")
+    options = {"max_new_tokens": 12}
+    expected = usual.generate([3, 4, 5], **options).token_ids
+    assert model.generate([3, 4, 5], **options).token_ids == expected
+    # The prompt, four steps as usual, and the rest.
+    assert session.runs == [-1] * 5 + [1] * 7
+    # Another text of other lengths: the tensors are the same, with what was in them.
+    del session.runs[:]
+    other = model.generate([6, 7], max_new_tokens=9).token_ids
+    assert other == usual.generate([6, 7], max_new_tokens=9).token_ids
+    assert session.runs == [-1] + [1] * 8
+    # Of two sequences it is another graph; and so it is while a state is kept.
+    for prompts, number in (([[3], [4]], 2), ([3], 1)):
+        del session.runs[:]
+        model.generate(prompts, **options)
+        assert max(session.runs) == number
+    # The buffer is kept, so that nothing of it may be written anew.
+    _, state = model.forward([[3, 4, 5]])
+    del session.runs[:]
+    model.generate([3], **options)
+    assert max(session.runs) == 3
+    again, _ = model.forward([[6]], state)
+    np.testing.assert_array_equal(again, usual.forward([[6]], usual.forward([[3, 4, 5]])[1])[0])
+
+
+def test_what_a_text_leaves_behind_changes_no_other(half_bundle):
+    model, _ = capturing(half_bundle)
+    usual = doge_onnx.load(half_bundle, device="cpu")
+    rng = np.random.default_rng(0)
+    for _ in range(6):
+        lengths = rng.integers(1, 20, int(rng.integers(1, 4)))
+        prompts = [rng.integers(0, 97, length).tolist() for length in lengths]
+        count = int(rng.integers(1, 30))
+        ours = model.generate(prompts, max_new_tokens=count)
+        expected = usual.generate(prompts, max_new_tokens=count)
+        assert [t.token_ids for t in ours] == [t.token_ids for t in expected]
+
+
+def test_a_sequence_that_has_ended_is_fed_padding(half_bundle):
+    model, session = capturing(half_bundle)
+    _, state = model.forward([[3, 4], [5, 6]])
+    decoder = model._stepper.decoder(state)
+    decoder.tokens[:] = [[7], [8]]
+    decoder.step(None)
+    for mask in ([[1], [0]], [[1], [0]]):
+        decoder.step(np.array(mask))
+    seen = session.step._mask.value.numpy()
+    assert seen[0].all()
+    assert seen[1, :3].all()
+    assert not seen[1, 3:].any()
+
+
+def test_a_capture_that_fails_later_on_is_done_without(half_bundle):
+    model, session = capturing(half_bundle, "raises")
+    expected = doge_onnx.load(half_bundle, device="cpu").generate([3, 4], max_new_tokens=12)
+    assert model.generate([3, 4], max_new_tokens=12).token_ids == expected.token_ids
+    assert session.runs.count(1) == 1
+
+
+def test_graphs_are_limited_and_states_that_nobody_uses_are_let_go(half_bundle, monkeypatch):
+    monkeypatch.setattr(fixed, "_MOST_GRAPHS", 2)
+    model, session = capturing(half_bundle)
+    for batch in (1, 2, 3, 1, 2, 3):
+        del session.runs[:]
+        model.generate([[3]] * batch, max_new_tokens=8)
+        assert (max(session.runs) > 0) == (batch < 3)
+    steps = model._stepper._fixed
+    assert [s.tensors[0].shape[0] for s in steps._free] == [1, 2]
+    one = sum(t.value.tensor_size_in_bytes() for t in steps._free[0].tensors)
+    monkeypatch.setattr(fixed, "_MOST_FREE", 2 * one)
+    model.generate([3], max_new_tokens=1)
+    assert [s.tensors[0].shape[0] for s in steps._free] == [1]
+
+
+def test_buffers_come_in_few_sizes_where_steps_are_captured(half_bundle):
+    captured, _ = capturing(half_bundle)
+    usual = doge_onnx.load(half_bundle, device="cpu")
+    capacities = []
+    for model in (captured, usual):
+        _, state = model._stepper.step(np.array([[3, 4]]), None, None, True, follow=5)
+        capacities.append(state.buffer.capacity)
+    assert capacities == [model.manifest.context_length, 7]
+
+
+def test_threads_take_turns(half_bundle):
+    # The session itself looks whether the lock is held.
+    model, _ = capturing(half_bundle)
+    expected = model.generate([3, 4], max_new_tokens=20).token_ids
+    texts = []
+    threads = [
+        threading.Thread(
+            target=lambda: texts.append(model.generate([3, 4], max_new_tokens=20).token_ids)
+        )
+        for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert texts == [expected] * 3
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """Pretend that there is CUDA; returns what is loaded there, by whether it captures."""
+    made = []
+
+    def pretend(fault=None):
+        def stepper(bundle, threads, chunk, verbose, capture):
+            made.append(capture)
+            if capture and fault == "refuses":
+                raise DeviceError("the host takes part in its steps")
+            if capture and fault == "out of memory":
+                raise RuntimeError("Failed to allocate memory")
+            model, session = capturing(bundle.path, fault)
+            if not capture:
+                memory = DeviceMemory("cpu")
+                model._stepper = ResidentStepper(session, model.manifest, memory)
+            return model._stepper
+
+        monkeypatch.setattr(loading, "_stepper", stepper)
+        return made
+
+    monkeypatch.setattr(devices, "missing_for_cuda", lambda: None)
+    return pretend
+
+
+def test_steps_are_captured_where_that_works(half_bundle, cuda):
+    made = cuda()
+    assert doge_onnx.load(half_bundle, device="cuda").cuda_graph
+    assert doge_onnx.load(half_bundle, device="auto", cuda_graph=True).cuda_graph
+    assert made == [True, True]
+    assert not doge_onnx.load(half_bundle, device="cuda", cuda_graph=False).cuda_graph
+    assert made == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("captures lengths", "the logits of a replayed step differ by"),
+        ("raises", "CUDA failure 901: operation failed"),
+        ("refuses", "the host takes part in its steps"),
+        ("out of memory", "Failed to allocate memory"),
+    ],
+)
+def test_where_it_does_not_work_it_is_left_out_or_told(half_bundle, cuda, fault, reason):
+    made = cuda(fault)
+    model = doge_onnx.load(half_bundle, device="cuda")
+    assert not model.cuda_graph
+    assert made == [True, False]
+    for device in ("cuda", "auto"):
+        with pytest.raises(DeviceError, match=f"cannot be captured: {reason}.*leave out") as info:
+            doge_onnx.load(half_bundle, device=device, cuda_graph=True)
+        assert "\n" not in str(info.value)
+
+
+def test_bundles_that_cannot_be_captured_are_not_tried(
+    half_checkpoint, make_bundle, cuda, tmp_path
+):
+    made = cuda()
+    checkpoint = checkpoints.make(tmp_path / "checkpoint", keep_window_size=16)
+    narrow = make_bundle(checkpoint, device="cuda", verify=False).path
+    plain = make_bundle(half_checkpoint, target="portable", verify=False).path
+    for path, reason in ((narrow, "in its window"), (plain, "export with --device cuda")):
+        del made[:]
+        with pytest.raises(DeviceError, match=reason):
+            doge_onnx.load(path, device="cuda", cuda_graph=True)
+        assert made == []
+    with pytest.raises(DeviceError, match="need CUDA, and this model runs on the CPU"):
+        doge_onnx.load(plain, device="cpu", cuda_graph=True)
+    with pytest.raises(InputError, match="cuda_graph must be True, False or None, not 'yes'"):
+        doge_onnx.load(plain, cuda_graph="yes")
+
+
+def test_a_state_that_is_continued_twice_is_copied_to_where_an_earlier_text_was(
+    half_bundle, monkeypatch
+):
+    monkeypatch.setattr("doge_onnx.runtime.state._FIRST_CAPACITY", 8)
+    model, _ = capturing(half_bundle)
+    usual = doge_onnx.load(half_bundle, device="cpu")
+    # Two at the same time leave two sets of tensors.
+    streams = [model.stream([9, 8], max_new_tokens=5) for _ in range(2)]
+    for _ in range(2):
+        for stream in streams:
+            next(stream)
+    for stream in streams:
+        stream.close()
+    assert len(model._stepper._fixed._free) == 2
+    kept = []
+    for each in (model, usual):
+        _, state = each.forward([[3, 4, 5]])
+        each.first, one = each.forward([[6]], state)
+        each.second, other = each.forward([[7]], state)
+        kept += [one, other]
+    assert model._stepper._fixed._free == []
+    np.testing.assert_array_equal(model.first, usual.first)
+    np.testing.assert_array_equal(model.second, usual.second)
+
+
+def test_the_beginning_of_a_long_state_is_continued_in_as_many_rows(half_bundle, monkeypatch):
+    monkeypatch.setattr("doge_onnx.runtime.state._FIRST_CAPACITY", 8)
+    model, _ = capturing(half_bundle)
+    usual = doge_onnx.load(half_bundle, device="cpu")
+    ids = np.arange(3, 23)
+    for each in (model, usual):
+        _, state = each.forward([ids])
+        start = each._stepper.rewind(state, 3)
+        each.logits, longer = each.forward([[7]], start)
+    assert longer.buffer.capacity == 8
+    np.testing.assert_array_equal(model.logits, usual.logits)
