@@ -233,14 +233,7 @@ def generate(
     if chat:
         before = [] if system is None else [{"role": "system", "content": system}]
         text = [*before, {"role": "user", "content": text}]
-    model = doge_onnx.load(
-        bundle,
-        device=device.value,
-        threads=threads,
-        prefill_chunk=prefill_chunk,
-        verbose=verbose,
-        cuda_graph=cuda_graph,
-    )
+    model = _load(bundle, device, threads, prefill_chunk, verbose, cuda_graph)
     sampling: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -294,14 +287,7 @@ def chat(
     Ctrl-C ends an answer, Ctrl-D the conversation. The model remembers all of it up to the
     context length, and then forgets the oldest turns.
     """
-    model = doge_onnx.load(
-        bundle,
-        device=device.value,
-        threads=threads,
-        prefill_chunk=prefill_chunk,
-        verbose=verbose,
-        cuda_graph=cuda_graph,
-    )
+    model = _load(bundle, device, threads, prefill_chunk, verbose, cuda_graph)
     conversation = model.chat(
         system=system,
         max_new_tokens=max_new_tokens,
@@ -399,6 +385,27 @@ def push(
         progress=lambda step: cli_output.note(f"  {step}"),
     )
     cli_output.push(report)
+
+
+def _load(
+    bundle: str,
+    device: cli_options.Devices,
+    threads: int | None,
+    prefill_chunk: int | None,
+    verbose: bool,
+    cuda_graph: bool | None,
+) -> Any:
+    model = doge_onnx.load(
+        bundle,
+        device=device.value,
+        threads=threads,
+        prefill_chunk=prefill_chunk,
+        verbose=verbose,
+        cuda_graph=cuda_graph,
+    )
+    if model.reason_for_cpu is not None:
+        cli_output.note(f"(this runs on the CPU: {model.reason_for_cpu})")
+    return model
 
 
 def _prompt(argument: str | None) -> str:

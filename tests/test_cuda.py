@@ -159,6 +159,43 @@ def test_a_gpu_that_fails_is_told_or_left(
     assert done.stdout == said + "\n"
 
 
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        # Nothing is computed, so nothing that is replayed can be right.
+        (None, "the logits of a replayed step differ by nan"),
+        ("1", "CUDA failure 901: an error of the stand-in"),
+    ],
+)
+def test_without_a_good_capture_steps_run_as_usual(
+    spoil, said, gpu_python, stand_in, tmp_path, make_bundle
+):
+    path = make_bundle(TINY_CHECKPOINT, verify=False, device="cuda").path
+    code = (
+        "import doge_onnx\n"
+        f"model = doge_onnx.load({str(path)!r}, 'cuda')\n"
+        "print(model.cuda_graph, len(model.generate([3, 4], max_new_tokens=9).token_ids))\n"
+        f"try: doge_onnx.load({str(path)!r}, 'cuda', cuda_graph=True)\n"
+        "except doge_onnx.DogeOnnxError as error: print(type(error).__name__, error)"
+    )
+    environ = {"LD_LIBRARY_PATH": str(stand_in)} | (
+        {} if spoil is None else {"CUDA_STAND_IN_SPOIL": spoil}
+    )
+    done = subprocess.run(
+        [gpu_python, "-c", code],
+        env=os.environ | environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    first, second = done.stdout.splitlines()
+    assert first.startswith("False ")
+    assert second == (
+        f"DeviceError the steps of this bundle cannot be captured: {said}; leave out cuda_graph"
+    )
+    assert done.stderr == ""
+
+
 def test_the_benchmark_says_what_is_missing():
     if missing_for_cuda() is None:
         pytest.skip("this machine has CUDA")

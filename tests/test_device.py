@@ -10,9 +10,12 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from conftest import TINY_CHECKPOINT
+from typer.testing import CliRunner
 
 import doge_onnx
 from doge_onnx.bundle import seal
+from doge_onnx.cli import app
 from doge_onnx.errors import BundleError, DeviceError, InputError
 from doge_onnx.runtime import device as devices
 from doge_onnx.runtime import graphs
@@ -128,6 +131,36 @@ def test_what_is_missing_is_named_with_what_to_install(machine, parts, message):
         devices.choose_device("cuda", FP16)
     assert "\n" not in str(caught.value)
     assert devices.choose_device("auto", FP16) == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("manifest", "parts", "reason"),
+    [
+        (FP16, {"gpu_package": False}, "built without CUDA; install"),
+        (FP16, {"driver": Driver(gpus=0)}, "the NVIDIA driver shows no GPU"),
+        (PORTABLE, {"driver": Driver(gpus=0)}, "the NVIDIA driver shows no GPU"),
+        (FP32, {}, "this bundle computes in fp32 with operators for the CPU"),
+        # Nobody expects anything else.
+        (FP32, {"gpu_package": False}, None),
+        (PORTABLE, {"gpu_package": False}, None),
+    ],
+)
+def test_why_auto_takes_the_cpu_is_told(machine, manifest, parts, reason):
+    machine(**parts)
+    told = devices.reason_for_cpu(manifest)
+    assert told is None if reason is None else reason in told
+
+
+def test_the_command_line_says_why_it_takes_the_cpu(tmp_path, make_bundle, tiny_bundle):
+    if "CUDAExecutionProvider" in ort.get_available_providers():
+        pytest.skip("this onnxruntime has CUDA")
+    half = make_bundle(TINY_CHECKPOINT, device="cuda", verify=False).path
+    result = CliRunner().invoke(app, ["generate", str(half), "It was", "--max-new-tokens=2"])
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("(this runs on the CPU: the installed onnxruntime")
+    for more in ([str(half), "--device=cpu"], [str(tiny_bundle)]):
+        result = CliRunner().invoke(app, ["generate", "--max-new-tokens=2", *more, "It was"])
+        assert (result.exit_code, result.stderr) == (0, "")
 
 
 def test_a_device_that_nobody_knows_is_wrong_usage():

@@ -77,6 +77,16 @@ def choose_device(asked: str, manifest: Manifest) -> str:
     return asked
 
 
+def reason_for_cpu(manifest: Manifest) -> str | None:
+    """Why "auto" takes the CPU for a bundle, or None if nobody would expect anything else.
+
+    One would where the bundle is made for CUDA, or where onnxruntime-gpu is installed.
+    """
+    if manifest.activations == "float32" and CUDA_PROVIDER not in ort.get_available_providers():
+        return None
+    return _unfit(CUDA, manifest) or missing_for_cuda()
+
+
 def runs_on_cpu(manifest: Manifest) -> bool:
     """Whether a bundle can run there."""
     return _unfit(CPU, manifest) is None

@@ -57,12 +57,21 @@ def open_stepper(
         try:
             with EXCLUSIVE:
                 return _on_cuda(bundle, threads, chunk, verbose, cuda_graph)
-        except DeviceError:
+        except DeviceError as error:
             # What somebody insists on is not left out.
             if cuda_graph or device != devices.AUTO or not devices.runs_on_cpu(bundle.manifest):
                 raise
-    elif cuda_graph:
-        raise DeviceError("CUDA graphs need CUDA, and this model runs on the CPU")
+            reason: str | None = str(error)
+    else:
+        if cuda_graph:
+            raise DeviceError("CUDA graphs need CUDA, and this model runs on the CPU")
+        reason = devices.reason_for_cpu(bundle.manifest) if device == devices.AUTO else None
+    stepper = _on_cpu(bundle, threads, chunk, verbose)
+    stepper.reason_for_cpu = reason
+    return stepper
+
+
+def _on_cpu(bundle: Bundle, threads: int | None, chunk: int | None, verbose: bool) -> Stepper:
     session = open_session(bundle, devices.CPU, threads, verbose)
     layout, chunk = bundle.manifest.state, chunk or DEFAULT_CHUNK
     if layout.kind == "window":

@@ -77,6 +77,11 @@ class Model:
         return self._stepper.device
 
     @property
+    def reason_for_cpu(self) -> str | None:
+        """Why the device "auto" is the CPU, where the bundle or the installation is for CUDA."""
+        return self._stepper.reason_for_cpu
+
+    @property
     def cuda_graph(self) -> bool:
         """Whether CUDA captures decode steps once and replays them."""
         return self._stepper.captures

@@ -30,6 +30,7 @@ class Stepper(ABC):
     Attributes:
         device: Where it does.
         captures: Whether CUDA captures decode steps and replays them.
+        reason_for_cpu: Why it is the CPU, where CUDA might be expected.
 
     Args:
         session: With the inputs and outputs that the manifest implies.
@@ -39,6 +40,7 @@ class Stepper(ABC):
 
     device = "cpu"
     captures = False
+    reason_for_cpu: str | None = None
 
     def __init__(
         self, session: ort.InferenceSession, manifest: Manifest, chunk: int = DEFAULT_CHUNK
