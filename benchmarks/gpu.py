@@ -4,10 +4,11 @@
 
 Needs onnxruntime-gpu and a PyTorch with CUDA. First checks that fp16 on the GPU writes what the
 CPU writes, on examples/doge-tiny for 64 tokens, and names near-ties with the gap between the two
-best tokens. Then measures random weights of the released shapes in fp16: this package,
-transformers with its `sdpa` attention through `generate`, and transformers compiled by
-`torch.compile` with a static cache. Prints a table, and as its last line one JSON object; before,
-each row as soon as it is there, on the standard error.
+best tokens. Then measures random weights of the released shapes in fp16: this package, with decode
+steps that CUDA replays and, as "launches", without; transformers with its `sdpa` attention through
+`generate`; and transformers compiled by `torch.compile` with a static cache. Prints a table, and
+as its last line one JSON object; before, each row as soon as it is there, on the standard error.
+Where CUDA cannot capture a step, it says why and goes on without.
 
 Each cell is timed `--rounds` times with all competitors in turn, and medians are compared. MBU
 (memory-bandwidth utilisation) is what a decode step must read, weights and state, divided by its
@@ -120,8 +121,12 @@ def measure_shape(
     shape: str, checkpoint: Path, bundle: Path, arguments: argparse.Namespace, bandwidth: float
 ) -> list[dict[str, Any]]:
     """All cells of one shape."""
-    model = doge_onnx.load(bundle, device=CUDA)
+    model, problem = load_replaying(bundle)
     competitors: dict[str, Any] = {"doge-onnx": Ours(model), "sdpa": Theirs(checkpoint)}
+    if problem is None:
+        competitors["launches"] = Ours(doge_onnx.load(bundle, device=CUDA, cuda_graph=False))
+    else:
+        print(f"{shape}: {problem}", file=sys.stderr)
     if not arguments.no_compile:
         competitors["compile"] = Theirs(checkpoint, compiled=True)
     weights = read_weights(bundle / model.manifest.graph)
@@ -142,6 +147,7 @@ def measure_shape(
                     "batch": batch,
                     "prefill_tokens_per_s": {n: context * batch / s for n, s in prefill.items()},
                     "decode_tokens_per_s": {n: batch / s for n, s in decode.items()},
+                    "cuda_graph": model.cuda_graph,
                     "mbu": read / decode["doge-onnx"] / bandwidth,
                     "failed": failed,
                 }
@@ -149,6 +155,14 @@ def measure_shape(
             # What is measured stays if the rest is cut off.
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     return rows
+
+
+def load_replaying(bundle: Path) -> tuple[Model, str | None]:
+    """A model with captured decode steps, or one without and why it is that."""
+    try:
+        return doge_onnx.load(bundle, device=CUDA, cuda_graph=True), None
+    except DogeOnnxError as error:
+        return doge_onnx.load(bundle, device=CUDA, cuda_graph=False), str(error)
 
 
 class Ours:

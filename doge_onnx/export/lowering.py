@@ -286,8 +286,8 @@ def _lower_new_columns(
     given = op.Add(op.Slice(numbers, zero, op.Sub(end, start), zero), past_length)
     columns = op.Where(op.Less(past_length, zero), last, given)
     is_token = op.Gather(mask, columns, axis=1)
-    # CUDA's CumSum adds up each of its results from the beginning: only the new columns are
-    # left to it. Sums of float32 have a kernel of ONNX Runtime's own, those of int64 are cuDNN's.
+    # CumSum on CUDA, in some versions, adds up each of its results from the beginning: only the
+    # new columns are left to it. Sums of float32 need no cuDNN, those of int64 do.
     first = op.Slice(columns, zero, axis, zero)
     earlier = op.Where(op.Less(op.Slice(numbers, zero, end, zero), first), mask, zero)
     count = op.ReduceSum(op.Cast(earlier, to=onnx.TensorProto.FLOAT), axis, keepdims=1)
