@@ -61,7 +61,8 @@ def load(
         BundleError: The bundle is incomplete, altered, too new, or cannot be run.
         DeviceError: The device is not there, lacks a library, or cannot run the bundle or capture
             its steps.
-        InputError: An unknown device, or a number of threads below 1.
+        InputError: An unknown device, a number of threads or tokens below 1, or a `cuda_graph` that
+            is none of the three.
     """
     from doge_onnx.runtime import model
 

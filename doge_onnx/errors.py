@@ -28,6 +28,10 @@ class DeviceError(DogeOnnxError):
     """A device that is not there, lacks a library, or cannot run a bundle."""
 
 
+class CaptureError(DeviceError):
+    """A graph with which CUDA cannot replay steps; it may run there without."""
+
+
 class InputError(DogeOnnxError):
     """A prompt, token ids or a sampling option that the model cannot take."""
 

@@ -163,7 +163,7 @@ def test_a_gpu_that_fails_is_told_or_left(
     ("spoil", "said"),
     [
         # Nothing is computed, so nothing that is replayed can be right.
-        (None, "the logits of a replayed step differ by nan"),
+        (None, "the logits of a step of fixed shapes differ by nan"),
         ("1", "CUDA failure 901: an error of the stand-in"),
     ],
 )
@@ -191,7 +191,8 @@ def test_without_a_good_capture_steps_run_as_usual(
     first, second = done.stdout.splitlines()
     assert first.startswith("False ")
     assert second == (
-        f"DeviceError the steps of this bundle cannot be captured: {said}; leave out cuda_graph"
+        f"DeviceError the steps of this bundle cannot be captured in a CUDA graph: {said}; "
+        "or run it without"
     )
     assert done.stderr == ""
 
@@ -304,16 +305,16 @@ def test_a_gpu_computes_what_the_reference_does(gpu, tmp_path, precision):
 def assert_same_text(here, there):
     """What one model writes is what the other would, but for near-ties."""
     prompt = Codec(TINY_CHECKPOINT / "tokenizer.json").encode("It was a dark and stormy night")
-    ids = here.generate(prompt, max_new_tokens=64).token_ids
-    logits, state = there.forward([prompt])
-    equal = 0
-    for token in ids:
-        row = logits[0, 0]
-        equal += int(row.argmax()) == token
-        gap = float(row.max() - row[token])
-        assert gap <= RELATIVE_TOLERANCES["float16"] * float(np.abs(row).max())
-        logits, state = there.forward([[token]], state)
-    assert equal >= len(ids) - 3
+    for writer, reader in ((here, there), (there, here)):
+        # As it generates, one token after another, and all at once.
+        ids = writer.generate(prompt, max_new_tokens=64).token_ids
+        logits, _ = reader.forward([prompt + ids[:-1]], logits="all")
+        equal = 0
+        for row, token in zip(logits[0, len(prompt) - 1 :], ids, strict=True):
+            equal += int(row.argmax()) == token
+            gap = float(row.max() - row[token])
+            assert gap <= RELATIVE_TOLERANCES["float16"] * float(np.abs(row).max())
+        assert equal >= len(ids) - 3
 
 
 def test_fp16_continues_a_text_as_fp32_does(make_bundle):
@@ -324,6 +325,10 @@ def test_fp16_continues_a_text_as_fp32_does(make_bundle):
 
 
 @pytest.mark.cuda
-def test_a_gpu_continues_a_text_as_the_cpu_does(gpu, make_bundle):
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_a_gpu_continues_a_text_as_the_cpu_does(gpu, cuda_graph, make_bundle):
     path = make_bundle(TINY_CHECKPOINT, verify=False, device="cuda").path
-    assert_same_text(*(doge_onnx.load(path, device=device) for device in ("cpu", "cuda")))
+    here = doge_onnx.load(path, device="cpu")
+    there = doge_onnx.load(path, device="cuda", cuda_graph=cuda_graph)
+    assert there._stepper._fixed is not None
+    assert_same_text(here, there)

@@ -6,8 +6,10 @@ that does. What CUDA does is in test_cuda.py.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import threading
+from unittest import mock
 
 import checkpoints
 import numpy as np
@@ -15,10 +17,11 @@ import onnxruntime as ort
 import pytest
 
 import doge_onnx
-from doge_onnx.errors import DeviceError, InputError
+from doge_onnx.errors import BundleError, CaptureError, DeviceError, InputError
 from doge_onnx.runtime import device as devices
-from doge_onnx.runtime import fixed, loading
+from doge_onnx.runtime import fixed, loading, turns
 from doge_onnx.runtime.memory import DeviceMemory
+from doge_onnx.runtime.options import Defaults
 from doge_onnx.runtime.resident import ResidentStepper
 from doge_onnx.runtime.session import PAST_LENGTH
 
@@ -110,22 +113,31 @@ class Capturing:
 
     def __init__(self, session, fault=None):
         self._session, self.fault = session, fault
+        self.step = None
         self.runs: list[int] = []
+        self.threads: set[int] = set()
         self.captured: dict[int, np.ndarray] = {}
 
     def __getattr__(self, name):
         return getattr(self._session, name)
 
     def run_with_iobinding(self, binding, options=None):
-        assert fixed.EXCLUSIVE._is_owned()
+        assert turns.EXCLUSIVE._is_owned()
+        self.threads.add(threading.get_ident())
         number = int(options.get_run_config_entry("gpu_graph_id"))
         replayed = number in self.captured
         self.runs.append(number)
+        fixed_shapes = self.step is not None and binding is self.step._binding
+        if self.fault == "loses a row" and fixed_shapes:
+            past = self.step._past.value.numpy()
+            self.step._past.value.update_inplace(np.maximum(past - 1, 0))
         if number == -1:
             self._session.run_with_iobinding(binding)
             return
         if self.fault == "raises":
             raise RuntimeError("x CUDA failure 901: operation failed ; GPU=0")
+        if self.fault == "out of memory":
+            raise RuntimeError("Failed to allocate memory")
         if self.fault == "does nothing" and replayed:
             return
         step = self.step
@@ -160,13 +172,22 @@ def capturing(path, fault=None):
         (None, None),
         ("does nothing", "the logits of a replayed step differ by nan"),
         ("captures lengths", "the logits of a replayed step differ by [0-9]"),
+        ("loses a row", "the logits of a step of fixed shapes differ by [0-9]"),
     ],
 )
 def test_a_replay_is_looked_at_before_it_is_used(half_bundle, fault, problem):
     model, session = capturing(half_bundle, fault)
-    found = model._stepper.capture_problem()
+    with turns.EXCLUSIVE:
+        found = model._stepper.check_fixed_steps()
     assert found is None if problem is None else re.match(problem, found)
-    assert session.runs[:4] == [-1, 1, -1, 1]
+    assert model.cuda_graph == (problem is None)
+    # With a mask that grows, and with one that does not, twice.
+    assert session.runs[:3] == [-1, -1, 1]
+    if found is None:
+        # What was captured is there for the first text.
+        del session.runs[:]
+        model.generate([3], max_new_tokens=8)
+        assert session.runs[-1] == 1
 
 
 def test_steps_are_replayed_after_some_and_what_was_captured_is_used_again(half_bundle):
@@ -234,16 +255,28 @@ def test_a_capture_that_fails_later_on_is_done_without(half_bundle):
 def test_graphs_are_limited_and_states_that_nobody_uses_are_let_go(half_bundle, monkeypatch):
     monkeypatch.setattr(fixed, "_MOST_GRAPHS", 2)
     model, session = capturing(half_bundle)
-    for batch in (1, 2, 3, 1, 2, 3):
+    steps = model._stepper._fixed
+
+    def replays(batch):
         del session.runs[:]
         model.generate([[3]] * batch, max_new_tokens=8)
-        assert (max(session.runs) > 0) == (batch < 3)
-    steps = model._stepper._fixed
-    assert [s.tensors[0].shape[0] for s in steps._free] == [1, 2]
+        return max(session.runs) > 0
+
+    assert [replays(batch) for batch in (1, 2, 3)] == [True] * 3
+    assert [s.tensors[0].shape[0] for s in steps._free] == [1, 2, 3]
     one = sum(t.value.tensor_size_in_bytes() for t in steps._free[0].tensors)
-    monkeypatch.setattr(fixed, "_MOST_FREE", 2 * one)
-    model.generate([3], max_new_tokens=1)
-    assert [s.tensors[0].shape[0] for s in steps._free] == [1]
+    monkeypatch.setattr(fixed, "_MOST_FREE", one)
+    # The state of the last text is kept whatever its size, and of the others what fits.
+    assert replays(3)
+    assert replays(1)
+    assert [s.tensors[0].shape[0] for s in steps._free] == [3, 1]
+    # A second graph for the shape that was let go, and no third; others have theirs.
+    assert replays(2)
+    assert replays(1)
+    assert [s.tensors[0].shape[0] for s in steps._free] == [2, 1]
+    assert replays(3)
+    steps.let_go()
+    assert [replays(batch) for batch in (3, 2, 1, 4)] == [False, False, True, True]
 
 
 def test_buffers_come_in_few_sizes_where_steps_are_captured(half_bundle):
@@ -253,12 +286,18 @@ def test_buffers_come_in_few_sizes_where_steps_are_captured(half_bundle):
     for model in (captured, usual):
         _, state = model._stepper.step(np.array([[3, 4]]), None, None, True, follow=5)
         capacities.append(state.buffer.capacity)
-    assert capacities == [model.manifest.context_length, 7]
+    context_length = model.manifest.context_length
+    assert capacities == [context_length, 7]
+    capacity = captured._stepper._capacity
+    # Nothing follows a full text, and a mask has no more columns than the graph can number.
+    assert capacity(context_length, None) == context_length
+    assert capacity(context_length + 1, None) == capacity(2 * context_length, None)
+    assert capacity(2 * context_length, None) == 2 * context_length
 
 
 def test_threads_take_turns(half_bundle):
     # The session itself looks whether the lock is held.
-    model, _ = capturing(half_bundle)
+    model, session = capturing(half_bundle)
     expected = model.generate([3, 4], max_new_tokens=20).token_ids
     texts = []
     threads = [
@@ -272,6 +311,8 @@ def test_threads_take_turns(half_bundle):
     for thread in threads:
         thread.join()
     assert texts == [expected] * 3
+    # ONNX Runtime keeps something for each thread that it sees: this one, and one for the others.
+    assert len(session.threads) == 2
 
 
 @pytest.fixture
@@ -283,9 +324,7 @@ def cuda(monkeypatch):
         def stepper(bundle, threads, chunk, verbose, capture):
             made.append(capture)
             if capture and fault == "refuses":
-                raise DeviceError("the host takes part in its steps")
-            if capture and fault == "out of memory":
-                raise RuntimeError("Failed to allocate memory")
+                raise CaptureError("the host takes part in its steps")
             model, session = capturing(bundle.path, fault)
             if not capture:
                 memory = DeviceMemory("cpu")
@@ -312,6 +351,7 @@ def test_steps_are_captured_where_that_works(half_bundle, cuda):
     ("fault", "reason"),
     [
         ("captures lengths", "the logits of a replayed step differ by"),
+        ("loses a row", "the logits of a step of fixed shapes differ by"),
         ("raises", "CUDA failure 901: operation failed"),
         ("refuses", "the host takes part in its steps"),
         ("out of memory", "Failed to allocate memory"),
@@ -323,7 +363,9 @@ def test_where_it_does_not_work_it_is_left_out_or_told(half_bundle, cuda, fault,
     assert not model.cuda_graph
     assert made == [True, False]
     for device in ("cuda", "auto"):
-        with pytest.raises(DeviceError, match=f"cannot be captured: {reason}.*leave out") as info:
+        with pytest.raises(
+            DeviceError, match=f"in a CUDA graph: {reason}.*run it without$"
+        ) as info:
             doge_onnx.load(half_bundle, device=device, cuda_graph=True)
         assert "\n" not in str(info.value)
 
@@ -340,7 +382,7 @@ def test_bundles_that_cannot_be_captured_are_not_tried(
         with pytest.raises(DeviceError, match=reason):
             doge_onnx.load(path, device="cuda", cuda_graph=True)
         assert made == []
-    with pytest.raises(DeviceError, match="need CUDA, and this model runs on the CPU"):
+    with pytest.raises(DeviceError, match="need CUDA: the device is to be the CPU"):
         doge_onnx.load(plain, device="cpu", cuda_graph=True)
     with pytest.raises(InputError, match="cuda_graph must be True, False or None, not 'yes'"):
         doge_onnx.load(plain, cuda_graph="yes")
@@ -366,7 +408,7 @@ def test_a_state_that_is_continued_twice_is_copied_to_where_an_earlier_text_was(
         each.first, one = each.forward([[6]], state)
         each.second, other = each.forward([[7]], state)
         kept += [one, other]
-    assert model._stepper._fixed._free == []
+    assert not model._stepper._fixed._free
     np.testing.assert_array_equal(model.first, usual.first)
     np.testing.assert_array_equal(model.second, usual.second)
 
@@ -382,3 +424,96 @@ def test_the_beginning_of_a_long_state_is_continued_in_as_many_rows(half_bundle,
         each.logits, longer = each.forward([[7]], start)
     assert longer.buffer.capacity == 8
     np.testing.assert_array_equal(model.logits, usual.logits)
+
+
+def test_what_is_wrong_with_a_bundle_is_not_taken_for_a_capture(half_bundle, cuda, monkeypatch):
+    made = cuda()
+    for error in (
+        InputError("threads must be ..."),
+        BundleError("broken"),
+        DeviceError("no kernel"),
+    ):
+        monkeypatch.setattr(loading, "_stepper", mock.Mock(side_effect=error))
+        with pytest.raises(type(error), match=str(error)):
+            doge_onnx.load(half_bundle, device="cuda", cuda_graph=True)
+    assert made == []
+
+
+def test_who_asks_for_a_graph_without_cuda_is_told_what_is_missing(half_bundle, monkeypatch):
+    monkeypatch.setattr(devices, "missing_for_cuda", lambda: "install something")
+    with pytest.raises(DeviceError, match="CUDA graphs need CUDA: install something"):
+        doge_onnx.load(half_bundle, device="auto", cuda_graph=True)
+
+
+def test_memory_that_is_kept_for_later_is_given_up_when_there_is_no_more(half_bundle, monkeypatch):
+    model, _ = capturing(half_bundle)
+    model.generate([[3]] * 2, max_new_tokens=2)
+    free, empty = model._stepper._fixed._free, DeviceMemory.empty
+    assert free
+
+    def scarce(memory, shape, dtype):
+        if free and len(shape) == 4 and shape[2]:
+            raise RuntimeError("Failed to allocate memory")
+        return empty(memory, shape, dtype)
+
+    monkeypatch.setattr(DeviceMemory, "empty", scarce)
+    ours = model.generate([[3]] * 3, max_new_tokens=9)
+    usual = doge_onnx.load(half_bundle, device="cpu").generate([[3]] * 3, max_new_tokens=9)
+    assert [t.token_ids for t in ours] == [t.token_ids for t in usual]
+    monkeypatch.setattr(DeviceMemory, "empty", mock.Mock(side_effect=RuntimeError("no more")))
+    model._stepper._fixed.let_go()
+    with pytest.raises(RuntimeError, match="no more"):
+        model.generate([[3]] * 4, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_whatever_is_done_in_whatever_order_is_what_the_cpu_does(half_bundle, monkeypatch, seed):
+    # Buffers grow often, and are used again by texts of all kinds, that nothing ends early.
+    monkeypatch.setattr("doge_onnx.runtime.state._FIRST_CAPACITY", 4)
+    model, session = capturing(half_bundle)
+    pair = model, doge_onnx.load(half_bundle, device="cpu")
+    for each in pair:
+        each._defaults = Defaults(frozenset(), sample=False, values={})
+    rng = np.random.default_rng(seed)
+    states, streams = [(None, None)], []
+
+    def tokens(count):
+        return rng.integers(0, 97, int(count)).tolist()
+
+    for _ in range(30):
+        match rng.integers(4):
+            case 0:
+                prompts = [tokens(n) for n in rng.integers(1, 12, rng.integers(1, 4))]
+                options = [{}, {"temperature": 1.0, "top_k": 5, "seed": 1}, {"logprobs": True}]
+                chosen = {"max_new_tokens": int(rng.integers(1, 40)), **rng.choice(options)}
+                texts = [each.generate(prompts, **chosen) for each in pair]
+                assert texts[0] == [replace_timings(a, b) for a, b in zip(*texts, strict=True)]
+            case 1:
+                ids = [tokens(rng.integers(1, 6))]
+                before = states[rng.integers(len(states))]
+                if before[0] is not None and before[0].length > 40:
+                    continue
+                results = [
+                    each.forward(ids, state) for each, state in zip(pair, before, strict=True)
+                ]
+                np.testing.assert_allclose(results[0][0], results[1][0], atol=0.02)
+                states.append((results[0][1], results[1][1]))
+                del states[1:-4]
+            case 2:
+                prompt = tokens(rng.integers(1, 9))
+                streams.append([each.stream(prompt, max_new_tokens=30) for each in pair])
+                if len(streams) > 3:
+                    # Left behind, and not closed.
+                    del streams[0]
+            case 3:
+                for ours, usual in streams:
+                    for _ in range(rng.integers(1, 8)):
+                        one, other = next(ours, None), next(usual, None)
+                        assert (one is None) == (other is None)
+                        assert one is None or one.token_ids == other.token_ids
+    assert max(session.runs) > 3
+
+
+def replace_timings(ours, usual):
+    """A completion with the timings of another one."""
+    return dataclasses.replace(usual, timings=ours.timings)

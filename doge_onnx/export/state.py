@@ -236,7 +236,8 @@ class GrowingState(nn.Module):
         self.dtype, self.activations = dtype, activations
         gates = checkpoint.gate_heads // config.num_key_value_heads
         self.heads = _heads(config, config.num_key_value_heads, gates, extra=1, dtype=dtype)
-        cos, sin = rotary_tables(config, context_length)
+        # One more than a text has tokens: padding behind a full text stands there.
+        cos, sin = rotary_tables(config, context_length + 1)
         # Radians per position of each channel pair, where they are the same at all positions.
         self.frequencies: Tensor | None = None
         if config.rope.kind != "dynamic" or context_length <= config.max_position_embeddings:

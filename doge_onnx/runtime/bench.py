@@ -32,6 +32,7 @@ from doge_onnx.runtime.memory import DeviceMemory
 from doge_onnx.runtime.model import Model, load
 from doge_onnx.runtime.options import Defaults
 from doge_onnx.runtime.session import usable_cores
+from doge_onnx.runtime.turns import EXCLUSIVE
 from doge_onnx.runtime.weights import Weights, read_weights
 
 DEFAULT_CONTEXTS = (16, 512, 1900)
@@ -149,7 +150,7 @@ class BenchReport:
         file_bytes: Of graph and weights on the disk.
         machine: Processor, cores, system, and versions of the libraries.
         device: Where the model ran, "cpu" or "cuda".
-        cuda_graph: Whether its decode steps were replayed; see `load`.
+        cuda_graph: Whether CUDA may have replayed its decode steps; see `load`.
         threads: Asked for, or else one for each core that may be used; bandwidth is measured
             with as many.
         read_bytes_per_second: The best that this many threads read from memory; on a device
@@ -291,6 +292,7 @@ def measure_cells(
     tokens: int,
     repetitions: int,
     begin: Callable[[int, Cell], None],
+    warm_up_all: bool = False,
 ) -> dict[Cell, Samples]:
     """Run each cell `repetitions` times.
 
@@ -304,11 +306,12 @@ def measure_cells(
         tokens: Decode steps of one run; the token before them comes out of the prefill.
         repetitions: How many samples each cell gets.
         begin: Called with the number of the repetition, from 0, as it begins a cell.
+        warm_up_all: Warm up with all prompts, since what is captured is for some lengths only.
     """
     samples = {cell: Samples([], []) for cell in cells}
-    for batch in {cell.batch for cell in cells}:
-        shortest = min(cell for cell in cells if cell.batch == batch)
-        generate(random_prompts(shortest, vocab_size), tokens + 1)
+    shortest = {cell.batch: cell for cell in sorted(cells, reverse=True)}
+    for cell in cells if warm_up_all else shortest.values():
+        generate(random_prompts(cell, vocab_size), tokens + 1)
     for repetition in range(repetitions):
         for cell in cells:
             begin(repetition, cell)
@@ -453,14 +456,15 @@ def read_bandwidth(threads: int) -> float:
 def copy_bandwidth(memory: DeviceMemory) -> float:
     """Bytes per second that a copy on a device reads and writes; the best of several."""
     rows = _MAX_ARRAY_BYTES // 256
-    source, target = (memory.empty((1, 1, size, 64), "float32") for size in (rows, rows + 1))
-    # Not `extended`: on a GPU, memory takes longer to get than to fill.
-    copy = memory.extension(source, np.zeros(64, np.float32), target)
-    best = float("inf")
-    for _ in range(_READS):
-        started = time.perf_counter()
-        copy()
-        best = min(best, time.perf_counter() - started)
+    with EXCLUSIVE:
+        source, target = (memory.empty((1, 1, size, 64), "float32") for size in (rows, rows + 1))
+        # Not `extended`: on a GPU, memory takes longer to get than to fill.
+        copy = memory.extension(source, np.zeros(64, np.float32), target)
+        best = float("inf")
+        for _ in range(_READS):
+            started = time.perf_counter()
+            copy()
+            best = min(best, time.perf_counter() - started)
     return 2 * 256 * rows / best
 
 
@@ -511,7 +515,9 @@ def _measure_model(
         )
 
     vocab_size = model.manifest.vocab_size
-    samples = measure_cells(generate, cells, vocab_size, tokens, repetitions, begin)
+    samples = measure_cells(
+        generate, cells, vocab_size, tokens, repetitions, begin, warm_up_all=model.cuda_graph
+    )
     return samples, max(bandwidths)
 
 

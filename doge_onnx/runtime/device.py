@@ -84,6 +84,11 @@ def reason_for_cpu(manifest: Manifest) -> str | None:
     """
     if manifest.activations == "float32" and CUDA_PROVIDER not in ort.get_available_providers():
         return None
+    return why_not_cuda(manifest)
+
+
+def why_not_cuda(manifest: Manifest) -> str | None:
+    """Why a bundle cannot run there, and what to do or install; None if it can."""
     return _unfit(CUDA, manifest) or missing_for_cuda()
 
 

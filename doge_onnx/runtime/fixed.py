@@ -5,18 +5,16 @@ whether a replay computes what the step does. Does not know whose state it is (`
 
 Facts about ONNX Runtime that all of this rests on: a session that was made for it captures the
 third run with a new graph id, after two ordinary ones that it makes by itself. It keeps what it
-captured for each thread, and forgets nothing before the session ends. While it captures, CUDA
-forbids every allocation and synchronous copy in the whole process, so all who use a device take
-`EXCLUSIVE`. A replay uses the temporary memory of the captured run, which is free for other runs
-in between, but not at the same time.
+captured for each thread, and forgets nothing before the session ends. A replay uses the temporary
+memory of the captured run, which is free for other runs in between, but not at the same time; who
+uses a device takes turns (`turns`).
 """
 
 from __future__ import annotations
 
-import contextlib
-import threading
 import weakref
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnxruntime as ort
@@ -34,19 +32,19 @@ from doge_onnx.runtime.session import (
 )
 from doge_onnx.runtime.state import Buffer
 
-EXCLUSIVE = threading.RLock()
-
 # Steps on the same tensors before they are captured, which takes as long as three.
 _BEFORE_CAPTURE = 4
-# A captured graph takes memory for as long as the model is loaded.
-_MOST_GRAPHS = 64
-# Bytes of states that are kept for later texts of the same shape.
+# For each shape: a captured graph takes memory for as long as the model is loaded.
+_MOST_GRAPHS = 8
+# Bytes of states that are kept for later texts of the same shape, beside that of the last text.
 _MOST_FREE = 2 << 30
 # Steps that are looked at before any text.
 _CHECKED_STEPS = 4
-# Of the largest logit. The kernels are the same; lengths that were captured with their values, as
-# numbers, change much more.
-_TOLERANCE = 1e-2
+# Of the largest logit. A replay runs the same kernels; lengths that were captured with their
+# values, as numbers, change much more.
+_REPLAY_TOLERANCE = 1e-2
+# A shorter mask may be another order of sums, which differ as rounding does.
+_TOLERANCES = {"float16": 2e-2, "bfloat16": 0.16}
 
 _Names = Sequence[tuple[str, str]]
 
@@ -166,79 +164,100 @@ class FixedSteps:
         self._session, self._names, self._memory = session, names, memory
         self._vocab_size = vocab_size
         self._capture = capture
-        self._graphs = 0
-        self._free: list[FixedStep] = []
+        self._graphs: Counter[tuple[int, ...]] = Counter()
+        self._free: deque[FixedStep] = deque()
         self._of_buffer: weakref.WeakKeyDictionary[Buffer, FixedStep] = weakref.WeakKeyDictionary()
 
     def take(self, batch: int, capacity: int) -> FixedStep | None:
         """A step whose tensors have that shape and nobody uses, which is the caller's now."""
-        # Of a copy: whenever a buffer goes, on whatever thread, the list becomes another.
-        for step in list(self._free):
+        # The newest ones; whenever a buffer goes, on whatever thread, there is one more.
+        steps = [self._free.popleft() for _ in range(len(self._free))]
+        taken, size = None, 0
+        for number, step in enumerate(reversed(steps)):
             shape = step.tensors[0].shape
-            if (shape[0], shape[2]) == (batch, capacity):
-                with contextlib.suppress(ValueError):
-                    self._free.remove(step)
-                    return step
-        return None
+            if step.graph is None:
+                continue
+            if taken is None and (shape[0], shape[2]) == (batch, capacity):
+                taken = step
+                continue
+            more = sum(tensor.value.tensor_size_in_bytes() for tensor in step.tensors)
+            if number == 0:
+                more = 0
+            if size + more <= _MOST_FREE:
+                size += more
+                self._free.appendleft(step)
+        return taken
+
+    def let_go(self) -> bool:
+        """Let go of all that is kept for later texts; whether there was anything."""
+        kept = bool(self._free)
+        self._free.clear()
+        return kept
 
     def lend(self, step: FixedStep, buffer: Buffer) -> None:
         """Let a step be that of a buffer which has its tensors, for as long as it lives."""
         self._of_buffer[buffer] = step
-        weakref.finalize(buffer, _give_back, self._free, step).atexit = False
+        if step.graph is not None:
+            weakref.finalize(buffer, self._free.append, step).atexit = False
 
     def of(self, buffer: Buffer) -> FixedStep:
         """The step of a buffer's tensors."""
         step = self._of_buffer.get(buffer)
         if step is None:
             step = self._new(buffer.tensors)
-            if step.graph is None:
-                self._of_buffer[buffer] = step
-            else:
-                self.lend(step, buffer)
+            self.lend(step, buffer)
         return step
 
-    def problem(self, tensors: Sequence[Tensor]) -> str | None:
-        """What is wrong with replaying steps, or None if nothing is.
+    def problem(
+        self,
+        tensors: Sequence[Tensor],
+        mask: NDArray[np.int64],
+        growing: Callable[[NDArray[np.int64], int], NDArray[np.float32]],
+        activations: str,
+    ) -> str | None:
+        """What is wrong with fixed steps or with replaying them, or None if nothing is.
 
-        Each of a few steps is run and replayed, and the two compared: of whatever a capture
+        Each of a few steps is run in up to three ways, which must agree: of whatever a capture
         would fix that must not be fixed, all steps but the first would show it.
 
         Args:
             tensors: A state of a single sequence, of zeros.
+            mask: int64 `[1, capacity]`, of its tokens.
+            growing: Runs the same step with a mask that ends with its token, on a state of its
+                own: from ids `[1, 1]` and the length to logits `[1, 1, V]`.
+            activations: What the graph computes in.
         """
         step = self._new(tensors)
-        assert step.graph is not None, "only where steps are to be captured"
-        step.follow(np.ones((1, tensors[0].shape[2]), np.int64))
+        step.follow(mask)
         nothing = np.full(step.logits.shape, np.nan, np.float32)
         for length in range(1, _CHECKED_STEPS + 1):
-            step.ids.value.update_inplace(np.full((1, 1), length % self._vocab_size, np.int64))
+            ids = np.full((1, 1), length % self._vocab_size, np.int64)
+            step.ids.value.update_inplace(ids)
             step.bind_mask(length)
-            results = []
+            results = [growing(ids, length)]
             for options in (devices.ORDINARY_RUN, step.graph):
-                step.logits.value.update_inplace(nothing)
-                step.run_with(options)
-                results.append(self._memory.read(step.logits))
-            truth, replayed = results
-            difference = float(np.abs(replayed - truth).max())
-            # Not a number is no good, either.
-            if not difference <= _TOLERANCE * float(np.abs(truth).max()):
-                return f"the logits of a replayed step differ by {difference:.3g}"
-        self._free.append(step)
+                if options is not None:
+                    step.logits.value.update_inplace(nothing)
+                    step.run_with(options)
+                    results.append(self._memory.read(step.logits))
+            for what, truth, ours, tolerance in zip(
+                ("step of fixed shapes", "replayed step"),
+                results,
+                results[1:],
+                (_TOLERANCES[activations], _REPLAY_TOLERANCE),
+                strict=False,
+            ):
+                difference = float(np.abs(ours - truth).max())
+                # Not a number is no good, either.
+                if not difference <= tolerance * float(np.abs(truth).max()):
+                    return f"the logits of a {what} differ by {difference:.3g}"
+        if step.graph is not None:
+            self._free.append(step)
         return None
 
     def _new(self, tensors: Sequence[Tensor]) -> FixedStep:
-        graph = None
-        if self._capture and self._graphs < _MOST_GRAPHS:
-            self._graphs += 1
-            graph = devices.captured_run(self._graphs)
+        graph, shape = None, tensors[0].shape
+        if self._capture and self._graphs[shape] < _MOST_GRAPHS:
+            self._graphs[shape] += 1
+            graph = devices.captured_run(self._graphs.total())
         return FixedStep(self._session, self._names, tensors, self._memory, self._vocab_size, graph)
-
-
-def _give_back(free: list[FixedStep], step: FixedStep) -> None:
-    """Keep a step for the next buffer, and for that perhaps let go of older ones."""
-    if step.graph is None:
-        return
-    free.append(step)
-    sizes = [sum(t.value.tensor_size_in_bytes() for t in step.tensors) for step in free]
-    while sum(sizes) > _MOST_FREE:
-        del free[0], sizes[0]

@@ -6,6 +6,7 @@ just enough of the file format to write them without the `onnx` package.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 # Numbers of onnx.proto's element types.
@@ -21,6 +22,7 @@ _TYPE_TENSOR, _TENSOR_ELEMENT, _TENSOR_SHAPE, _SHAPE_DIM, _DIM_NAME = 1, 1, 2, 1
 _IR_VERSION, _OPSET = 10, 18
 
 
+@functools.cache
 def extension(dtype: str) -> bytes:
     """A graph that puts equal rows behind those of a state.
 
@@ -38,6 +40,7 @@ def extension(dtype: str) -> bytes:
     )
 
 
+@functools.cache
 def best() -> bytes:
     """A graph that finds the largest logits.
 

@@ -7,9 +7,8 @@ Knows in which order to try. Does not know what a session needs (`session`), wha
 from __future__ import annotations
 
 from doge_onnx.bundle import Bundle
-from doge_onnx.errors import DeviceError, InputError
+from doge_onnx.errors import CaptureError, DeviceError, InputError
 from doge_onnx.runtime import device as devices
-from doge_onnx.runtime.fixed import EXCLUSIVE
 from doge_onnx.runtime.growing import CopyingStepper, InPlaceStepper
 from doge_onnx.runtime.memory import DeviceMemory
 from doge_onnx.runtime.resident import (
@@ -20,6 +19,7 @@ from doge_onnx.runtime.resident import (
 )
 from doge_onnx.runtime.session import has_logits_to_keep, open_session
 from doge_onnx.runtime.step import DEFAULT_CHUNK, Stepper
+from doge_onnx.runtime.turns import EXCLUSIVE
 from doge_onnx.runtime.window import WindowStepper
 
 
@@ -64,7 +64,8 @@ def open_stepper(
             reason: str | None = str(error)
     else:
         if cuda_graph:
-            raise DeviceError("CUDA graphs need CUDA, and this model runs on the CPU")
+            missing = devices.why_not_cuda(bundle.manifest) or "the device is to be the CPU"
+            raise DeviceError(f"CUDA graphs need CUDA: {missing}")
         reason = devices.reason_for_cpu(bundle.manifest) if device == devices.AUTO else None
     stepper = _on_cpu(bundle, threads, chunk, verbose)
     stepper.reason_for_cpu = reason
@@ -95,7 +96,8 @@ def _on_cuda(
         problem = stepper
     if cuda_graph:
         raise DeviceError(
-            f"the steps of this bundle cannot be captured: {problem}; leave out cuda_graph"
+            f"the steps of this bundle cannot be captured in a CUDA graph: {problem}; or run it "
+            "without"
         )
     # A session that failed to capture once is not used again.
     return _stepper(bundle, threads, chunk, verbose, capture=False)
@@ -107,10 +109,11 @@ def _capturing(
     """What runs a bundle on CUDA and captures its steps, or why that does not work."""
     try:
         stepper = _stepper(bundle, threads, chunk, verbose, capture=True)
-        assert isinstance(stepper, ResidentStepper)
-        return stepper.capture_problem() or stepper
-    except DeviceError as error:
+    except CaptureError as error:
         return str(error)
+    assert isinstance(stepper, ResidentStepper)
+    try:
+        return stepper.check_fixed_steps() or stepper
     # A capture that fails says so when the graph is run, and in no class of its own. If it is
     # something else, it will be seen again without a capture.
     except Exception as error:
@@ -141,4 +144,8 @@ def _stepper(
         return ResidentWindowStepper(session, manifest, memory, chunk)
     if not manifest.state.in_place:
         return ResidentCopyingStepper(session, manifest, memory, chunk)
-    return ResidentStepper(session, manifest, memory, chunk, capture)
+    stepper = ResidentStepper(session, manifest, memory, chunk, capture)
+    if not capture:
+        # What is wrong with them is left out, and masks grow instead.
+        stepper.check_fixed_steps()
+    return stepper

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from doge_onnx.bundle import CLOSED_GATE, Manifest
 from doge_onnx.runtime.binding import last_position
 from doge_onnx.runtime.device import CPU, ORDINARY_RUN
-from doge_onnx.runtime.fixed import EXCLUSIVE, FixedStep, FixedSteps
+from doge_onnx.runtime.fixed import FixedStep, FixedSteps
 from doge_onnx.runtime.growing import BufferDecoder, CopyingStepper, InPlaceStepper
 from doge_onnx.runtime.memory import Best as BestFinder
 from doge_onnx.runtime.memory import DeviceMemory, Tensor
@@ -31,6 +31,7 @@ from doge_onnx.runtime.session import (
 )
 from doge_onnx.runtime.state import Buffer, State
 from doge_onnx.runtime.step import Best, Decoder, Stepper
+from doge_onnx.runtime.turns import Turns
 from doge_onnx.runtime.window import WindowStepper
 
 # Tokens that go through the graph at once: a device with its own memory is busy with many only.
@@ -137,11 +138,11 @@ class _Resident(Stepper):
     ) -> None:
         super().__init__(session, manifest, chunk)
         self.device, self.memory = memory.device, memory
+        self.turns = Turns(few_threads=False)
 
     def step(self, *args: Any, **options: Any) -> tuple[NDArray[np.float32], State]:
         """Feed new tokens; see `Stepper.step`."""
-        with EXCLUSIVE:
-            return super().step(*args, **options)
+        return self.turns.run(super().step, *args, **options)
 
     def _bind(self, tensors: Sequence[Any], mask: NDArray[np.int64]) -> ResidentBinding:
         return ResidentBinding(
@@ -175,19 +176,39 @@ class ResidentStepper(_Resident, InPlaceStepper):
     ) -> None:
         super().__init__(session, manifest, memory, chunk)
         self._zero = np.zeros(self._row_shape[1], np.float32)
+        self._activations = manifest.activations
         # None where the graph finds lengths in shapes only.
         self._fixed: FixedSteps | None = None
         if has_past_length(session):
             self._fixed = FixedSteps(session, self._names, memory, self.vocab_size, capture)
             self.captures = capture
+        self.turns = Turns(few_threads=self.captures)
 
-    def capture_problem(self) -> str | None:
-        """What is wrong with replaying steps here, or None if nothing is; see `FixedSteps`."""
+    def check_fixed_steps(self) -> str | None:
+        """Use steps of fixed shapes from now on only if they are right here, and replays of them.
+
+        Returns:
+            What is wrong, or None if nothing is; see `FixedSteps`.
+        """
         if self._fixed is None:
-            return "its graph takes lengths from shapes"
-        with EXCLUSIVE:
-            # As large as the first buffer of a single text, which then finds its step captured.
-            return self._fixed.problem(self._zeros(1, self._capacity(1, None)))
+            return "its graph takes lengths from shapes; export it again"
+        # As large as the first buffer of a single text, which then finds its step captured.
+        capacity = self._capacity(1, None)
+        mask = np.ones((1, capacity), np.int64)
+        mask[0, 1] = 0
+        # A binding does not keep what it is bound to.
+        state = self._zeros(1, capacity)
+        binding = self._bind(state, mask)
+
+        def growing(ids: NDArray[np.int64], length: int) -> NDArray[np.float32]:
+            binding.put(INPUT_IDS, ids)
+            binding.bind_mask(length)
+            return binding.run(last_only=True)
+
+        problem = self._fixed.problem(self._zeros(1, capacity), mask, growing, self._activations)
+        if problem is not None:
+            self._fixed, self.captures = None, False
+        return problem
 
     def claim(self, state: State | None, batch: int, end: int, capacity: int) -> Buffer:
         """See `InPlaceStepper.claim`."""
@@ -209,23 +230,36 @@ class ResidentStepper(_Resident, InPlaceStepper):
         return step
 
     def _capacity(self, rows: int, follow: int | None) -> int:
-        # Of few sizes, so that what was captured can be used again.
-        return super()._capacity(*(rows + 1, None) if self.captures else (rows, follow))
+        if not self.captures:
+            return super()._capacity(rows, follow)
+        # Of few sizes, so that what was captured can be used again; with room for a token.
+        return super()._capacity(max(rows, min(rows + 1, self._most_rows)), None)
 
     def _new_buffer(self, state: State | None, mask: NDArray[np.int64], rows: int) -> Buffer:
         batch, capacity = mask.shape
-        step = self._fixed.take(batch, capacity) if self._fixed is not None else None
         past = [] if state is None else state.buffer.tensors
-        if step is None:
-            more = [self.memory.extended(t, self._zero, capacity - t.shape[2]) for t in past]
-            return Buffer(more or self._zeros(batch, capacity), mask, rows)
+        step = None if self._fixed is None else self._fixed.take(batch, capacity)
+        if self._fixed is None or step is None:
+            return Buffer(self._new_tensors(past, batch, capacity), mask, rows)
+        # First of all, so that an interrupt loses nothing.
+        buffer = Buffer(step.tensors, mask, rows)
+        self._fixed.lend(step, buffer)
         # At the start of a text, what was there before does no harm: nothing reads it.
         for source, target in zip(past, step.tensors, strict=False):
             self.memory.extension(source, self._zero, target)()
-        buffer = Buffer(step.tensors, mask, rows)
-        assert self._fixed is not None
-        self._fixed.lend(step, buffer)
         return buffer
+
+    def _new_tensors(self, past: Sequence[Tensor], batch: int, capacity: int) -> list[Tensor]:
+        """Tensors of so many rows that begin with those of the past, if there is one."""
+        try:
+            more = [self.memory.extended(t, self._zero, capacity - t.shape[2]) for t in past]
+            return more or self._zeros(batch, capacity)
+        # The exceptions of ONNX Runtime share no base class but this one.
+        except Exception:
+            if self._fixed is None or not self._fixed.let_go():
+                raise
+        # There may be room now.
+        return self._new_tensors(past, batch, capacity)
 
     def _zeros(self, batch: int, capacity: int) -> list[Tensor]:
         none = self._no_rows(batch)
@@ -247,8 +281,7 @@ class _ResidentDecoder(BufferDecoder):
         self, mask: NDArray[np.int64] | None, best: int | None = None
     ) -> Sequence[NDArray[np.float32] | Best]:
         """Feed `tokens`; see `Decoder.step`."""
-        with EXCLUSIVE:
-            return self._step(mask, best)
+        return self._resident.turns.run(self._step, mask, best)
 
     def _step(
         self, mask: NDArray[np.int64] | None, best: int | None

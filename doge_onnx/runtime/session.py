@@ -17,7 +17,7 @@ from typing import Any
 import onnxruntime as ort
 
 from doge_onnx.bundle import MANIFEST_NAME, Bundle, Manifest
-from doge_onnx.errors import BundleError, DeviceError, InputError
+from doge_onnx.errors import BundleError, CaptureError, DeviceError, InputError
 from doge_onnx.runtime import device as devices
 from doge_onnx.runtime.external_data import external_files
 from doge_onnx.runtime.ort_format import is_ort_format
@@ -86,7 +86,8 @@ def open_session(
 
     Raises:
         InputError: A number of threads below 1.
-        DeviceError: CUDA does not start, lacks kernels for the graph, or cannot capture it.
+        DeviceError: CUDA does not start, or lacks kernels for the graph.
+        CaptureError: CUDA cannot capture it.
         BundleError: The state is of a kind that this version does not know, or the graph
             keeps data in files that are not the bundle's, cannot be loaded, or does not
             have the inputs and outputs that the manifest promises.
@@ -148,7 +149,7 @@ def open_session(
     except Exception as error:
         reason = " ".join(str(error).split())
         if capture and "graph capture" in reason:
-            raise DeviceError("the host takes part in its steps") from error
+            raise CaptureError("the host takes part in its steps; export it again") from error
         if device == devices.CUDA and (failure := devices.cuda_failure(error)):
             raise DeviceError(f"CUDA does not start here: {failure}") from error
         if any(words in reason for words in _LACKING):

@@ -47,7 +47,8 @@ class Stepper(ABC):
     ) -> None:
         layout = manifest.state
         self._session = session
-        self._chunk = chunk
+        # The kernel that rotates takes no more tokens at once than it has positions for.
+        self._chunk = min(chunk, manifest.context_length)
         self._names = list(
             zip(past_names(layout.num_layers), present_names(layout.num_layers), strict=True)
         )
