@@ -26,6 +26,8 @@ from doge_onnx.runtime.resident import ResidentStepper
 from doge_onnx.runtime.session import PAST_LENGTH
 
 CAPACITY = 24
+# Greedy, and no token ends a text.
+ENDLESS = Defaults(frozenset(), sample=False, values={})
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +133,8 @@ class Capturing:
         if self.fault == "loses a row" and fixed_shapes:
             past = self.step._past.value.numpy()
             self.step._past.value.update_inplace(np.maximum(past - 1, 0))
+        if self.fault == "sees padding" and fixed_shapes:
+            self.step._mask.value.update_inplace(np.ones_like(self.step._seen))
         if number == -1:
             self._session.run_with_iobinding(binding)
             return
@@ -173,6 +177,7 @@ def capturing(path, fault=None):
         ("does nothing", "the logits of a replayed step differ by nan"),
         ("captures lengths", "the logits of a replayed step differ by [0-9]"),
         ("loses a row", "the logits of a step of fixed shapes differ by [0-9]"),
+        ("sees padding", "the logits of a step of fixed shapes differ by [0-9]"),
     ],
 )
 def test_a_replay_is_looked_at_before_it_is_used(half_bundle, fault, problem):
@@ -247,9 +252,29 @@ def test_a_sequence_that_has_ended_is_fed_padding(half_bundle):
 
 def test_a_capture_that_fails_later_on_is_done_without(half_bundle):
     model, session = capturing(half_bundle, "raises")
-    expected = doge_onnx.load(half_bundle, device="cpu").generate([3, 4], max_new_tokens=12)
-    assert model.generate([3, 4], max_new_tokens=12).token_ids == expected.token_ids
-    assert session.runs.count(1) == 1
+    usual = doge_onnx.load(half_bundle, device="cpu")
+    for each in (model, usual):
+        each._defaults = ENDLESS
+    expected = usual.generate([3, 4], max_new_tokens=12).token_ids
+    assert model.generate([3, 4], max_new_tokens=12).token_ids == expected
+    assert session.runs == [-1] * 5 + [1] + [-1] * 7
+    # What failed is not tried again, and not kept; another text may be luckier.
+    del session.runs[:]
+    session.fault = None
+    assert model.generate([3, 4], max_new_tokens=12).token_ids == expected
+    assert session.runs == [-1] * 5 + [2] * 7
+
+
+def test_a_short_text_beside_a_full_one_goes_on(half_bundle):
+    model, _ = capturing(half_bundle)
+    usual = doge_onnx.load(half_bundle, device="cpu")
+    for each in (model, usual):
+        each._defaults = ENDLESS
+    # With its padding it has more columns than the context has tokens.
+    prompts = [[3] * (model.manifest.context_length - 2), [4, 5]]
+    texts = [each.generate(prompts, max_new_tokens=40) for each in (model, usual)]
+    assert [t.token_ids for t in texts[0]] == [t.token_ids for t in texts[1]]
+    assert [len(t.token_ids) for t in texts[0]] == [2, 40]
 
 
 def test_graphs_are_limited_and_states_that_nobody_uses_are_let_go(half_bundle, monkeypatch):
@@ -279,7 +304,7 @@ def test_graphs_are_limited_and_states_that_nobody_uses_are_let_go(half_bundle, 
     assert [replays(batch) for batch in (3, 2, 1, 4)] == [False, False, True, True]
 
 
-def test_buffers_come_in_few_sizes_where_steps_are_captured(half_bundle):
+def test_buffers_come_in_few_sizes_where_steps_are_captured(half_bundle, monkeypatch):
     captured, _ = capturing(half_bundle)
     usual = doge_onnx.load(half_bundle, device="cpu")
     capacities = []
@@ -293,6 +318,9 @@ def test_buffers_come_in_few_sizes_where_steps_are_captured(half_bundle):
     assert capacity(context_length, None) == context_length
     assert capacity(context_length + 1, None) == capacity(2 * context_length, None)
     assert capacity(2 * context_length, None) == 2 * context_length
+    # There is room for the first step after a prompt.
+    monkeypatch.setattr("doge_onnx.runtime.state._FIRST_CAPACITY", 8)
+    assert [capacity(rows, None) for rows in (7, 8)] == [8, 16]
 
 
 def test_threads_take_turns(half_bundle):
@@ -473,7 +501,7 @@ def test_whatever_is_done_in_whatever_order_is_what_the_cpu_does(half_bundle, mo
     model, session = capturing(half_bundle)
     pair = model, doge_onnx.load(half_bundle, device="cpu")
     for each in pair:
-        each._defaults = Defaults(frozenset(), sample=False, values={})
+        each._defaults = ENDLESS
     rng = np.random.default_rng(seed)
     states, streams = [(None, None)], []
 
