@@ -23,6 +23,8 @@ from doge_onnx.runtime.options import Defaults
 from doge_onnx.runtime.resident import _ResidentDecoder
 
 STEPS = 10
+# What happened while steps were captured.
+recorded: set[str] = set()
 
 
 def events(model: Model, prompts: list[list[int]], **options) -> dict[str, int]:
@@ -35,6 +37,7 @@ def events(model: Model, prompts: list[list[int]], **options) -> dict[str, int]:
         log.write_text("")
         result = step(decoder, *args)
         seen.append(Counter(log.read_text().splitlines()))
+        recorded.update(line for line in seen[-1] if line.startswith(("captured", "forbidden")))
         return result
 
     _ResidentDecoder.step = watched
@@ -61,6 +64,7 @@ def look(bundle: str, what: str) -> dict[str, object]:
 
 def look_at(model: Model, what: str) -> dict[str, object]:
     """The same of a model that is loaded."""
+    recorded.clear()
     # Nothing ends a text.
     model._defaults = Defaults(frozenset(), sample=False, values={})
     nodes = placed(model._stepper._session)
@@ -80,6 +84,7 @@ def look_at(model: Model, what: str) -> dict[str, object]:
         # Past the first capacity of a buffer, and with a state that is continued twice.
         text = model.generate([3, 4, 5], max_new_tokens=300)
         result["tokens"] = len(text.token_ids)
+        result["recorded"] = sorted(recorded)
         _, state = model.forward(even)
         for _ in range(2):
             logits, _ = model.forward(even, state, logits="all")

@@ -262,6 +262,10 @@ def test_a_captured_step_is_one_launch(seen, kind):
         assert (events["replay"], events["kernel"]) == (1, 1)
     assert seen[kind]["as it is"]["greedy"]["kernel"] > 20
     assert "replay" not in seen[kind]["as it is"]["greedy"]
+    # What was captured copies nothing from the host, where it would be gone at the next replay.
+    recorded = seen[kind]["captured"]["recorded"]
+    assert "captured kernel" in recorded
+    assert all(event.startswith(("captured kernel", "captured DtoD")) for event in recorded)
 
 
 @pytest.mark.parametrize("kind", _KINDS)
