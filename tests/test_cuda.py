@@ -111,10 +111,7 @@ def test_what_is_missing_on_this_very_machine_is_named(gpu_python, stand_in, tmp
     code = "from doge_onnx.runtime.device import missing_for_cuda; print(missing_for_cuda())"
 
     def missing(libraries: Path) -> str:
-        environ = os.environ | {"PYTHONPATH": str(ROOT), "LD_LIBRARY_PATH": str(libraries)}
-        done = subprocess.run(
-            [gpu_python, "-c", code], env=environ, capture_output=True, text=True, check=True
-        )
+        done = run_there(gpu_python, libraries, code)
         assert done.stderr == ""
         return done.stdout
 
@@ -124,6 +121,18 @@ def test_what_is_missing_on_this_very_machine_is_named(gpu_python, stand_in, tmp
     assert missing(tmp_path).startswith("there is no NVIDIA driver here")
     shutil.copy(stand_in / "libcuda.so.1", tmp_path)
     assert "libcublas.so.13" in missing(tmp_path)
+
+
+def run_there(gpu_python, stand_in, code, **environ):
+    """What a program prints that runs with onnxruntime-gpu on the stand-in."""
+    environ |= {"LD_LIBRARY_PATH": str(stand_in), "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [gpu_python, "-c", code],
+        env=os.environ | environ,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
 
 
 @pytest.mark.parametrize(
@@ -147,14 +156,7 @@ def test_a_gpu_that_fails_is_told_or_left(
         f"try: print(doge_onnx.load({str(path)!r}, {device!r}).device)\n"
         "except doge_onnx.DogeOnnxError as error: print(type(error).__name__, error)"
     )
-    environ = {"LD_LIBRARY_PATH": str(stand_in), "CUDA_STAND_IN_ERROR": error}
-    done = subprocess.run(
-        [gpu_python, "-c", code],
-        env=os.environ | environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = run_there(gpu_python, stand_in, code, CUDA_STAND_IN_ERROR=error)
     # ONNX Runtime has nothing to say on the standard output.
     assert done.stdout == said + "\n"
 
@@ -163,8 +165,8 @@ def test_a_gpu_that_fails_is_told_or_left(
     ("spoil", "said"),
     [
         # Nothing is computed, so nothing that is replayed can be right.
-        (None, "the logits of a step of fixed shapes differ by nan"),
-        ("1", "CUDA failure 901: an error of the stand-in"),
+        ({}, "the logits of a step of fixed shapes differ by nan"),
+        ({"CUDA_STAND_IN_SPOIL": "1"}, "CUDA failure 901: an error of the stand-in"),
     ],
 )
 def test_without_a_good_capture_steps_run_as_usual(
@@ -178,16 +180,7 @@ def test_without_a_good_capture_steps_run_as_usual(
         f"try: doge_onnx.load({str(path)!r}, 'cuda', cuda_graph=True)\n"
         "except doge_onnx.DogeOnnxError as error: print(type(error).__name__, error)"
     )
-    environ = {"LD_LIBRARY_PATH": str(stand_in)} | (
-        {} if spoil is None else {"CUDA_STAND_IN_SPOIL": spoil}
-    )
-    done = subprocess.run(
-        [gpu_python, "-c", code],
-        env=os.environ | environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = run_there(gpu_python, stand_in, code, **spoil)
     first, second = done.stdout.splitlines()
     assert first.startswith("False ")
     assert second == (

@@ -78,9 +78,7 @@ class FixedStep:
         self._mask = memory.empty((batch, capacity), "int64")
         self._past = memory.empty((1,), "int64")
         self._session, self._binding = session, session.io_binding()
-        for (past, present), tensor in zip(names, tensors, strict=True):
-            memory.bind_input(self._binding, past, tensor)
-            memory.bind_output(self._binding, present, tensor)
+        memory.bind_in_place(self._binding, names, tensors)
         for name, tensor in (
             (INPUT_IDS, self.ids),
             (ATTENTION_MASK, self._mask),
@@ -180,9 +178,8 @@ class FixedSteps:
             if taken is None and (shape[0], shape[2]) == (batch, capacity):
                 taken = step
                 continue
-            more = sum(tensor.value.tensor_size_in_bytes() for tensor in step.tensors)
-            if number == 0:
-                more = 0
+            sizes = (tensor.value.tensor_size_in_bytes() for tensor in step.tensors)
+            more = sum(sizes) if number > 0 else 0
             if size + more <= _MOST_FREE:
                 size += more
                 self._free.appendleft(step)

@@ -7,7 +7,7 @@ the same in ordinary memory, which is how it is tested where there is nothing el
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,6 +117,23 @@ class DeviceMemory:
         """Let a graph write a tensor."""
         where = (ELEMENT_TYPES[tensor.dtype], tensor.shape, tensor.address)
         binding.bind_output(name, self.device, 0, *where)
+
+    def bind_in_place(
+        self,
+        binding: ort.IOBinding,
+        names: Sequence[tuple[str, str]],
+        tensors: Sequence[Tensor],
+    ) -> None:
+        """Let each of some tensors be both an input and an output of a graph; they must outlive it.
+
+        Args:
+            binding: Of the graph.
+            names: Input and output of each tensor.
+            tensors: What they are.
+        """
+        for (past, present), tensor in zip(names, tensors, strict=True):
+            self.bind_input(binding, past, tensor)
+            self.bind_output(binding, present, tensor)
 
     def best(self, logits: Tensor, count: int, ids: Tensor | None = None) -> Best:
         """What finds the `count` largest logits; made once, for as many runs as wanted.

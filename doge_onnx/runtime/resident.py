@@ -59,9 +59,7 @@ class ResidentBinding:
         """Bind `tensors` to pairs of input and output names; they must outlive this."""
         self._session, self._memory, self._vocab_size = session, memory, vocab_size
         self._binding = session.io_binding()
-        for (past, present), tensor in zip(names, tensors, strict=True):
-            memory.bind_input(self._binding, past, tensor)
-            memory.bind_output(self._binding, present, tensor)
+        memory.bind_in_place(self._binding, names, tensors)
         self._mask = mask
         self._ids: Tensor | None = None
         # What is bound on the host must live as long.
@@ -127,7 +125,15 @@ class ResidentBinding:
 
 
 class _Resident(Stepper):
-    """What the steppers of a device have in common: one of them runs at a time."""
+    """What the steppers of a device have in common: one of them runs at a time.
+
+    Args:
+        session: With the inputs and outputs that the manifest implies.
+        manifest: Of the bundle.
+        memory: Where states are.
+        chunk: Most tokens of a sequence that go through the graph at once.
+        capture: Whether the session may capture runs.
+    """
 
     def __init__(
         self,
@@ -135,10 +141,13 @@ class _Resident(Stepper):
         manifest: Manifest,
         memory: DeviceMemory,
         chunk: int = RESIDENT_CHUNK,
+        capture: bool = False,
     ) -> None:
         super().__init__(session, manifest, chunk)
         self.device, self.memory = memory.device, memory
-        self.turns = Turns(few_threads=False)
+        self.turns = Turns(few_threads=capture)
+        # What there is in a row that holds nothing.
+        self._zero = np.zeros(self._row_shape[1], np.float32)
 
     def step(self, *args: Any, **options: Any) -> tuple[NDArray[np.float32], State]:
         """Feed new tokens; see `Stepper.step`."""
@@ -156,14 +165,9 @@ class _Resident(Stepper):
 
 
 class ResidentStepper(_Resident, InPlaceStepper):
-    """For graphs whose past and present are one buffer.
+    """For graphs whose past and present are one buffer; captures decode steps where that is asked.
 
-    Args:
-        session: With the inputs and outputs that the manifest implies.
-        manifest: Of the bundle.
-        memory: Where states are.
-        chunk: Most tokens of a sequence that go through the graph at once.
-        capture: Whether decode steps are captured; the session must have been made for it.
+    The arguments are those of `_Resident`.
     """
 
     def __init__(
@@ -174,15 +178,13 @@ class ResidentStepper(_Resident, InPlaceStepper):
         chunk: int = RESIDENT_CHUNK,
         capture: bool = False,
     ) -> None:
-        super().__init__(session, manifest, memory, chunk)
-        self._zero = np.zeros(self._row_shape[1], np.float32)
+        super().__init__(session, manifest, memory, chunk, capture)
         self._activations = manifest.activations
         # None where the graph finds lengths in shapes only.
         self._fixed: FixedSteps | None = None
         if has_past_length(session):
             self._fixed = FixedSteps(session, self._names, memory, self.vocab_size, capture)
             self.captures = capture
-        self.turns = Turns(few_threads=self.captures)
 
     def check_fixed_steps(self) -> str | None:
         """Use steps of fixed shapes from now on only if they are right here, and replays of them.
@@ -334,14 +336,13 @@ class ResidentWindowStepper(_Resident, WindowStepper):
     """For graphs with a state of constant size."""
 
     def _allocate(self, state: State | None, batch: int, rows: int, capacity: int) -> list[Any]:
-        zeros = np.zeros(self._row_shape[1], np.float32)
-        closed = zeros.copy()
+        closed = self._zero.copy()
         closed[self._gate] = CLOSED_GATE
         if state is None:
             past = [self._no_rows(batch)] * len(self._names)
         else:
             past = list(state.buffer.tensors)
-        free = [closed, zeros] * (len(past) // 2)
+        free = [closed, self._zero] * (len(past) // 2)
         return [
             self.memory.extended(tensor, row, capacity - rows)
             for tensor, row in zip(past, free, strict=True)
