@@ -39,12 +39,12 @@ from rich.table import Table
 
 import doge_onnx
 from doge_onnx.errors import DogeOnnxError
-from doge_onnx.runtime.bench import Cell, copy_bandwidth, random_prompts, step_bytes
-from doge_onnx.runtime.device import CUDA, missing_for_cuda
-from doge_onnx.runtime.memory import DeviceMemory
+from doge_onnx.measure.bench import Cell, copy_bandwidth, random_prompts, step_bytes
+from doge_onnx.runtime.cuda.device_memory import DeviceMemory
+from doge_onnx.runtime.engine.device import CUDA, missing_for_cuda
+from doge_onnx.runtime.engine.weights import read_weights
+from doge_onnx.runtime.generation.config import Defaults
 from doge_onnx.runtime.model import Model
-from doge_onnx.runtime.options import Defaults
-from doge_onnx.runtime.weights import read_weights
 
 TINY = Path(__file__).parent.parent / "examples" / "doge-tiny"
 DECODED = 32
@@ -102,9 +102,9 @@ def compare_greedy(scratch: Path, device: str = CUDA) -> dict[str, Any]:
     exact = doge_onnx.export(TINY, scratch / "tiny-fp32", verify=False).path
     half = doge_onnx.export(TINY, scratch / "tiny-fp16", device=CUDA, verify=False).path
     cpu, gpu = doge_onnx.load(exact, device="cpu"), doge_onnx.load(half, device=device)
-    codec = cpu._codec
-    assert codec is not None
-    prompt = codec.encode(PROMPT)
+    tokenizer = cpu._tokenizer
+    assert tokenizer is not None
+    prompt = tokenizer.encode(PROMPT)
     ids = gpu.generate(prompt, max_new_tokens=GREEDY_TOKENS).token_ids
     truth = cpu.forward([prompt + ids[:-1]], logits="all")[0][0, len(prompt) - 1 :]
     ties = []

@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 import doge_onnx
-from doge_onnx.runtime.bench import default_threads, read_bandwidth
+from doge_onnx.measure.bench import default_threads, read_bandwidth
 
 PREFILL = 512
 DECODED = 32
@@ -90,7 +90,7 @@ class Ours:
         self.row_bytes = 8 * state.num_layers * state.num_heads * state.row_size
         # Time inside of ONNX Runtime, so that what Python adds can be told from it.
         self.inside = 0.0
-        session: Any = self.model._stepper._session
+        session: Any = self.model._runner._session
         run = session.run_with_iobinding
 
         def timed(*args: Any) -> None:

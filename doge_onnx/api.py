@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from doge_onnx.export.exporter import ExportReport
     from doge_onnx.export.verify import ParityReport
     from doge_onnx.hub import PushReport
-    from doge_onnx.runtime.bench import BenchReport
-    from doge_onnx.runtime.evaluate import QualityReport, Scorer
+    from doge_onnx.measure.bench import BenchReport
+    from doge_onnx.measure.evaluate import QualityReport, Scorer
     from doge_onnx.runtime.model import Model
 
 # What the extras bring, all together.
@@ -206,7 +206,7 @@ def evaluate(
             an option is out of its range; see the children of the class. Only a checkpoint
             needs the export extra.
     """
-    from doge_onnx.runtime import evaluate as evaluator
+    from doge_onnx.measure import evaluate as evaluator
 
     evaluator.check_options(window, max_tokens, seed)
     begin = progress or (lambda _: None)
@@ -271,7 +271,7 @@ def bench(
         BundleError: The bundle is incomplete, altered, too new, or cannot be run.
         InputError: A number below 1, or no context that fits.
     """
-    from doge_onnx.runtime import bench as benchmark
+    from doge_onnx.measure import bench as benchmark
 
     return benchmark.bench(
         bundle,

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from doge_onnx.export.exporter import ExportReport
     from doge_onnx.export.verify import ParityReport
     from doge_onnx.hub import PushReport
-    from doge_onnx.runtime.bench import BenchReport, Spread
-    from doge_onnx.runtime.completion import Completion, Timings
-    from doge_onnx.runtime.evaluate import QualityReport
+    from doge_onnx.measure.bench import BenchReport, Spread
+    from doge_onnx.measure.evaluate import QualityReport
+    from doge_onnx.runtime.generation.output import Completion, Timings
 
 _stdout = Console(highlight=False, markup=False)
 _stderr = Console(highlight=False, markup=False, stderr=True)

@@ -16,11 +16,11 @@ from collections import Counter
 from pathlib import Path
 from unittest import mock
 
-from doge_onnx.runtime.device import CUDA_PROVIDER, placed
-from doge_onnx.runtime.fixed import FixedSteps
+from doge_onnx.runtime.cuda.graph_replay import FixedSteps
+from doge_onnx.runtime.cuda.runner import _CudaSession
+from doge_onnx.runtime.engine.device import CUDA_PROVIDER, placed
+from doge_onnx.runtime.generation.config import Defaults
 from doge_onnx.runtime.model import Model, load
-from doge_onnx.runtime.options import Defaults
-from doge_onnx.runtime.resident import _ResidentDecoder
 
 STEPS = 10
 # What happened while steps were captured.
@@ -31,7 +31,7 @@ def events(model: Model, prompts: list[list[int]], **options) -> dict[str, int]:
     """What a decode step does: for each kind of it, the most that a step had."""
     log = Path(os.environ["CUDA_STAND_IN_LOG"])
     seen: list[Counter[str]] = []
-    step = _ResidentDecoder.step
+    step = _CudaSession.step
 
     def watched(decoder, *args):
         log.write_text("")
@@ -40,11 +40,11 @@ def events(model: Model, prompts: list[list[int]], **options) -> dict[str, int]:
         recorded.update(line for line in seen[-1] if line.startswith(("captured", "forbidden")))
         return result
 
-    _ResidentDecoder.step = watched
+    _CudaSession.step = watched
     try:
         model.generate(prompts, max_new_tokens=STEPS + 8, **options)
     finally:
-        _ResidentDecoder.step = step
+        _CudaSession.step = step
     # The first ones fill the memory of those that come.
     last = seen[-STEPS:]
     return {copy: max(step[copy] for step in last) for copy in sum(last, Counter())}
@@ -67,7 +67,7 @@ def look_at(model: Model, what: str) -> dict[str, object]:
     recorded.clear()
     # Nothing ends a text.
     model._defaults = Defaults(frozenset(), sample=False, values={})
-    nodes = placed(model._stepper._session)
+    nodes = placed(model._runner._session)
     result: dict[str, object] = {
         "device": model.device,
         "cuda_graph": model.cuda_graph,

@@ -9,7 +9,7 @@ from conftest import TINY_CHECKPOINT
 from exported import in_ort_format
 
 import doge_onnx
-from doge_onnx.runtime.text import Codec
+from doge_onnx.runtime.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.skipif(
     aarch64.unavailable() is not None, reason=str(aarch64.unavailable())
@@ -77,7 +77,7 @@ def test_the_text_is_that_of_this_machine(processor, bundles, tmp_path):
         difference = np.abs(np.load(tmp_path / f"{name}.npy") - ours).max()
         assert difference < TOLERANCE[name] * np.abs(ours).max(), name
         for prompt, ids in zip(PROMPTS, texts[name], strict=True):
-            ranks, gaps = judge(model, Codec(path / "tokenizer.json").encode(prompt), ids)
+            ranks, gaps = judge(model, Tokenizer(path / "tokenizer.json").encode(prompt), ids)
             if name == "fp32":
                 assert not ranks.any(), name
             assert np.count_nonzero(ranks) <= FEW, name

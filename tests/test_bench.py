@@ -23,12 +23,12 @@ import doge_onnx
 from doge_onnx import cli, cli_options
 from doge_onnx.bundle import GRAPH_NAME, Bundle, read_manifest
 from doge_onnx.errors import BundleError, InputError
-from doge_onnx.runtime import bench
-from doge_onnx.runtime.bench import Cell, Samples, Spread
-from doge_onnx.runtime.completion import Timings
-from doge_onnx.runtime.external_data import external_files
-from doge_onnx.runtime.memory import DeviceMemory
-from doge_onnx.runtime.weights import Table, Weights, read_weights
+from doge_onnx.measure import bench
+from doge_onnx.measure.bench import Cell, Samples, Spread
+from doge_onnx.runtime.cuda.device_memory import DeviceMemory
+from doge_onnx.runtime.engine.external_data import external_files
+from doge_onnx.runtime.engine.weights import Table, Weights, read_weights
+from doge_onnx.runtime.generation.output import Timings
 
 ROW_BYTES = 2 * LAYERS * HEADS * ROW * 4
 

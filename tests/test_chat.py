@@ -21,8 +21,8 @@ import doge_onnx
 from doge_onnx import cli, cli_chat
 from doge_onnx.bundle import Bundle, seal
 from doge_onnx.errors import BundleError, InputError
-from doge_onnx.runtime import chat as chats
-from doge_onnx.runtime.chat import ChatTemplate
+from doge_onnx.runtime.text import chat_template as chats
+from doge_onnx.runtime.text.chat_template import ChatTemplate
 
 # In the style of what is on the Hub, each with something that another has not.
 TEMPLATES = {
@@ -140,8 +140,8 @@ def prompts(directory, conversation, add_generation_prompt):
     ids = theirs.apply_chat_template(conversation, return_dict=False, **options)
     model = doge_onnx.load(directory)
     ours = model.apply_chat_template(conversation, add_generation_prompt)
-    codec = model._text_codec
-    return (text, ids), (ours, codec.encode(ours, add_special_tokens=False))
+    tokenizer = model._text_tokenizer
+    return (text, ids), (ours, tokenizer.encode(ours, add_special_tokens=False))
 
 
 def bundle_with(path, **changes):
@@ -306,7 +306,7 @@ def test_messages_are_a_prompt_and_lists_of_them_a_batch(model):
     short, long = user("the cat"), user("the dog and the hat", "and the cat")
     single = model.generate(short, max_new_tokens=8)
     assert single.text == model.generate(
-        model._text_codec.encode("<s>[user] the cat</s>[assistant] ", add_special_tokens=False),
+        model._text_tokenizer.encode("<s>[user] the cat</s>[assistant] ", add_special_tokens=False),
         max_new_tokens=8,
     ).text  # fmt: skip
     assert "".join(model.stream(short, max_new_tokens=8)) == single.text
@@ -327,7 +327,7 @@ def turns(model, chat, *contents):
         assert answer.token_ids == whole.token_ids
         assert chat.messages == [*said, {"role": "assistant", "content": answer.text}]
         assert answer.timings.cached_tokens == known
-        text = model._text_codec.decode([i for i in ids if model._text_codec.visible(i)])
+        text = model._text_tokenizer.decode([i for i in ids if model._text_tokenizer.visible(i)])
         prompt = model.apply_chat_template(said)
         assert text == prompt.replace("<s>", "").replace("</s>", "")
 
@@ -348,7 +348,7 @@ def test_the_template_alone_says_how_an_answer_ends(model, tmp_path):
     first = chat.send("the cat")
     assert (first.finish_reason, first.token_ids) == ("eos", token_ids)
     second = chat.send("the dog")
-    encode = model._text_codec.encode
+    encode = model._text_tokenizer.encode
     expected = [
         *encode("<s>[user] the cat</s>[assistant] ", add_special_tokens=False),
         *token_ids[:-1],
@@ -411,7 +411,7 @@ def test_an_answer_that_is_not_begun_changes_nothing(model):
 def test_a_run_that_fails_is_forgotten_and_read_again(model, monkeypatch):
     chat = model.chat(max_new_tokens=6)
     chat.send("the cat")
-    decoder = type(model._stepper.decoder(model.forward([[1]])[1]))
+    decoder = type(model._runner.decoder(model.forward([[1]])[1]))
     with monkeypatch.context() as patch:
         patch.setattr(decoder, "step", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):

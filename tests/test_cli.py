@@ -20,7 +20,7 @@ from doge_onnx import bundle as bundles
 from doge_onnx import cli, cli_options
 from doge_onnx.bundle import MANIFEST_NAME, read_manifest
 from doge_onnx.export import exporter, half, lowering, quantize
-from doge_onnx.runtime import device
+from doge_onnx.runtime.engine import device
 from doge_onnx.runtime.model import Model
 
 PROMPT = "It was a dark and stormy night"

@@ -30,8 +30,8 @@ from doge_onnx.export import checkpoint as checkpoint_reader
 from doge_onnx.export import half
 from doge_onnx.export.half import HALVES
 from doge_onnx.export.verify import RELATIVE_TOLERANCES
-from doge_onnx.runtime.device import missing_for_cuda
-from doge_onnx.runtime.text import Codec
+from doge_onnx.runtime.engine.device import missing_for_cuda
+from doge_onnx.runtime.text.tokenizer import Tokenizer
 
 # Arithmetic on lengths: of one number each.
 _LENGTHS = {"Cast", "Max", "Mod", "Squeeze", "Sub"}
@@ -108,7 +108,7 @@ def seen(gpu_python, stand_in, tmp_path_factory, make_bundle):
 
 
 def test_what_is_missing_on_this_very_machine_is_named(gpu_python, stand_in, tmp_path):
-    code = "from doge_onnx.runtime.device import missing_for_cuda; print(missing_for_cuda())"
+    code = "from doge_onnx.runtime.engine.device import missing_for_cuda; print(missing_for_cuda())"
 
     def missing(libraries: Path) -> str:
         done = run_there(gpu_python, libraries, code)
@@ -301,7 +301,7 @@ def test_a_gpu_computes_what_the_reference_does(gpu, tmp_path, precision):
 
 def assert_same_text(here, there):
     """What one model writes is what the other would, but for near-ties."""
-    prompt = Codec(TINY_CHECKPOINT / "tokenizer.json").encode("It was a dark and stormy night")
+    prompt = Tokenizer(TINY_CHECKPOINT / "tokenizer.json").encode("It was a dark and stormy night")
     for writer, reader in ((here, there), (there, here)):
         # As it generates, one token after another, and all at once.
         ids = writer.generate(prompt, max_new_tokens=64).token_ids
@@ -327,5 +327,5 @@ def test_a_gpu_continues_a_text_as_the_cpu_does(gpu, cuda_graph, make_bundle):
     path = make_bundle(TINY_CHECKPOINT, verify=False, device="cuda").path
     here = doge_onnx.load(path, device="cpu")
     there = doge_onnx.load(path, device="cuda", cuda_graph=cuda_graph)
-    assert there._stepper._fixed is not None
+    assert there._runner._fixed is not None
     assert_same_text(here, there)

@@ -17,15 +17,15 @@ import doge_onnx
 from doge_onnx.bundle import seal
 from doge_onnx.cli import app
 from doge_onnx.errors import BundleError, DeviceError, InputError
-from doge_onnx.runtime import device as devices
-from doge_onnx.runtime import graphs
-from doge_onnx.runtime.memory import DeviceMemory
-from doge_onnx.runtime.resident import (
-    ResidentCopyingStepper,
-    ResidentStepper,
-    ResidentWindowStepper,
+from doge_onnx.runtime.cuda import helper_graphs as graphs
+from doge_onnx.runtime.cuda.device_memory import DeviceMemory
+from doge_onnx.runtime.cuda.runner import (
+    CudaCopyingRunner,
+    CudaGrowingRunner,
+    CudaWindowRunner,
 )
-from doge_onnx.runtime.step import Best
+from doge_onnx.runtime.engine import device as devices
+from doge_onnx.runtime.engine.runner import Best
 
 FP32 = fake_bundle.manifest()
 FP16 = replace(FP32, precision="fp16", activations="float16")
@@ -210,11 +210,11 @@ def test_a_step_that_leaves_the_gpu_is_refused():
         devices.check_placement(Session(["CPUExecutionProvider"], []))
 
 
-def resident(path, stepper=ResidentStepper, chunk=4, **options):
+def resident(path, runner=CudaGrowingRunner, chunk=4, **options):
     """A model whose state is in the memory of a device, which is the CPU."""
     model = doge_onnx.load(path, device="cpu", prefill_chunk=chunk)
-    session = model._stepper._session
-    model._stepper = stepper(session, model.manifest, DeviceMemory("cpu"), chunk, **options)
+    session = model._runner._session
+    model._runner = runner(session, model.manifest, DeviceMemory("cpu"), chunk, **options)
     return model
 
 
@@ -238,8 +238,8 @@ def pair(request, tmp_path, make_bundle, main_checkpoint):
         "copying": {"in_place": False},
     }[request.param]
     path = fake_bundle.write(tmp_path / "b", **changes)
-    stepper = ResidentCopyingStepper if request.param == "copying" else ResidentStepper
-    return doge_onnx.load(path, device="cpu", prefill_chunk=4), resident(path, stepper)
+    runner = CudaCopyingRunner if request.param == "copying" else CudaGrowingRunner
+    return doge_onnx.load(path, device="cpu", prefill_chunk=4), resident(path, runner)
 
 
 PROMPTS = [[3, 4, 5, 6, 7, 8], [9], [3, 3, 5]]
@@ -285,7 +285,7 @@ def test_states_keep_their_value_wherever_they_are(pair):
 
 
 def test_a_buffer_on_a_device_grows(tmp_path, monkeypatch):
-    monkeypatch.setattr("doge_onnx.runtime.state._FIRST_CAPACITY", 2)
+    monkeypatch.setattr("doge_onnx.runtime.engine.state._FIRST_CAPACITY", 2)
     path = fake_bundle.write(tmp_path / "b")
     model = resident(path)
     logits, state = model.forward([[3, 4]])
@@ -306,10 +306,10 @@ class Logits:
 
 
 def test_candidates_are_as_many_as_needed_and_in_order(tmp_path, monkeypatch):
-    monkeypatch.setattr("doge_onnx.runtime.resident._SPARE", 2)
+    monkeypatch.setattr("doge_onnx.runtime.cuda.runner._SPARE", 2)
     model = resident(fake_bundle.write(tmp_path / "b"))
     _, state = model.forward([[3], [4]])
-    decoder = model._stepper.decoder(state)
+    decoder = model._runner.decoder(state)
     row = np.linspace(-1, 1, fake_bundle.VOCAB, dtype=np.float32)
     # In the second row, more are equal to the third best than come along.
     tied = row.copy()
@@ -327,7 +327,7 @@ def test_candidates_are_as_many_as_needed_and_in_order(tmp_path, monkeypatch):
 def test_greedy_ids_do_not_come_back_from_the_host(tmp_path):
     model = resident(fake_bundle.write(tmp_path / "b"))
     _, state = model.forward([[3], [4]])
-    decoder = model._stepper.decoder(state)
+    decoder = model._runner.decoder(state)
     decoder.tokens[:, 0] = [5, 6]
     chosen = [int(row.ids[0]) for row in decoder.step(None, best=1)]
     # The host says something else now, which nobody asks it for.
@@ -341,7 +341,7 @@ def test_greedy_ids_do_not_come_back_from_the_host(tmp_path):
 def test_window_states_on_a_device(tmp_path, make_bundle, main_checkpoint):
     made = make_bundle(main_checkpoint, state="window", verify=False)
     here = doge_onnx.load(made.path, device="cpu")
-    there = resident(made.path, ResidentWindowStepper, 16)
+    there = resident(made.path, CudaWindowRunner, 16)
     ids = np.random.default_rng(0).integers(0, 97, (2, 90))
     for model in (here, there):
         model.first, state = model.forward(ids[:, :70], logits="all")

@@ -31,8 +31,8 @@ from doge_onnx.errors import (
 from doge_onnx.export import card, quality
 from doge_onnx.export import checkpoint as checkpoints
 from doge_onnx.export.eager import EagerModel
-from doge_onnx.runtime import evaluate as evaluator
-from doge_onnx.runtime.evaluate import BundleScorer, Text, evaluate, score
+from doge_onnx.measure import evaluate as evaluator
+from doge_onnx.measure.evaluate import BundleScorer, Text, evaluate, score
 
 TOKENS = 200
 WORDS = "the cat and the dog and the hat sat on the mat, and then the cat ran. " * 20

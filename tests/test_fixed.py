@@ -18,12 +18,14 @@ import pytest
 
 import doge_onnx
 from doge_onnx.errors import BundleError, CaptureError, DeviceError, InputError
-from doge_onnx.runtime import device as devices
-from doge_onnx.runtime import fixed, loading, turns
-from doge_onnx.runtime.memory import DeviceMemory
-from doge_onnx.runtime.options import Defaults
-from doge_onnx.runtime.resident import ResidentStepper
-from doge_onnx.runtime.session import PAST_LENGTH
+from doge_onnx.runtime.cuda import graph_replay as fixed
+from doge_onnx.runtime.cuda import lock as turns
+from doge_onnx.runtime.cuda.device_memory import DeviceMemory
+from doge_onnx.runtime.cuda.runner import CudaGrowingRunner
+from doge_onnx.runtime.engine import device as devices
+from doge_onnx.runtime.engine import loader as loading
+from doge_onnx.runtime.engine.session import PAST_LENGTH
+from doge_onnx.runtime.generation.config import Defaults
 
 CAPACITY = 24
 # Greedy, and no token ends a text.
@@ -157,16 +159,16 @@ class Capturing:
 def capturing(path, fault=None):
     """A model whose steps are captured, and its session."""
     model = doge_onnx.load(path, device="cpu")
-    session = Capturing(model._stepper._session, fault)
-    stepper = ResidentStepper(session, model.manifest, DeviceMemory("cpu"), capture=True)
-    new = stepper._fixed._new
+    session = Capturing(model._runner._session, fault)
+    runner = CudaGrowingRunner(session, model.manifest, DeviceMemory("cpu"), capture=True)
+    new = runner._fixed._new
 
     def watched(tensors):
         session.step = new(tensors)
         return session.step
 
-    stepper._fixed._new = watched
-    model._stepper = stepper
+    runner._fixed._new = watched
+    model._runner = runner
     return model, session
 
 
@@ -183,7 +185,7 @@ def capturing(path, fault=None):
 def test_a_replay_is_looked_at_before_it_is_used(half_bundle, fault, problem):
     model, session = capturing(half_bundle, fault)
     with turns.EXCLUSIVE:
-        found = model._stepper.check_fixed_steps()
+        found = model._runner.check_fixed_steps()
     assert found is None if problem is None else re.match(problem, found)
     assert model.cuda_graph == (problem is None)
     # With a mask that grows, and with one that does not, twice.
@@ -239,7 +241,7 @@ def test_what_a_text_leaves_behind_changes_no_other(half_bundle):
 def test_a_sequence_that_has_ended_is_fed_padding(half_bundle):
     model, session = capturing(half_bundle)
     _, state = model.forward([[3, 4], [5, 6]])
-    decoder = model._stepper.decoder(state)
+    decoder = model._runner.decoder(state)
     decoder.tokens[:] = [[7], [8]]
     decoder.step(None)
     for mask in ([[1], [0]], [[1], [0]]):
@@ -280,7 +282,7 @@ def test_a_short_text_beside_a_full_one_goes_on(half_bundle):
 def test_graphs_are_limited_and_states_that_nobody_uses_are_let_go(half_bundle, monkeypatch):
     monkeypatch.setattr(fixed, "_MOST_GRAPHS", 2)
     model, session = capturing(half_bundle)
-    steps = model._stepper._fixed
+    steps = model._runner._fixed
 
     def replays(batch):
         del session.runs[:]
@@ -309,17 +311,17 @@ def test_buffers_come_in_few_sizes_where_steps_are_captured(half_bundle, monkeyp
     usual = doge_onnx.load(half_bundle, device="cpu")
     capacities = []
     for model in (captured, usual):
-        _, state = model._stepper.step(np.array([[3, 4]]), None, None, True, follow=5)
+        _, state = model._runner.step(np.array([[3, 4]]), None, None, True, follow=5)
         capacities.append(state.buffer.capacity)
     context_length = model.manifest.context_length
     assert capacities == [context_length, 7]
-    capacity = captured._stepper._capacity
+    capacity = captured._runner._capacity
     # Nothing follows a full text, and a mask has no more columns than the graph can number.
     assert capacity(context_length, None) == context_length
     assert capacity(context_length + 1, None) == capacity(2 * context_length, None)
     assert capacity(2 * context_length, None) == 2 * context_length
     # There is room for the first step after a prompt.
-    monkeypatch.setattr("doge_onnx.runtime.state._FIRST_CAPACITY", 8)
+    monkeypatch.setattr("doge_onnx.runtime.engine.state._FIRST_CAPACITY", 8)
     assert [capacity(rows, None) for rows in (7, 8)] == [8, 16]
 
 
@@ -349,17 +351,17 @@ def cuda(monkeypatch):
     made = []
 
     def pretend(fault=None):
-        def stepper(bundle, threads, chunk, verbose, capture):
+        def runner(bundle, threads, chunk, verbose, capture):
             made.append(capture)
             if capture and fault == "refuses":
                 raise CaptureError("the host takes part in its steps")
             model, session = capturing(bundle.path, fault)
             if not capture:
                 memory = DeviceMemory("cpu")
-                model._stepper = ResidentStepper(session, model.manifest, memory)
-            return model._stepper
+                model._runner = CudaGrowingRunner(session, model.manifest, memory)
+            return model._runner
 
-        monkeypatch.setattr(loading, "_stepper", stepper)
+        monkeypatch.setattr(loading, "_runner", runner)
         return made
 
     monkeypatch.setattr(devices, "missing_for_cuda", lambda: None)
@@ -419,7 +421,7 @@ def test_bundles_that_cannot_be_captured_are_not_tried(
 def test_a_state_that_is_continued_twice_is_copied_to_where_an_earlier_text_was(
     half_bundle, monkeypatch
 ):
-    monkeypatch.setattr("doge_onnx.runtime.state._FIRST_CAPACITY", 8)
+    monkeypatch.setattr("doge_onnx.runtime.engine.state._FIRST_CAPACITY", 8)
     model, _ = capturing(half_bundle)
     usual = doge_onnx.load(half_bundle, device="cpu")
     # Two at the same time leave two sets of tensors.
@@ -429,26 +431,26 @@ def test_a_state_that_is_continued_twice_is_copied_to_where_an_earlier_text_was(
             next(stream)
     for stream in streams:
         stream.close()
-    assert len(model._stepper._fixed._free) == 2
+    assert len(model._runner._fixed._free) == 2
     kept = []
     for each in (model, usual):
         _, state = each.forward([[3, 4, 5]])
         each.first, one = each.forward([[6]], state)
         each.second, other = each.forward([[7]], state)
         kept += [one, other]
-    assert not model._stepper._fixed._free
+    assert not model._runner._fixed._free
     np.testing.assert_array_equal(model.first, usual.first)
     np.testing.assert_array_equal(model.second, usual.second)
 
 
 def test_the_beginning_of_a_long_state_is_continued_in_as_many_rows(half_bundle, monkeypatch):
-    monkeypatch.setattr("doge_onnx.runtime.state._FIRST_CAPACITY", 8)
+    monkeypatch.setattr("doge_onnx.runtime.engine.state._FIRST_CAPACITY", 8)
     model, _ = capturing(half_bundle)
     usual = doge_onnx.load(half_bundle, device="cpu")
     ids = np.arange(3, 23)
     for each in (model, usual):
         _, state = each.forward([ids])
-        start = each._stepper.rewind(state, 3)
+        start = each._runner.rewind(state, 3)
         each.logits, longer = each.forward([[7]], start)
     assert longer.buffer.capacity == 8
     np.testing.assert_array_equal(model.logits, usual.logits)
@@ -461,7 +463,7 @@ def test_what_is_wrong_with_a_bundle_is_not_taken_for_a_capture(half_bundle, cud
         BundleError("broken"),
         DeviceError("no kernel"),
     ):
-        monkeypatch.setattr(loading, "_stepper", mock.Mock(side_effect=error))
+        monkeypatch.setattr(loading, "_runner", mock.Mock(side_effect=error))
         with pytest.raises(type(error), match=str(error)):
             doge_onnx.load(half_bundle, device="cuda", cuda_graph=True)
     assert made == []
@@ -476,7 +478,7 @@ def test_who_asks_for_a_graph_without_cuda_is_told_what_is_missing(half_bundle, 
 def test_memory_that_is_kept_for_later_is_given_up_when_there_is_no_more(half_bundle, monkeypatch):
     model, _ = capturing(half_bundle)
     model.generate([[3]] * 2, max_new_tokens=2)
-    free, empty = model._stepper._fixed._free, DeviceMemory.empty
+    free, empty = model._runner._fixed._free, DeviceMemory.empty
     assert free
 
     def scarce(memory, shape, dtype):
@@ -489,7 +491,7 @@ def test_memory_that_is_kept_for_later_is_given_up_when_there_is_no_more(half_bu
     usual = doge_onnx.load(half_bundle, device="cpu").generate([[3]] * 3, max_new_tokens=9)
     assert [t.token_ids for t in ours] == [t.token_ids for t in usual]
     monkeypatch.setattr(DeviceMemory, "empty", mock.Mock(side_effect=RuntimeError("no more")))
-    model._stepper._fixed.let_go()
+    model._runner._fixed.let_go()
     with pytest.raises(RuntimeError, match="no more"):
         model.generate([[3]] * 4, max_new_tokens=2)
 
@@ -497,7 +499,7 @@ def test_memory_that_is_kept_for_later_is_given_up_when_there_is_no_more(half_bu
 @pytest.mark.parametrize("seed", range(8))
 def test_whatever_is_done_in_whatever_order_is_what_the_cpu_does(half_bundle, monkeypatch, seed):
     # Buffers grow often, and are used again by texts of all kinds, that nothing ends early.
-    monkeypatch.setattr("doge_onnx.runtime.state._FIRST_CAPACITY", 4)
+    monkeypatch.setattr("doge_onnx.runtime.engine.state._FIRST_CAPACITY", 4)
     model, session = capturing(half_bundle)
     pair = model, doge_onnx.load(half_bundle, device="cpu")
     for each in pair:

@@ -15,7 +15,7 @@ from conftest import TINY_CHECKPOINT
 from environments import environment
 
 import doge_onnx
-from doge_onnx.runtime.text import Codec, TextStream
+from doge_onnx.runtime.text.tokenizer import TextStream, Tokenizer
 
 PROMPT = "It was a dark and stormy night"
 # Lengths differ, and one is a single token.
@@ -259,26 +259,26 @@ def test_a_generator_that_is_continued_and_rewound(make, genai, name):
 
 
 def test_several_generators_of_one_model(tiny_bundle, genai):
-    codec = Codec(tiny_bundle / "tokenizer.json")
-    ids = [codec.encode(prompt) for prompt in PROMPTS]
+    tokenizer = Tokenizer(tiny_bundle / "tokenizer.json")
+    ids = [tokenizer.encode(prompt) for prompt in PROMPTS]
     theirs = genai.of(tiny_bundle)("in_turn", prompts=ids, count=8, max_length=40)
     assert theirs == continuations(tiny_bundle, PROMPTS, 8)
 
 
 @pytest.mark.parametrize("special", [True, False])
 def test_text_becomes_the_same_tokens(chat_bundle, genai, special):
-    codec = Codec(chat_bundle / "tokenizer.json")
+    tokenizer = Tokenizer(chat_bundle / "tokenizer.json")
     texts = [*TEXTS, "\ufffd"]
     theirs = genai.of(chat_bundle)("encode", texts=texts, add_special_tokens=special)
-    assert theirs == [codec.encode(text, add_special_tokens=special) for text in texts]
+    assert theirs == [tokenizer.encode(text, add_special_tokens=special) for text in texts]
 
 
 def test_tokens_become_the_same_text_piece_by_piece(chat_bundle, genai):
-    codec = Codec(chat_bundle / "tokenizer.json")
+    tokenizer = Tokenizer(chat_bundle / "tokenizer.json")
     for text in TEXTS:
-        ids = codec.encode(text, add_special_tokens=False)
+        ids = tokenizer.encode(text, add_special_tokens=False)
         whole, pieces = genai.of(chat_bundle)("decode", ids=ids)
-        stream = TextStream(codec, [])
+        stream = TextStream(tokenizer, [])
         assert pieces == [stream.push(token_id) for token_id in ids]
         assert whole == "".join(pieces)
 
@@ -301,7 +301,7 @@ def test_the_chat_template_gives_the_same_prompt_and_answer(chat_bundle, genai):
 def test_the_turns_of_a_conversation(chat_bundle, genai):
     model = doge_onnx.load(chat_bundle)
     chat = model.chat(temperature=0, max_new_tokens=40)
-    codec = Codec(chat_bundle / "tokenizer.json")
+    tokenizer = Tokenizer(chat_bundle / "tokenizer.json")
     actions, answers, before = [], [], ""
     for content in ("Hello", "And then?"):
         answer = chat.send(content)
@@ -309,7 +309,7 @@ def test_the_turns_of_a_conversation(chat_bundle, genai):
         assert answer.finish_reason == "eos"
         assert answer.token_ids[-1] == 19
         text = model.apply_chat_template(chat.messages[:-1])
-        ids = codec.encode(text.removeprefix(before), add_special_tokens=False)
+        ids = tokenizer.encode(text.removeprefix(before), add_special_tokens=False)
         actions += [["append", ids], ["generate", len(answer.token_ids)]]
         answers.append(answer.token_ids)
         before = text + answer.text

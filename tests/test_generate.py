@@ -12,11 +12,11 @@ from fake_bundle import CONTEXT, VOCAB, reference
 import doge_onnx
 from doge_onnx.bundle import Bundle
 from doge_onnx.errors import BundleError, InputError
+from doge_onnx.runtime.engine.runner import DecodeSession
+from doge_onnx.runtime.engine.state import Buffer, State
+from doge_onnx.runtime.generation.config import Defaults
 from doge_onnx.runtime.model import Model
-from doge_onnx.runtime.options import Defaults
-from doge_onnx.runtime.state import Buffer, State
-from doge_onnx.runtime.step import Decoder
-from doge_onnx.runtime.text import Codec
+from doge_onnx.runtime.text.tokenizer import Tokenizer
 
 EOS = 1
 
@@ -30,9 +30,9 @@ def model(request, tmp_path_factory):
 class Script:
     """Runs no graph: whatever the prompts, row b is to say `texts[b]`, token by token."""
 
-    def __init__(self, codec: Codec, *texts: str | list[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, *texts: str | list[int]) -> None:
         self.tokens = [
-            codec.encode(text)[1:] if isinstance(text, str) else list(text) for text in texts
+            tokenizer.encode(text)[1:] if isinstance(text, str) else list(text) for text in texts
         ]
         self.fed: list[tuple[list, list | None]] = []
 
@@ -45,18 +45,18 @@ class Script:
         return logits, State(Buffer([], np.zeros((len(input_ids), 0), np.int64)), 0, self)
 
     def decoder(self, state):
-        return Decoder(self, state)
+        return DecodeSession(self, state)
 
 
 @pytest.fixture
 def scripted(tmp_path):
     path = fake_bundle.write(tmp_path / "b")
     bundle = Bundle.open(path)
-    codec = Codec(path / "tokenizer.json")
+    tokenizer = Tokenizer(path / "tokenizer.json")
 
     def make(*texts):
-        script = Script(codec, *texts)
-        return Model(bundle, script, Defaults.read(bundle), codec), script
+        script = Script(tokenizer, *texts)
+        return Model(bundle, script, Defaults.read(bundle), tokenizer), script
 
     return make
 
@@ -85,7 +85,7 @@ def test_each_prompt_of_a_batch_gets_what_it_gets_alone(model):
     together = model.generate(texts, max_new_tokens=10)
     assert [o.text for o in together] == [model.generate(t, max_new_tokens=10).text for t in texts]
     assert [out.prompt_tokens for out in together] == [
-        len(model._codec.encode(text)) for text in texts
+        len(model._tokenizer.encode(text)) for text in texts
     ]
 
 
@@ -144,7 +144,7 @@ def test_a_stop_string_that_spans_tokens_ends_the_text_before_it(scripted):
     out = model.generate("x", stop=["End", "e en"])
     assert (out.text, out.finish_reason) == ("the cat. Th", "stop")
     # The tokens of the stop string are there, and the model was not run for more.
-    assert model._codec.decode(out.token_ids).startswith("the cat. The en")
+    assert model._tokenizer.decode(out.token_ids).startswith("the cat. The en")
     assert len(out.token_ids) == len(script.fed) < len(script.tokens[0])
     model, _ = scripted(text)
     pieces = list(model.stream("x", stop=["End", "e en"]))
@@ -169,7 +169,7 @@ def test_streaming_shows_whole_characters_only(scripted):
     model, script = scripted(text)
     cut = next(i for i, piece in enumerate(pieces) if piece == "😀")
     out = model.generate("x", max_new_tokens=cut)
-    assert out.text == model._codec.decode(script.tokens[0][:cut])
+    assert out.text == model._tokenizer.decode(script.tokens[0][:cut])
     assert out.text.endswith("\ufffd")
 
 
@@ -291,7 +291,7 @@ def test_a_text_outgrows_its_first_buffer(model, batch):
 
 def test_an_interrupted_text_leaves_the_model_as_it_was(model, monkeypatch):
     expected = model.generate([4, 100, 33], max_new_tokens=10).token_ids
-    session = model._stepper._session
+    session = model._runner._session
     name = "run_with_iobinding" if model.manifest.state.in_place else "run_with_ort_values"
     run, steps = getattr(session, name), []
 

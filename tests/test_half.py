@@ -32,7 +32,8 @@ from doge_onnx.export import verify as verifier
 from doge_onnx.export.eager import EagerModel
 from doge_onnx.export.state import GATE_RANGES, HalfRows
 from doge_onnx.export.verify import RELATIVE_TOLERANCES
-from doge_onnx.runtime.device import missing_for_cuda
+from doge_onnx.runtime.engine.device import missing_for_cuda
+from doge_onnx.runtime.text.tokenizer import Tokenizer
 
 HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -102,7 +103,7 @@ def test_verify_holds_fp16_to_its_tolerance(tiny_fp16, monkeypatch):
 
 def test_greedy_texts_are_those_of_fp32_but_for_near_ties(tiny_fp16, tiny_bundle):
     exact, rounded = doge_onnx.load(tiny_bundle), doge_onnx.load(tiny_fp16.path)
-    prompt = doge_onnx.runtime.text.Codec(tiny_bundle / "tokenizer.json").encode("It was a dark")
+    prompt = Tokenizer(tiny_bundle / "tokenizer.json").encode("It was a dark")
     ids = exact.generate(prompt, max_new_tokens=64).token_ids
     truth, _ = exact.forward([prompt + ids[:-1]], logits="all")
     ours, _ = rounded.forward([prompt + ids[:-1]], logits="all")

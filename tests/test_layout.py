@@ -17,7 +17,7 @@ from doge_onnx import bundle as bundles
 from doge_onnx.cli import app
 from doge_onnx.errors import BundleError
 from doge_onnx.export import exporter, quantize
-from doge_onnx.runtime.external_data import external_files
+from doge_onnx.runtime.engine.external_data import external_files
 
 MOE = {"is_moe": True, "num_experts": 49, "num_experts_per_tok": 5, "num_hidden_layers": 2}
 GENAI = """

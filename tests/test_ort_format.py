@@ -22,9 +22,9 @@ from doge_onnx.bundle import GRAPH_NAME, WEIGHTS_NAME, Bundle, seal
 from doge_onnx.errors import BundleError, DogeOnnxError
 from doge_onnx.export import exporter, ort_format
 from doge_onnx.export.exporter import export
-from doge_onnx.runtime.external_data import external_files
-from doge_onnx.runtime.ort_format import read_graph
-from doge_onnx.runtime.weights import read_weights
+from doge_onnx.runtime.engine.external_data import external_files
+from doge_onnx.runtime.engine.ort_file import read_graph
+from doge_onnx.runtime.engine.weights import read_weights
 
 MOE = {"is_moe": True, "num_experts": 49, "num_experts_per_tok": 5, "num_hidden_layers": 1}
 NEAREST = {"rounding": "nearest"}

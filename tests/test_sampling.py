@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation import logits_process as hf
 
-from doge_onnx.runtime import sampling
+from doge_onnx.runtime.generation import sampling
 
 V = 1500  # more than the first few candidates that top-p sorts
 

@@ -17,8 +17,8 @@ from onnx import TensorProto, helper
 import doge_onnx
 from doge_onnx.bundle import seal
 from doge_onnx.errors import BundleError, InputError
-from doge_onnx.runtime import session
-from doge_onnx.runtime.external_data import external_files
+from doge_onnx.runtime.engine import session
+from doge_onnx.runtime.engine.external_data import external_files
 
 
 def _external(location: str, name: str = "w") -> onnx.TensorProto:
@@ -175,13 +175,13 @@ def test_wrong_options_are_refused(tmp_path, options, message):
 
 def test_threads_reach_onnx_runtime(tmp_path):
     model = doge_onnx.load(fake_bundle.write(tmp_path / "b"), threads=1)
-    options = model._stepper._session.get_session_options()
+    options = model._runner._session.get_session_options()
     assert (options.intra_op_num_threads, options.inter_op_num_threads) == (1, 1)
 
 
 def test_without_a_number_there_is_a_thread_for_each_usable_core(tmp_path):
     model = doge_onnx.load(fake_bundle.write(tmp_path / "b"))
-    options = model._stepper._session.get_session_options()
+    options = model._runner._session.get_session_options()
     assert options.intra_op_num_threads == session.usable_cores()
 
 

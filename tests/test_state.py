@@ -9,8 +9,8 @@ from fake_bundle import CONTEXT, VOCAB, reference
 
 import doge_onnx
 from doge_onnx.errors import InputError
-from doge_onnx.runtime import growing
-from doge_onnx.runtime.state import Buffer, grown_capacity, max_rows
+from doge_onnx.runtime.engine import growing_runner as growing
+from doge_onnx.runtime.engine.state import Buffer, grown_capacity, max_rows
 
 TOLERANCE = 1e-3  # logits are up to 300
 
@@ -218,7 +218,7 @@ def test_a_step_that_fails_leaves_the_old_state_as_it_was(in_place, monkeypatch,
     start, end = _ids(6), _ids(3, 1)
     _, state = in_place.forward([start])
     addresses = _addresses(state)
-    session = in_place._stepper._session
+    session = in_place._runner._session
 
     def fail(binding):
         # What a run that is interrupted half-way may leave behind.
@@ -344,8 +344,8 @@ def test_a_decoder_leaves_older_states_as_they_were(in_place):
     start, end = _ids(6), _ids(5, 1)
     _, state = in_place.forward([start])
     first, after = in_place.forward([end[:1]], state)
-    stepper = in_place._stepper
-    decoder = stepper.decoder(after)
+    runner = in_place._runner
+    decoder = runner.decoder(after)
     branch = [3, 4, 5]
     for position, token in enumerate(branch):
         decoder.tokens[0, 0] = token
@@ -361,7 +361,7 @@ def test_a_decoder_of_a_state_that_was_continued_copies_it(in_place):
     start = _ids(6)
     _, state = in_place.forward([start])
     _, other = in_place.forward([[9]], state)
-    decoder = in_place._stepper.decoder(state)
+    decoder = in_place._runner.decoder(state)
     decoder.tokens[0, 0] = 5
     (scores,) = decoder.step(None)
     _close(scores, reference([*start, 5])[-1])

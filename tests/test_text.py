@@ -6,24 +6,24 @@ import fake_bundle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from doge_onnx.errors import BundleError, InputError
-from doge_onnx.runtime.text import Codec, StopFinder, TextStream
+from doge_onnx.runtime.text.tokenizer import StopFinder, TextStream, Tokenizer
 
 
 @pytest.fixture(scope="module")
 def byte_level(tmp_path_factory):
     path = tmp_path_factory.mktemp("byte") / "tokenizer.json"
     fake_bundle.tokenizer().save(str(path))
-    return Codec(path)
+    return Tokenizer(path)
 
 
 @pytest.fixture(scope="module")
 def sentencepiece(tmp_path_factory):
     """In the way of Llama 2: a leading space per word, and bytes for what is not in it."""
     words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁the", "▁cat", "s", "▁a"]
-    result = Tokenizer(
+    result = tokenizers.Tokenizer(
         models.BPE({w: i for i, w in enumerate(words)}, [], byte_fallback=True, unk_token="<unk>")
     )
     result.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
@@ -37,31 +37,31 @@ def sentencepiece(tmp_path_factory):
     )
     path = tmp_path_factory.mktemp("sentencepiece") / "tokenizer.json"
     result.save(str(path))
-    return Codec(path), {word: i for i, word in enumerate(words)}
+    return Tokenizer(path), {word: i for i, word in enumerate(words)}
 
 
 @pytest.fixture(scope="module")
 def metaspace(tmp_path_factory):
     words = ["<unk>", "▁the", "▁cat", "s", "▁a"]
-    result = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, "<unk>"))
+    result = tokenizers.Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, "<unk>"))
     result.decoder = decoders.Metaspace()
     path = tmp_path_factory.mktemp("metaspace") / "tokenizer.json"
     result.save(str(path))
-    return Codec(path), {word: i for i, word in enumerate(words)}
+    return Tokenizer(path), {word: i for i, word in enumerate(words)}
 
 
-def _pieces(codec: Codec, ids, prompt=()) -> list[str]:
-    stream = TextStream(codec, prompt)
+def _pieces(tokenizer: Tokenizer, ids, prompt=()) -> list[str]:
+    stream = TextStream(tokenizer, prompt)
     return [*(stream.push(i) for i in ids), stream.flush()]
 
 
-def _byte(codec: Codec, value: int) -> int:
+def _byte(tokenizer: Tokenizer, value: int) -> int:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     order = printable + [b for b in range(256) if b not in printable]
     character = chr(value) if value in printable else chr(256 + order.index(value) - len(printable))
     assert character in alphabet
-    return codec._tokenizer.token_to_id(character)
+    return tokenizer._tokenizer.token_to_id(character)
 
 
 @settings(max_examples=200, deadline=None)
@@ -129,22 +129,22 @@ def test_no_more_than_a_short_window_is_ever_decoded(byte_level):
 
 
 def test_spaces_before_words_survive(sentencepiece, metaspace):
-    for codec, ids in (sentencepiece, metaspace):
+    for tokenizer, ids in (sentencepiece, metaspace):
         words = [ids[w] for w in ("▁the", "▁cat", "s", "▁a")]
-        assert _pieces(codec, words) == ["the", " cat", "s", " a", ""]
-        assert _pieces(codec, words[1:], prompt=words[:1]) == [" cat", "s", " a", ""]
+        assert _pieces(tokenizer, words) == ["the", " cat", "s", " a", ""]
+        assert _pieces(tokenizer, words[1:], prompt=words[:1]) == [" cat", "s", " a", ""]
 
 
 def test_a_lone_space_token_survives(sentencepiece):
-    codec, ids = sentencepiece
+    tokenizer, ids = sentencepiece
     tokens = [ids[w] for w in ("▁the", "▁", "▁", "▁cat")]
-    assert "".join(_pieces(codec, tokens)) == "the   cat"
+    assert "".join(_pieces(tokenizer, tokens)) == "the   cat"
 
 
 def test_fallback_bytes_become_characters(sentencepiece):
-    codec, ids = sentencepiece
+    tokenizer, ids = sentencepiece
     tokens = [ids[f"<0x{byte:02X}>"] for byte in ("€" * 30 + "😀é").encode()]
-    pieces = _pieces(codec, [ids["▁the"], *tokens, ids["▁a"]])
+    pieces = _pieces(tokenizer, [ids["▁the"], *tokens, ids["▁a"]])
     assert "".join(pieces) == "the" + "€" * 30 + "😀é a"
     assert pieces[1:4] == ["", "", "€"]
 
@@ -153,7 +153,7 @@ def test_a_file_that_is_no_tokenizer_is_named(tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_text("[]")
     with pytest.raises(BundleError, match=r"tokenizer\.json does not hold a tokenizer"):
-        Codec(path)
+        Tokenizer(path)
 
 
 def test_truncation_and_padding_of_the_file_do_not_touch_a_prompt(tmp_path):
@@ -162,9 +162,9 @@ def test_truncation_and_padding_of_the_file_do_not_touch_a_prompt(tmp_path):
     result.enable_padding(length=8)
     path = tmp_path / "tokenizer.json"
     result.save(str(path))
-    codec = Codec(path)
-    assert len(codec.encode("zzzzz")) == 6
-    assert len(codec.encode("z")) == 2
+    tokenizer = Tokenizer(path)
+    assert len(tokenizer.encode("zzzzz")) == 6
+    assert len(tokenizer.encode("z")) == 2
 
 
 def test_a_lone_surrogate_is_refused(byte_level):

@@ -19,7 +19,11 @@ from typing import Any
 import doge_onnx
 from doge_onnx import api, bundle, cli, errors, hub
 from doge_onnx.export import exporter, verify
-from doge_onnx.runtime import bench, completion, conversation, evaluate, model, state
+from doge_onnx.measure import bench, evaluate
+from doge_onnx.runtime import chat as conversation
+from doge_onnx.runtime import model
+from doge_onnx.runtime.engine import state
+from doge_onnx.runtime.generation import output as completion
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 # As wide as a narrow terminal, whatever the real one is.

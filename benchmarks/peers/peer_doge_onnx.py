@@ -10,7 +10,7 @@ from peer import About, Job
 
 import doge_onnx
 from doge_onnx.bundle import read_manifest
-from doge_onnx.runtime.weights import read_weights
+from doge_onnx.runtime.engine.weights import read_weights
 
 
 def build(job: Job) -> None:

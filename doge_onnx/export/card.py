@@ -25,8 +25,8 @@ from doge_onnx.export.checkpoint import CARD_NAME, Source
 from doge_onnx.export.metadata import Metadata
 from doge_onnx.export.ort_format import OPERATORS_NAME
 from doge_onnx.export.snippets import Snippet, snippets
-from doge_onnx.runtime.chat import ChatTemplate
-from doge_onnx.runtime.ort_format import is_ort_format
+from doge_onnx.runtime.engine.ort_file import is_ort_format
+from doge_onnx.runtime.text.chat_template import ChatTemplate
 
 
 def write(source: Source, config: DogeConfig, taken_over: Metadata, directory: Path) -> None:

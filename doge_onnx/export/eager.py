@@ -19,7 +19,7 @@ from doge_onnx.export.checkpoint import Checkpoint
 from doge_onnx.export.operators import STANDARD
 from doge_onnx.export.state import GrowingState
 from doge_onnx.export.step import RecurrentStep
-from doge_onnx.runtime.evaluate import sample_text
+from doge_onnx.measure.evaluate import sample_text
 
 # Parameters up to which a step of a few tokens is quicker with one thread.
 _SMALL = 50_000_000

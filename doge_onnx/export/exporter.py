@@ -33,8 +33,8 @@ from doge_onnx.export.quantize import RECIPES, Recipe, check_choices, quantize, 
 from doge_onnx.export.state import GrowingState, WindowState
 from doge_onnx.export.step import RecurrentStep, State
 from doge_onnx.export.verify import ParityReport, compare
-from doge_onnx.runtime.device import missing_for_cuda
-from doge_onnx.runtime.evaluate import QualityReport
+from doge_onnx.measure.evaluate import QualityReport
+from doge_onnx.runtime.engine.device import missing_for_cuda
 
 STATES = ("growing", "window")
 # Without one of them, a state has the element type of the activations.

@@ -11,7 +11,7 @@ from typing import Any
 
 from doge_onnx.bundle import Manifest
 from doge_onnx.config import DogeConfig
-from doge_onnx.runtime.options import Defaults
+from doge_onnx.runtime.generation.config import Defaults
 
 CONFIG_NAME = "genai_config.json"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from doge_onnx.export import checkpoint as checkpoints
 from doge_onnx.export.checkpoint import Checkpoint
 from doge_onnx.export.eager import EagerModel
-from doge_onnx.runtime.evaluate import (
+from doge_onnx.measure.evaluate import (
     DEFAULT_TOKENS,
     SAMPLE_WINDOW,
     BundleScorer,

@@ -17,7 +17,7 @@ from doge_onnx.config import DogeConfig
 from doge_onnx.errors import BundleError, CheckpointError
 from doge_onnx.export import genai
 from doge_onnx.export.checkpoint import SIDE_FILES, Source
-from doge_onnx.runtime.options import GENERATION_CONFIG_NAME, Defaults
+from doge_onnx.runtime.generation.config import GENERATION_CONFIG_NAME, Defaults
 
 TOKENIZER_NAME = "tokenizer.json"
 

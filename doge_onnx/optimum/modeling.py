@@ -22,8 +22,8 @@ import doge_onnx
 from doge_onnx.bundle import CLOSED_GATE, MANIFEST_NAME, Manifest, is_bundle
 from doge_onnx.errors import BundleError, InputError
 from doge_onnx.optimum.command import export_options
-from doge_onnx.runtime.inputs import check_room
-from doge_onnx.runtime.session import POSITION_IDS, past_names, usable_cores
+from doge_onnx.runtime.engine.input_checks import check_room
+from doge_onnx.runtime.engine.session import POSITION_IDS, past_names, usable_cores
 
 Past = tuple[tuple[Tensor, Tensor], ...]
 _ERROR = 3

@@ -1,283 +1,143 @@
-"""Chat templates: from the messages of a conversation to the prompt that a model was tuned on.
+"""A conversation in several turns, of which the model reads each token once.
 
-Knows what of Jinja a template of the Hugging Face Hub may use, and that its words are those of
-a stranger: it runs in Jinja's sandbox, on plain data, for a limited number of steps. Renders
-exactly what transformers renders. Does not know tokens or the model.
+Knows messages and how the prompt of a turn goes on from the tokens of the one before, whose
+state is kept. Does not know templates (`chat`) or how an answer comes about.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import json
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime
-from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
 
-from doge_onnx.bundle import Bundle
-from doge_onnx.errors import BundleError, InputError, MissingExtraError
+from doge_onnx.errors import InputError
+from doge_onnx.runtime.engine.runner import Runner
+from doge_onnx.runtime.generation.loop import Memory
+from doge_onnx.runtime.generation.output import Completion, Piece, Transcript, generate_pieces
+from doge_onnx.runtime.text.chat_template import ChatTemplate
+from doge_onnx.runtime.text.tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    import jinja2
-
-_FILE_NAME = "chat_template.jinja"
-_CONFIG_NAME = "tokenizer_config.json"
-_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
-# Lines of Python that rendering may execute: some seconds' worth. A template has a few for each
-# message.
-_MAX_STEPS = 5_000_000
-# Of a number that it computes: more than any template needs.
-_MAX_BITS = 10_000
-# Characters that it may write: more than any context takes.
-_MAX_SIZE = 16_000_000
+Message = dict[str, Any]
 
 
-class ChatTemplate:
-    """How a bundle's model wants its conversations written down."""
+class Chat:
+    """A conversation with a model. Made by `Model.chat`.
 
-    def __init__(self, source: str, tokens: Mapping[str, str], origin: Path) -> None:
-        """A template, the special tokens that it may name, and the file that errors name."""
-        self._source = source
-        self._tokens = dict(tokens)
-        self._origin = origin
+    Attributes:
+        messages: The conversation so far: dicts with a "role" ("system", "user", "assistant")
+            and a "content". It may be changed between two turns.
+    """
 
-    @classmethod
-    def read(cls, bundle: Bundle) -> ChatTemplate | None:
-        """Take the template out of a bundle's files; None if there is none.
-
-        Raises:
-            BundleError: There are several, and none of them is the default; or one is no text.
-        """
-        config = bundle.read_json(_CONFIG_NAME)
-        path = bundle.file(_FILE_NAME)
-        if path is None:
-            path = bundle.path / _CONFIG_NAME
-            source = _default(config.get("chat_template"), path)
-        else:
-            try:
-                source = path.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise BundleError(f"cannot read {path}: {error}") from None
-        if source is None:
-            return None
-        if "added_tokens_decoder" not in config:
-            # Then this is a tokenizer from before its config held everything.
-            config |= bundle.read_json("special_tokens_map.json")
-        tokens = {}
-        for name in _TOKENS:
-            token = config.get(name)
-            token = token.get("content") if isinstance(token, dict) else token
-            if isinstance(token, str):
-                tokens[name] = token
-        return cls(source, tokens, path)
-
-    def render(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
-    ) -> str:
-        """The text of a conversation.
-
-        Special tokens are in it as text, that of the beginning included if the template wants
-        it: a tokenizer has to parse them, and must not add any.
+    def __init__(
+        self,
+        runner: Runner,
+        template: ChatTemplate,
+        tokenizer: Tokenizer,
+        transcribe: Callable[[list[int], int], Transcript],
+        most_tokens: int | None,
+        system: str | None,
+    ) -> None:
+        """Begin a conversation.
 
         Args:
-            messages: Each with a "role" and a "content", both of which are text. What else is
-                in them is for the template.
-            add_generation_prompt: End with what an answer begins with.
+            runner: Runs the model.
+            template: The model's.
+            tokenizer: The model's.
+            transcribe: Makes what turns token ids into an answer; the number is that of the turn.
+            most_tokens: Of a prompt, so that an answer still fits; None is no limit.
+            system: What a first message of the role "system" says; None is no such message.
+        """
+        self.messages: list[Message] = []
+        if system is not None:
+            self.messages.append({"role": "system", "content": system})
+        self._runner = runner
+        self._template = template
+        self._tokenizer = tokenizer
+        self._transcribe = transcribe
+        self._most_tokens = most_tokens
+        self._memory = Memory()
+        self._turns = 0
+        self._answering = False
+        # The last prompt and its answer, as text and as the tokens that the model wrote.
+        self._text = ""
+        self._tokens: list[int] = []
+
+    def send(self, content: str) -> Completion:
+        """Say something and wait for the answer; see `stream`."""
+        return Completion.join(list(self.stream(content)))
+
+    def stream(self, content: str) -> Generator[Piece, None, None]:
+        """Say something and get the answer piece by piece.
+
+        When the conversation no longer fits into the context, its oldest turns are forgotten, but
+        not what the system said. An answer that is not read to its end, because its iterator is
+        closed, stands as far as it was read.
+
+        Args:
+            content: What the user says.
+
+        Yields:
+            One `Piece` per token, as `Model.stream` does.
 
         Raises:
-            InputError: No messages, ones of another form, or ones that the template refuses.
-            BundleError: The template is no valid Jinja, or does not come to an end.
-            MissingExtraError: Jinja is not installed.
+            InputError: The message alone is longer than the context, the template refuses the
+                conversation, or the last answer has neither ended nor been closed.
+            BundleError: The template is no good.
         """
-        variables = {
-            **self._tokens,
-            "messages": _plain(messages),
-            "tools": None,
-            "documents": None,
-            "add_generation_prompt": add_generation_prompt,
-        }
-        template = self._template
-        import jinja2
+        if self._answering:
+            raise InputError("the last answer has not ended; read it to its end, or close it")
+        messages = [*self.messages, {"role": "user", "content": content}]
+        messages, text, ids = self._fit(messages)
+        transcript = self._transcribe(ids, self._turns)
+        return self._answer(messages, text, ids, transcript)
 
-        pieces: list[str] = []
-        room = _MAX_SIZE
+    def _answer(
+        self, messages: list[Message], text: str, ids: list[int], transcript: Transcript
+    ) -> Generator[Piece, None, None]:
+        self._answering = True
+        pieces: list[Piece] = []
         try:
-            with _limited_steps(_MAX_STEPS):
-                for piece in template.generate(variables):
+            run = generate_pieces(self._runner, [transcript], False, self._memory)
+            with contextlib.closing(run):
+                for _, piece in run:
                     pieces.append(piece)
-                    room -= len(piece)
-                    if room < 0:
-                        raise _WithoutEnd
-        except _WithoutEnd:
-            raise BundleError(
-                f"{self._origin}: the chat template does not come to an end"
-            ) from None
-        except jinja2.TemplateError as error:
-            raise InputError(f"{self._origin}: the chat template refuses this: {error}") from None
-        # Whatever Python raises: a template adds, subscripts and calls as it likes.
-        except Exception as error:
-            raise InputError(
-                f"{self._origin}: the chat template fails with these messages: {_reason(error)}"
-            ) from None
-        return "".join(pieces)
+                    yield piece
+        finally:
+            self._answering = False
+            self._turns += 1
+            answer = "".join(pieces)
+            self.messages = [*messages, {"role": "assistant", "content": answer}]
+            tokens = [i for piece in pieces for i in piece.token_ids]
+            if pieces and pieces[-1].finish_reason == "eos":
+                # The template writes down in its own way that the answer has ended.
+                tokens.pop()
+            self._text, self._tokens = text + answer, ids + tokens
+            visible = [i for i in tokens if self._tokenizer.visible(i)]
+            if self._tokenizer.decode(visible) != answer:
+                # Not all of it is in the text, such as a stop string.
+                self._text, self._tokens = "", []
 
-    @functools.cached_property
-    def _template(self) -> jinja2.Template:
-        try:
-            import jinja2
-        except ImportError:
-            raise MissingExtraError(
-                "chat templates need jinja2, which is not installed: pip install jinja2"
-            ) from None
-        try:
-            return _environment().from_string(self._source)
-        except jinja2.TemplateSyntaxError as error:
-            raise BundleError(
-                f"{self._origin}: the chat template is no valid Jinja, line {error.lineno}: {error}"
-            ) from None
-        except RecursionError:
-            raise BundleError(f"{self._origin}: the chat template is nested too deeply") from None
-
-
-def _reason(error: BaseException) -> str:
-    return str(error) or type(error).__name__
+    def _fit(self, messages: list[Message]) -> tuple[list[Message], str, list[int]]:
+        """The messages that fit, their prompt, and its tokens."""
+        while True:
+            text = self._template.render(messages)
+            ids = self._tokenizer.encode(text, add_special_tokens=False)
+            written = len(self._tokens)
+            if text.startswith(self._text) and ids[:written] != self._tokens:
+                # A model may cut its words into other tokens than a tokenizer would. What it has
+                # read stays as it is.
+                rest = self._tokenizer.encode(text[len(self._text) :], add_special_tokens=False)
+                ids = self._tokens + rest
+            shorter = _without_oldest_turn(messages)
+            if self._most_tokens is None or len(ids) <= self._most_tokens or shorter is None:
+                return messages, text, ids
+            messages = shorter
 
 
-def _default(templates: Any, origin: Path) -> str | None:
-    """The template of a conversation without tools, of one or of several that have names."""
-    if isinstance(templates, list):
-        named = {
-            entry.get("name"): entry.get("template")
-            for entry in templates
-            if isinstance(entry, dict)
-        }
-        if "default" not in named:
-            raise BundleError(
-                f"{origin}: none of the chat templates has the name 'default'; there are "
-                f"{sorted(map(str, named))}"
-            )
-        templates = named["default"]
-    if templates is not None and not isinstance(templates, str):
-        raise BundleError(f"{origin}: chat_template is no text")
-    return templates
-
-
-def _plain(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A copy that holds nothing but what JSON can: nothing in it has methods of its own."""
-    if not messages:
-        raise InputError("a conversation needs at least one message")
-    for number, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            raise InputError(f"message {number} is no dict with a role and a content: {message!r}")
-        for field in ("role", "content"):
-            value = message.get(field)
-            # Instead of words, an answer may have calls of tools.
-            calls = field == "content" and value is None and "tool_calls" in message
-            if not isinstance(value, str) and not calls:
-                raise InputError(f"message {number} needs a {field!r} that is text, not {value!r}")
-    try:
-        # As in transformers, a field that is None is one that is not there.
-        plain: list[dict[str, Any]] = json.loads(
-            json.dumps([{k: v for k, v in m.items() if v is not None} for m in messages])
-        )
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"messages must hold nothing but text and numbers: {error}") from None
-    return plain
-
-
-def _environment() -> jinja2.Environment:
-    """Jinja as transformers sets it up for templates."""
-    import jinja2
-    import jinja2.ext
-    import jinja2.sandbox
-
-    class Generation(jinja2.ext.Extension):
-        """The tag around an answer, by which training finds it. Rendering does not need it."""
-
-        tags = {"generation"}  # noqa: RUF012 - typed so in the base class
-
-        def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return jinja2.nodes.Scope(body).set_lineno(line)
-
-    class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-        """Also refuses numbers that take for ever to multiply: they are one step, however large."""
-
-        intercepted_binops = frozenset({"*", "**"})
-
-        def call_binop(
-            self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any
-        ) -> Any:
-            if isinstance(left, int) and isinstance(right, int):
-                bits = left.bit_length() * (abs(right) if operator == "**" else 1)
-                if max(bits, right.bit_length()) > _MAX_BITS:
-                    raise _WithoutEnd
-            return super().call_binop(context, operator, left, right)
-
-    environment = Sandbox(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # Jinja's own escapes what HTML does not take.
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
-
-
-def _raise_exception(message: str) -> None:
-    import jinja2
-
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
-
-
-class _WithoutEnd(BaseException):
-    """Too many steps or too much text. No Exception, or what a template calls could catch it."""
-
-
-@contextlib.contextmanager
-def _limited_steps(most: int) -> Iterator[None]:
-    """Raise _WithoutEnd in what would execute more lines of Python than that.
-
-    Jinja compiles templates to Python, so this ends loops, recursion and macros alike. A thread
-    could not be stopped from outside, and only the main one could be sent a signal.
-    """
-    left = most
-
-    def count(_frame: FrameType, _event: str, _argument: Any) -> Any:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise _WithoutEnd
-        return count
-
-    # A debugger's, or that of whoever measures coverage.
-    previous = sys.gettrace()
-    sys.settrace(count)
-    try:
-        yield
-    finally:
-        sys.settrace(previous)
+def _without_oldest_turn(messages: Sequence[Message]) -> list[Message] | None:
+    """The messages from the second of the user's on, after the system's; None for the last turn."""
+    users = [number for number, message in enumerate(messages) if message.get("role") == "user"]
+    if len(users) < 2:
+        return None
+    system = [message for message in messages[: users[0]] if message.get("role") == "system"]
+    return [*system, *messages[users[1] :]]

@@ -16,18 +16,18 @@ from numpy.typing import ArrayLike, NDArray
 
 from doge_onnx.bundle import Bundle, Manifest
 from doge_onnx.errors import InputError
-from doge_onnx.runtime.chat import ChatTemplate
-from doge_onnx.runtime.completion import Completion, Piece, Transcript, generate_pieces
-from doge_onnx.runtime.conversation import Chat
-from doge_onnx.runtime.device import AUTO
-from doge_onnx.runtime.generate import Row
-from doge_onnx.runtime.inputs import check_room, check_state, token_mask, token_matrix
-from doge_onnx.runtime.loading import open_stepper
-from doge_onnx.runtime.options import Defaults, Options
-from doge_onnx.runtime.sampling import Sampler, greedy, make_sampler, repetition_penalty
-from doge_onnx.runtime.state import State
-from doge_onnx.runtime.step import Stepper
-from doge_onnx.runtime.text import Codec, TextStream
+from doge_onnx.runtime.chat import Chat
+from doge_onnx.runtime.engine.device import AUTO
+from doge_onnx.runtime.engine.input_checks import check_room, check_state, token_mask, token_matrix
+from doge_onnx.runtime.engine.loader import open_runner
+from doge_onnx.runtime.engine.runner import Runner
+from doge_onnx.runtime.engine.state import State
+from doge_onnx.runtime.generation.config import Defaults, Options
+from doge_onnx.runtime.generation.loop import Row
+from doge_onnx.runtime.generation.output import Completion, Piece, Transcript, generate_pieces
+from doge_onnx.runtime.generation.sampling import Sampler, greedy, make_sampler, repetition_penalty
+from doge_onnx.runtime.text.chat_template import ChatTemplate
+from doge_onnx.runtime.text.tokenizer import TextStream, Tokenizer
 
 # Lists and tuples rather than any sequence: a str is a sequence of str, too.
 Messages = list[dict[str, Any]] | list[dict[str, str]]
@@ -49,10 +49,10 @@ def load(
     """Load a bundle. See `doge_onnx.load`."""
     opened = Bundle.open(bundle)
     defaults = Defaults.read(opened)
-    tokenizer = opened.file("tokenizer.json")
-    codec = None if tokenizer is None else Codec(tokenizer)
-    stepper = open_stepper(opened, device, threads, prefill_chunk, verbose, cuda_graph)
-    return Model(opened, stepper, defaults, codec)
+    path = opened.file("tokenizer.json")
+    tokenizer = None if path is None else Tokenizer(path)
+    runner = open_runner(opened, device, threads, prefill_chunk, verbose, cuda_graph)
+    return Model(opened, runner, defaults, tokenizer)
 
 
 class Model:
@@ -62,29 +62,29 @@ class Model:
     """
 
     def __init__(
-        self, bundle: Bundle, stepper: Stepper, defaults: Defaults, codec: Codec | None
+        self, bundle: Bundle, runner: Runner, defaults: Defaults, tokenizer: Tokenizer | None
     ) -> None:
         self._bundle = bundle
-        self._stepper = stepper
+        self._runner = runner
         self._defaults = defaults
-        self._codec = codec
+        self._tokenizer = tokenizer
         # A state of constant size has no end of the context.
         self._bounded = bundle.manifest.state.kind != "window"
 
     @property
     def device(self) -> str:
         """Where the model runs: "cpu" or "cuda"."""
-        return self._stepper.device
+        return self._runner.device
 
     @property
     def reason_for_cpu(self) -> str | None:
         """Why the device "auto" is the CPU, where the bundle or the installation is for CUDA."""
-        return self._stepper.reason_for_cpu
+        return self._runner.reason_for_cpu
 
     @property
     def cuda_graph(self) -> bool:
         """Whether CUDA captures decode steps once and replays them."""
-        return self._stepper.captures
+        return self._runner.captures
 
     @property
     def manifest(self) -> Manifest:
@@ -124,10 +124,10 @@ class Model:
         ids = token_matrix(input_ids, self.manifest.vocab_size)
         mask = token_mask(attention_mask, ids.shape)
         batch, new = ids.shape
-        check_state(state, batch, self._stepper)
+        check_state(state, batch, self._runner)
         if self._bounded:
             check_room(new, mask, batch, state, self.manifest.context_length)
-        return self._stepper.step(ids, mask, state, last_only=logits == "last")
+        return self._runner.step(ids, mask, state, last_only=logits == "last")
 
     @overload
     def generate(
@@ -224,7 +224,7 @@ class Model:
             except InputError as error:
                 raise InputError(f"prompt {row}: {error}" if batch else str(error)) from None
         pieces: list[list[Piece]] = [[] for _ in prompts]
-        for row, piece in generate_pieces(self._stepper, transcripts, options.logprobs):
+        for row, piece in generate_pieces(self._runner, transcripts, options.logprobs):
             pieces[row].append(piece)
         completions = [Completion.join(row_pieces) for row_pieces in pieces]
         return completions if batch else completions[0]
@@ -266,7 +266,7 @@ class Model:
         if _is_batch(prompt):
             raise InputError("stream takes one prompt; pass a batch to generate")
         transcript = self._transcript(prompt, options, 0)
-        return (p for _, p in generate_pieces(self._stepper, [transcript], options.logprobs))
+        return (p for _, p in generate_pieces(self._runner, [transcript], options.logprobs))
 
     def chat(
         self,
@@ -306,9 +306,9 @@ class Model:
         if options.max_new_tokens is not None:
             answer = min(answer, options.max_new_tokens)
         return Chat(
-            self._stepper,
+            self._runner,
             self._chat_template,
-            self._text_codec,
+            self._text_tokenizer,
             lambda ids, turn: self._transcript(ids, options, turn),
             context_length - answer if self._bounded else None,
             system,
@@ -338,12 +338,12 @@ class Model:
         return template
 
     @property
-    def _text_codec(self) -> Codec:
-        if self._codec is None:
+    def _text_tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
             raise InputError(
                 f"{self._bundle.path} has no tokenizer.json; pass token ids instead of text"
             )
-        return self._codec
+        return self._tokenizer
 
     def _transcript(self, prompt: Any, options: Options, row: int) -> Transcript:
         """Everything that one prompt needs to run."""
@@ -371,17 +371,17 @@ class Model:
                 candidates=1 if options.temperature == 0 else options.top_k,
             ),
             self._defaults.eos_token_ids,
-            None if self._codec is None else TextStream(self._codec, ids),
+            None if self._tokenizer is None else TextStream(self._tokenizer, ids),
             options.stop,
         )
 
     def _prompt_ids(self, prompt: Any) -> list[int]:
         if isinstance(prompt, str):
-            codec = self._text_codec
-            ids = codec.encode(prompt) if prompt else []
+            tokenizer = self._text_tokenizer
+            ids = tokenizer.encode(prompt) if prompt else []
         elif _is_conversation(prompt):
             text = self.apply_chat_template(prompt)
-            ids = self._text_codec.encode(text, add_special_tokens=False)
+            ids = self._text_tokenizer.encode(text, add_special_tokens=False)
         else:
             ids = list(prompt)
         if not ids:

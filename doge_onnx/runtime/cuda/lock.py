@@ -1,4 +1,4 @@
-"""Turns on a device: one user at a time, and where steps are captured, on few threads.
+"""DeviceLock on a device: one user at a time, and where steps are captured, on few threads.
 
 Does not know what is run.
 """
@@ -16,7 +16,7 @@ EXCLUSIVE = threading.RLock()
 _Result = TypeVar("_Result")
 
 
-class Turns:
+class DeviceLock:
     """Runs what uses the device of one model.
 
     Args:

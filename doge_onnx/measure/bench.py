@@ -25,15 +25,15 @@ import onnxruntime as ort
 import doge_onnx
 from doge_onnx.bundle import Bundle, Manifest
 from doge_onnx.errors import BundleError, InputError
-from doge_onnx.runtime.completion import Timings
-from doge_onnx.runtime.device import CPU
-from doge_onnx.runtime.external_data import external_files
-from doge_onnx.runtime.memory import DeviceMemory
+from doge_onnx.runtime.cuda.device_memory import DeviceMemory
+from doge_onnx.runtime.cuda.lock import EXCLUSIVE
+from doge_onnx.runtime.engine.device import CPU
+from doge_onnx.runtime.engine.external_data import external_files
+from doge_onnx.runtime.engine.session import usable_cores
+from doge_onnx.runtime.engine.weights import Weights, read_weights
+from doge_onnx.runtime.generation.config import Defaults
+from doge_onnx.runtime.generation.output import Timings
 from doge_onnx.runtime.model import Model, load
-from doge_onnx.runtime.options import Defaults
-from doge_onnx.runtime.session import usable_cores
-from doge_onnx.runtime.turns import EXCLUSIVE
-from doge_onnx.runtime.weights import Weights, read_weights
 
 DEFAULT_CONTEXTS = (16, 512, 1900)
 DEFAULT_BATCHES = (1, 8)
@@ -51,7 +51,7 @@ import time
 started = time.perf_counter()
 import doge_onnx.runtime.model
 seconds = time.perf_counter() - started
-from doge_onnx.runtime.bench import print_start
+from doge_onnx.measure.bench import print_start
 print_start(seconds)
 """
 

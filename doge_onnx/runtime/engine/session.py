@@ -18,9 +18,9 @@ import onnxruntime as ort
 
 from doge_onnx.bundle import MANIFEST_NAME, Bundle, Manifest
 from doge_onnx.errors import BundleError, CaptureError, DeviceError, InputError
-from doge_onnx.runtime import device as devices
-from doge_onnx.runtime.external_data import external_files
-from doge_onnx.runtime.ort_format import is_ort_format
+from doge_onnx.runtime.engine import device as devices
+from doge_onnx.runtime.engine.external_data import external_files
+from doge_onnx.runtime.engine.ort_file import is_ort_format
 
 INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"

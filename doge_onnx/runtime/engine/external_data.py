@@ -10,8 +10,8 @@ from __future__ import annotations
 import mmap
 from pathlib import Path
 
-from doge_onnx.runtime.ort_format import is_ort_format
-from doge_onnx.runtime.protobuf import fields, read_model
+from doge_onnx.runtime.engine.ort_file import is_ort_format
+from doge_onnx.runtime.engine.protobuf import fields, read_model
 
 # Field numbers of onnx.proto. A message kind maps a field to the kind of message in it;
 # every field that can hold a tensor, directly or inside of a subgraph, is here.

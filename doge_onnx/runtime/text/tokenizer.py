@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokenizers import Tokenizer
+import tokenizers
 
 from doge_onnx.errors import BundleError, InputError
 
@@ -23,7 +23,7 @@ _CONTEXT = 8
 _MAX_HELD = 16
 
 
-class Codec:
+class Tokenizer:
     """A bundle's tokenizer, as the runtime needs it."""
 
     def __init__(self, path: Path) -> None:
@@ -33,7 +33,7 @@ class Codec:
             BundleError: The file does not hold a tokenizer.
         """
         try:
-            self._tokenizer = Tokenizer.from_file(str(path))
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing more specific
             raise BundleError(f"{path} does not hold a tokenizer: {error}") from None
         # A file may carry the settings of its training; a prompt is never cut or filled up.
@@ -80,11 +80,11 @@ class TextStream:
     decoded after the last ones of the prompt, so that prompt and pieces read as one text.
     """
 
-    def __init__(self, codec: Codec, prompt: Sequence[int]) -> None:
-        self._codec = codec
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
         # Tokens that are decoded together: context, whose text is out, and then held ones.
-        self._window = [i for i in prompt[-_CONTEXT:] if codec.visible(i)]
-        self._text = codec.decode(self._window)
+        self._window = [i for i in prompt[-_CONTEXT:] if tokenizer.visible(i)]
+        self._text = tokenizer.decode(self._window)
         if self._text.endswith(_REPLACEMENT):
             # Half a character of the prompt is no part of the text that follows it.
             self._window, self._text = [], ""
@@ -93,10 +93,10 @@ class TextStream:
 
     def push(self, token_id: int) -> str:
         """Add a token; return the text that is now certain."""
-        if not self._codec.visible(token_id):
+        if not self._tokenizer.visible(token_id):
             return ""
         self._window.append(token_id)
-        self._text = self._codec.decode(self._window)
+        self._text = self._tokenizer.decode(self._window)
         if not self._text.endswith(_REPLACEMENT):
             piece = self._emit(len(self._text))
             self._shorten(self._context)
@@ -120,7 +120,7 @@ class TextStream:
         pending = len(self._text) - self._emitted
         self._window = self._window[dropped:]
         self._context = len(self._window)
-        self._text = self._codec.decode(self._window)
+        self._text = self._tokenizer.decode(self._window)
         self._emitted = len(self._text) - pending
 
 

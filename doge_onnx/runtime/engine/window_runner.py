@@ -15,15 +15,15 @@ from numpy.typing import NDArray
 
 from doge_onnx.bundle import CLOSED_GATE, Manifest
 from doge_onnx.errors import InputError
-from doge_onnx.runtime.binding import Bindings, InPlaceBinding
-from doge_onnx.runtime.session import ATTENTION_MASK, INPUT_IDS, POSITION_IDS
-from doge_onnx.runtime.state import Buffer, State
-from doge_onnx.runtime.step import DEFAULT_CHUNK, Stepper
+from doge_onnx.runtime.engine.binding import Bindings, InPlaceBinding
+from doge_onnx.runtime.engine.runner import DEFAULT_CHUNK, Runner
+from doge_onnx.runtime.engine.session import ATTENTION_MASK, INPUT_IDS, POSITION_IDS
+from doge_onnx.runtime.engine.state import Buffer, State
 
 _MAX_TOKENS = 2**24
 
 
-class WindowStepper(Stepper):
+class WindowRunner(Runner):
     """For graphs with a state of constant size.
 
     The graph wants a row for each new token that is free or may be overwritten. So a state

@@ -15,14 +15,14 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from doge_onnx.runtime.session import (
+from doge_onnx.runtime.engine.session import (
     ATTENTION_MASK,
     INPUT_IDS,
     LOGITS,
     LOGITS_TO_KEEP,
     has_logits_to_keep,
 )
-from doge_onnx.runtime.state import Buffer
+from doge_onnx.runtime.engine.state import Buffer
 
 _DEVICE = ("cpu", 0)
 # To make a mask's value costs 35 µs right after a step, and 3 µs if several are made in a row.

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from doge_onnx.bundle import Bundle
 from doge_onnx.errors import InputError, QualityError
+from doge_onnx.runtime.generation.config import Defaults
+from doge_onnx.runtime.generation.sampling import make_sampler
 from doge_onnx.runtime.model import load
-from doge_onnx.runtime.options import Defaults
-from doge_onnx.runtime.sampling import make_sampler
-from doge_onnx.runtime.text import Codec
+from doge_onnx.runtime.text.tokenizer import Tokenizer
 
 DEFAULT_SEED = 20250611
 DEFAULT_TOKENS = 8192
@@ -113,7 +113,7 @@ class BundleScorer:
                 f"{self._bundle.path} has no tokenizer.json and cannot read a text; without one, "
                 "the model is evaluated on a text that it writes"
             )
-        return Codec(path).encode(text)
+        return Tokenizer(path).encode(text)
 
 
 def sample_text(

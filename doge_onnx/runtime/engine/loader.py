@@ -8,29 +8,29 @@ from __future__ import annotations
 
 from doge_onnx.bundle import Bundle
 from doge_onnx.errors import CaptureError, DeviceError, InputError
-from doge_onnx.runtime import device as devices
-from doge_onnx.runtime.growing import CopyingStepper, InPlaceStepper
-from doge_onnx.runtime.memory import DeviceMemory
-from doge_onnx.runtime.resident import (
-    RESIDENT_CHUNK,
-    ResidentCopyingStepper,
-    ResidentStepper,
-    ResidentWindowStepper,
+from doge_onnx.runtime.cuda.device_memory import DeviceMemory
+from doge_onnx.runtime.cuda.lock import EXCLUSIVE
+from doge_onnx.runtime.cuda.runner import (
+    CUDA_CHUNK,
+    CudaCopyingRunner,
+    CudaGrowingRunner,
+    CudaWindowRunner,
 )
-from doge_onnx.runtime.session import has_logits_to_keep, open_session
-from doge_onnx.runtime.step import DEFAULT_CHUNK, Stepper
-from doge_onnx.runtime.turns import EXCLUSIVE
-from doge_onnx.runtime.window import WindowStepper
+from doge_onnx.runtime.engine import device as devices
+from doge_onnx.runtime.engine.growing_runner import CopyingRunner, GrowingRunner
+from doge_onnx.runtime.engine.runner import DEFAULT_CHUNK, Runner
+from doge_onnx.runtime.engine.session import has_logits_to_keep, open_session
+from doge_onnx.runtime.engine.window_runner import WindowRunner
 
 
-def open_stepper(
+def open_runner(
     bundle: Bundle,
     device: str = devices.AUTO,
     threads: int | None = None,
     chunk: int | None = None,
     verbose: bool = False,
     cuda_graph: bool | None = None,
-) -> Stepper:
+) -> Runner:
     """Load the graph of a bundle on a device.
 
     Args:
@@ -67,17 +67,17 @@ def open_stepper(
             missing = devices.why_not_cuda(bundle.manifest) or "the device is to be the CPU"
             raise DeviceError(f"CUDA graphs need CUDA: {missing}")
         reason = devices.reason_for_cpu(bundle.manifest) if device == devices.AUTO else None
-    stepper = _on_cpu(bundle, threads, chunk, verbose)
-    stepper.reason_for_cpu = reason
-    return stepper
+    runner = _on_cpu(bundle, threads, chunk, verbose)
+    runner.reason_for_cpu = reason
+    return runner
 
 
-def _on_cpu(bundle: Bundle, threads: int | None, chunk: int | None, verbose: bool) -> Stepper:
+def _on_cpu(bundle: Bundle, threads: int | None, chunk: int | None, verbose: bool) -> Runner:
     session = open_session(bundle, devices.CPU, threads, verbose)
     layout, chunk = bundle.manifest.state, chunk or DEFAULT_CHUNK
     if layout.kind == "window":
-        return WindowStepper(session, bundle.manifest, chunk)
-    kind = InPlaceStepper if layout.in_place else CopyingStepper
+        return WindowRunner(session, bundle.manifest, chunk)
+    kind = GrowingRunner if layout.in_place else CopyingRunner
     return kind(session, bundle.manifest, chunk)
 
 
@@ -87,33 +87,33 @@ def _on_cuda(
     chunk: int | None,
     verbose: bool,
     cuda_graph: bool | None,
-) -> Stepper:
+) -> Runner:
     problem = _never_captured(bundle)
     if problem is None and cuda_graph is not False:
-        stepper = _capturing(bundle, threads, chunk, verbose)
-        if isinstance(stepper, Stepper):
-            return stepper
-        problem = stepper
+        runner = _capturing(bundle, threads, chunk, verbose)
+        if isinstance(runner, Runner):
+            return runner
+        problem = runner
     if cuda_graph:
         raise DeviceError(
             f"the steps of this bundle cannot be captured in a CUDA graph: {problem}; or run it "
             "without"
         )
     # A session that failed to capture once is not used again.
-    return _stepper(bundle, threads, chunk, verbose, capture=False)
+    return _runner(bundle, threads, chunk, verbose, capture=False)
 
 
 def _capturing(
     bundle: Bundle, threads: int | None, chunk: int | None, verbose: bool
-) -> Stepper | str:
+) -> Runner | str:
     """What runs a bundle on CUDA and captures its steps, or why that does not work."""
     try:
-        stepper = _stepper(bundle, threads, chunk, verbose, capture=True)
+        runner = _runner(bundle, threads, chunk, verbose, capture=True)
     except CaptureError as error:
         return str(error)
-    assert isinstance(stepper, ResidentStepper)
+    assert isinstance(runner, CudaGrowingRunner)
     try:
-        return stepper.check_fixed_steps() or stepper
+        return runner.check_fixed_steps() or runner
     # A capture that fails says so when the graph is run, and in no class of its own. If it is
     # something else, it will be seen again without a capture.
     except Exception as error:
@@ -132,20 +132,20 @@ def _never_captured(bundle: Bundle) -> str | None:
     return None
 
 
-def _stepper(
+def _runner(
     bundle: Bundle, threads: int | None, chunk: int | None, verbose: bool, capture: bool
-) -> Stepper:
+) -> Runner:
     """What runs a bundle on CUDA."""
     session = open_session(bundle, devices.CUDA, threads, verbose, capture)
     manifest, memory = bundle.manifest, DeviceMemory(devices.CUDA)
     # Graphs that cannot leave logits out would need memory for those of all positions.
-    chunk = chunk or (RESIDENT_CHUNK if has_logits_to_keep(session) else DEFAULT_CHUNK)
+    chunk = chunk or (CUDA_CHUNK if has_logits_to_keep(session) else DEFAULT_CHUNK)
     if manifest.state.kind == "window":
-        return ResidentWindowStepper(session, manifest, memory, chunk)
+        return CudaWindowRunner(session, manifest, memory, chunk)
     if not manifest.state.in_place:
-        return ResidentCopyingStepper(session, manifest, memory, chunk)
-    stepper = ResidentStepper(session, manifest, memory, chunk, capture)
+        return CudaCopyingRunner(session, manifest, memory, chunk)
+    runner = CudaGrowingRunner(session, manifest, memory, chunk, capture)
     if not capture:
         # What is wrong with them is left out, and masks grow instead.
-        stepper.check_fixed_steps()
-    return stepper
+        runner.check_fixed_steps()
+    return runner

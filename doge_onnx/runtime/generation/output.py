@@ -11,9 +11,9 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
 
-from doge_onnx.runtime.generate import Memory, Row, generate_steps
-from doge_onnx.runtime.step import Stepper
-from doge_onnx.runtime.text import StopFinder, TextStream
+from doge_onnx.runtime.engine.runner import Runner
+from doge_onnx.runtime.generation.loop import Memory, Row, generate_steps
+from doge_onnx.runtime.text.tokenizer import StopFinder, TextStream
 
 FinishReason = Literal["eos", "stop", "length"]
 
@@ -124,7 +124,7 @@ class Completion:
 
 
 class Transcript:
-    """Turns the tokens of one row into pieces and ends the row."""
+    """DeviceLock the tokens of one row into pieces and ends the row."""
 
     def __init__(
         self,
@@ -188,7 +188,7 @@ class Transcript:
 
 
 def generate_pieces(
-    stepper: Stepper,
+    runner: Runner,
     transcripts: Sequence[Transcript],
     logprobs: bool,
     memory: Memory | None = None,
@@ -202,7 +202,7 @@ def generate_pieces(
             yield number, transcript.nothing(logprobs)
     rows = [transcript.row for transcript in transcripts]
     # Closed at once rather than when nobody refers to it any more: the memory waits for that.
-    with contextlib.closing(generate_steps(stepper, rows, logprobs, memory)) as steps:
+    with contextlib.closing(generate_steps(runner, rows, logprobs, memory)) as steps:
         for step in steps:
             for number, token_id, logprob in step.tokens:
                 yield number, transcripts[number].accept(token_id, logprob, step.seconds)

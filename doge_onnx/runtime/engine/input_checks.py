@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from doge_onnx.errors import InputError
-from doge_onnx.runtime.state import State, max_rows
+from doge_onnx.runtime.engine.state import State, max_rows
 
 
 def token_matrix(input_ids: ArrayLike, vocab_size: int) -> NDArray[np.int64]:

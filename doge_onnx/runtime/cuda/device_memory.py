@@ -15,9 +15,9 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from doge_onnx.runtime import device as devices
-from doge_onnx.runtime import graphs
-from doge_onnx.runtime.graphs import ELEMENT_TYPES
+from doge_onnx.runtime.cuda import helper_graphs as graphs
+from doge_onnx.runtime.cuda.helper_graphs import ELEMENT_TYPES
+from doge_onnx.runtime.engine import device as devices
 
 _ERROR = 3
 

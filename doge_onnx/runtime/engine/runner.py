@@ -16,15 +16,15 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from doge_onnx.bundle import Manifest
-from doge_onnx.runtime.session import past_names, present_names
-from doge_onnx.runtime.state import State, grown_capacity
+from doge_onnx.runtime.engine.session import past_names, present_names
+from doge_onnx.runtime.engine.state import State, grown_capacity
 
 # Tokens that go through the graph at once. Half as many are up to 13 % slower, twice as many up
 # to 8 %, and those need twice the memory.
 DEFAULT_CHUNK = 256
 
 
-class Stepper(ABC):
+class Runner(ABC):
     """Runs the graph of one model; the states it makes are good for it alone.
 
     Attributes:
@@ -111,9 +111,9 @@ class Stepper(ABC):
         """Rows of a new buffer; see `grown_capacity`."""
         return grown_capacity(rows, self._most_rows, follow)
 
-    def decoder(self, state: State) -> Decoder:
+    def decoder(self, state: State) -> DecodeSession:
         """Go on from `state`, which nobody will use again, one token at a time."""
-        return Decoder(self, state)
+        return DecodeSession(self, state)
 
     def rewind(self, state: State, length: int) -> State | None:
         """The state after the first `length` tokens of an unpadded sequence, at least one.
@@ -150,16 +150,16 @@ class Best(NamedTuple):
     logits: NDArray[np.float32]
 
 
-class Decoder:
+class DecodeSession:
     """One token for each sequence at a time, from a state that is this object's own.
 
     Attributes:
         tokens: int64 `[B, 1]`: what the next step feeds is written here.
     """
 
-    def __init__(self, stepper: Stepper, state: State) -> None:
+    def __init__(self, runner: Runner, state: State) -> None:
         self.tokens = np.zeros((state.batch_size, 1), np.int64)
-        self._stepper = stepper
+        self._runner = runner
         self._state = state
 
     def step(
@@ -177,7 +177,7 @@ class Decoder:
             Logits `[V]` of each sequence, which the next step may overwrite; or the best of
             them alone, where that is less work.
         """
-        logits, self._state = self._stepper.step(
+        logits, self._state = self._runner.step(
             self.tokens, mask, self._state, last_only=True, consume=True
         )
         return list(logits[:, 0])

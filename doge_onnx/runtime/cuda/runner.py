@@ -15,13 +15,15 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from doge_onnx.bundle import CLOSED_GATE, Manifest
-from doge_onnx.runtime.binding import last_position
-from doge_onnx.runtime.device import CPU, ORDINARY_RUN
-from doge_onnx.runtime.fixed import FixedStep, FixedSteps
-from doge_onnx.runtime.growing import BufferDecoder, CopyingStepper, InPlaceStepper
-from doge_onnx.runtime.memory import Best as BestFinder
-from doge_onnx.runtime.memory import DeviceMemory, Tensor
-from doge_onnx.runtime.session import (
+from doge_onnx.runtime.cuda.device_memory import Best as BestFinder
+from doge_onnx.runtime.cuda.device_memory import DeviceMemory, Tensor
+from doge_onnx.runtime.cuda.graph_replay import FixedStep, FixedSteps
+from doge_onnx.runtime.cuda.lock import DeviceLock
+from doge_onnx.runtime.engine.binding import last_position
+from doge_onnx.runtime.engine.device import CPU, ORDINARY_RUN
+from doge_onnx.runtime.engine.growing_runner import BufferSession, CopyingRunner, GrowingRunner
+from doge_onnx.runtime.engine.runner import Best, DecodeSession, Runner
+from doge_onnx.runtime.engine.session import (
     ATTENTION_MASK,
     INPUT_IDS,
     LOGITS,
@@ -29,18 +31,16 @@ from doge_onnx.runtime.session import (
     has_logits_to_keep,
     has_past_length,
 )
-from doge_onnx.runtime.state import Buffer, State
-from doge_onnx.runtime.step import Best, Decoder, Stepper
-from doge_onnx.runtime.turns import Turns
-from doge_onnx.runtime.window import WindowStepper
+from doge_onnx.runtime.engine.state import Buffer, State
+from doge_onnx.runtime.engine.window_runner import WindowRunner
 
 # Tokens that go through the graph at once: a device with its own memory is busy with many only.
-RESIDENT_CHUNK = 2048
+CUDA_CHUNK = 2048
 # Candidates beyond those that a sampler asked for, in case that some equal the last of them.
 _SPARE = 16
 
 
-class ResidentBinding:
+class CudaBinding:
     """A graph bound to state tensors of a device; takes the place of `InPlaceBinding`.
 
     ONNX Runtime copies an input from another memory when it is bound, and not when the graph
@@ -124,8 +124,8 @@ class ResidentBinding:
         return self._logits
 
 
-class _Resident(Stepper):
-    """What the steppers of a device have in common: one of them runs at a time.
+class _CudaRunner(Runner):
+    """What the runners of a device have in common: one of them runs at a time.
 
     Args:
         session: With the inputs and outputs that the manifest implies.
@@ -140,23 +140,21 @@ class _Resident(Stepper):
         session: ort.InferenceSession,
         manifest: Manifest,
         memory: DeviceMemory,
-        chunk: int = RESIDENT_CHUNK,
+        chunk: int = CUDA_CHUNK,
         capture: bool = False,
     ) -> None:
         super().__init__(session, manifest, chunk)
         self.device, self.memory = memory.device, memory
-        self.turns = Turns(few_threads=capture)
+        self.lock = DeviceLock(few_threads=capture)
         # What there is in a row that holds nothing.
         self._zero = np.zeros(self._row_shape[1], np.float32)
 
     def step(self, *args: Any, **options: Any) -> tuple[NDArray[np.float32], State]:
-        """Feed new tokens; see `Stepper.step`."""
-        return self.turns.run(super().step, *args, **options)
+        """Feed new tokens; see `Runner.step`."""
+        return self.lock.run(super().step, *args, **options)
 
-    def _bind(self, tensors: Sequence[Any], mask: NDArray[np.int64]) -> ResidentBinding:
-        return ResidentBinding(
-            self._session, self._names, tensors, mask, self.memory, self.vocab_size
-        )
+    def _bind(self, tensors: Sequence[Any], mask: NDArray[np.int64]) -> CudaBinding:
+        return CudaBinding(self._session, self._names, tensors, mask, self.memory, self.vocab_size)
 
     def _no_rows(self, batch: int) -> Tensor:
         """A state tensor without rows."""
@@ -164,10 +162,10 @@ class _Resident(Stepper):
         return self.memory.empty((batch, heads, 0, row_size), self._dtype)
 
 
-class ResidentStepper(_Resident, InPlaceStepper):
+class CudaGrowingRunner(_CudaRunner, GrowingRunner):
     """For graphs whose past and present are one buffer; captures decode steps where that is asked.
 
-    The arguments are those of `_Resident`.
+    The arguments are those of `_CudaRunner`.
     """
 
     def __init__(
@@ -175,7 +173,7 @@ class ResidentStepper(_Resident, InPlaceStepper):
         session: ort.InferenceSession,
         manifest: Manifest,
         memory: DeviceMemory,
-        chunk: int = RESIDENT_CHUNK,
+        chunk: int = CUDA_CHUNK,
         capture: bool = False,
     ) -> None:
         super().__init__(session, manifest, memory, chunk, capture)
@@ -213,17 +211,17 @@ class ResidentStepper(_Resident, InPlaceStepper):
         return problem
 
     def claim(self, state: State | None, batch: int, end: int, capacity: int) -> Buffer:
-        """See `InPlaceStepper.claim`."""
+        """See `GrowingRunner.claim`."""
         if state is not None:
             # All rows of its buffer come along, since they lie between others; nothing reads them.
             capacity = max(capacity, state.buffer.capacity)
         return super().claim(state, batch, end, capacity)
 
-    def decoder(self, state: State) -> Decoder:
+    def decoder(self, state: State) -> DecodeSession:
         """Go on from `state`, which nobody will use again, one token at a time."""
-        return _ResidentDecoder(self, state)
+        return _CudaSession(self, state)
 
-    def new_binding(self, buffer: Buffer) -> ResidentBinding | FixedStep:
+    def new_binding(self, buffer: Buffer) -> CudaBinding | FixedStep:
         """What runs the graph on a buffer, one token at a time, for one user of it."""
         if self._fixed is None:
             return self._bind(buffer.tensors, buffer.mask)
@@ -268,12 +266,12 @@ class ResidentStepper(_Resident, InPlaceStepper):
         return [self.memory.extended(none, self._zero, capacity) for _ in self._names]
 
 
-class _ResidentDecoder(BufferDecoder):
+class _CudaSession(BufferSession):
     """Leaves the logits where they are if it can."""
 
-    def __init__(self, stepper: ResidentStepper, state: State) -> None:
-        super().__init__(stepper, state)
-        self._resident = stepper
+    def __init__(self, runner: CudaGrowingRunner, state: State) -> None:
+        super().__init__(runner, state)
+        self._resident = runner
         self._finder: BestFinder | None = None
         self._count = 0
         # Whether the ids that come next are on the device already.
@@ -282,8 +280,8 @@ class _ResidentDecoder(BufferDecoder):
     def step(
         self, mask: NDArray[np.int64] | None, best: int | None = None
     ) -> Sequence[NDArray[np.float32] | Best]:
-        """Feed `tokens`; see `Decoder.step`."""
-        return self._resident.turns.run(self._step, mask, best)
+        """Feed `tokens`; see `DecodeSession.step`."""
+        return self._resident.lock.run(self._step, mask, best)
 
     def _step(
         self, mask: NDArray[np.int64] | None, best: int | None
@@ -332,7 +330,7 @@ class _ResidentDecoder(BufferDecoder):
         self._finder, self._chosen = None, False
 
 
-class ResidentWindowStepper(_Resident, WindowStepper):
+class CudaWindowRunner(_CudaRunner, WindowRunner):
     """For graphs with a state of constant size."""
 
     def _allocate(self, state: State | None, batch: int, rows: int, capacity: int) -> list[Any]:
@@ -349,11 +347,11 @@ class ResidentWindowStepper(_Resident, WindowStepper):
         ]
 
 
-class ResidentCopyingStepper(_Resident, CopyingStepper):
+class CudaCopyingRunner(_CudaRunner, CopyingRunner):
     """For graphs of standard operators."""
 
     def rewind(self, state: State, length: int) -> State | None:
-        """Not here: the rows would have to cross; see `Stepper.rewind`."""
+        """Not here: the rows would have to cross; see `Runner.rewind`."""
         return None
 
     def _empty(self, batch: int) -> ort.OrtValue:

@@ -20,9 +20,9 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from doge_onnx.runtime import device as devices
-from doge_onnx.runtime.memory import DeviceMemory, Tensor
-from doge_onnx.runtime.session import (
+from doge_onnx.runtime.cuda.device_memory import DeviceMemory, Tensor
+from doge_onnx.runtime.engine import device as devices
+from doge_onnx.runtime.engine.session import (
     ATTENTION_MASK,
     INPUT_IDS,
     LOGITS,
@@ -30,7 +30,7 @@ from doge_onnx.runtime.session import (
     PAST_LENGTH,
     has_logits_to_keep,
 )
-from doge_onnx.runtime.state import Buffer
+from doge_onnx.runtime.engine.state import Buffer
 
 # Steps on the same tensors before they are captured, which takes as long as three.
 _BEFORE_CAPTURE = 4

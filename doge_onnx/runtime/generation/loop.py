@@ -16,9 +16,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from doge_onnx.runtime.sampling import LogitsProcessor, Sampler, log_probability
-from doge_onnx.runtime.state import State
-from doge_onnx.runtime.step import Best, Stepper
+from doge_onnx.runtime.engine.runner import Best, Runner
+from doge_onnx.runtime.engine.state import State
+from doge_onnx.runtime.generation.sampling import LogitsProcessor, Sampler, log_probability
 
 # Any id does, since its mask keeps everything from seeing it.
 _PADDING_ID = 0
@@ -61,7 +61,7 @@ class Memory:
     tokens: Sequence[int] = ()
     state: State | None = None
 
-    def take(self, stepper: Stepper, prompt: Sequence[int]) -> State | None:
+    def take(self, runner: Runner, prompt: Sequence[int]) -> State | None:
         """The state after the first tokens of a prompt, as many as are known.
 
         The last token is never among them: its logits are wanted. What is taken is gone from
@@ -75,7 +75,7 @@ class Memory:
         )
         if state is None or known == 0:
             return None
-        return state if known == len(tokens) else stepper.rewind(state, known)
+        return state if known == len(tokens) else runner.rewind(state, known)
 
 
 class Step(NamedTuple):
@@ -92,7 +92,7 @@ class Step(NamedTuple):
 
 
 def generate_steps(
-    stepper: Stepper, rows: Sequence[Row], logprobs: bool = False, memory: Memory | None = None
+    runner: Runner, rows: Sequence[Row], logprobs: bool = False, memory: Memory | None = None
 ) -> Generator[Step, None, None]:
     """Generate until no row is running; the first step is the prefill of the prompts.
 
@@ -100,7 +100,7 @@ def generate_steps(
     what it is fed after its own end, is padding to it.
 
     Args:
-        stepper: Runs the model.
+        runner: Runs the model.
         rows: The sequences.
         logprobs: Whether to compute them.
         memory: Of a single row: what is in it of the prompt is not fed again, and it is brought
@@ -110,13 +110,13 @@ def generate_steps(
         row.running = row.running and row.max_new_tokens > 0
     if not any(row.running for row in rows):
         return
-    state = None if memory is None else memory.take(stepper, rows[0].prompt)
+    state = None if memory is None else memory.take(runner, rows[0].prompt)
     if state is not None:
         rows[0].cached = state.length
     ids, mask = left_pad([row.prompt[row.cached :] for row in rows])
     histories = [_History(row) for row in rows]
     started = time.perf_counter()
-    logits, state = stepper.step(
+    logits, state = runner.step(
         ids,
         mask,
         state,
@@ -126,7 +126,7 @@ def generate_steps(
     )
     scores: Sequence[NDArray[np.float32] | Best] = list(logits[:, -1])
     best = None if logprobs else _candidates(rows)
-    decoder = stepper.decoder(state)
+    decoder = runner.decoder(state)
     del logits, state
     fed = list(rows[0].prompt)
     count = 0

@@ -15,13 +15,13 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from doge_onnx.bundle import Manifest
-from doge_onnx.runtime.binding import Bindings, InPlaceBinding, last_position
-from doge_onnx.runtime.session import ATTENTION_MASK, INPUT_IDS, LOGITS
-from doge_onnx.runtime.state import Buffer, State, grown_capacity
-from doge_onnx.runtime.step import DEFAULT_CHUNK, Decoder, Stepper
+from doge_onnx.runtime.engine.binding import Bindings, InPlaceBinding, last_position
+from doge_onnx.runtime.engine.runner import DEFAULT_CHUNK, DecodeSession, Runner
+from doge_onnx.runtime.engine.session import ATTENTION_MASK, INPUT_IDS, LOGITS
+from doge_onnx.runtime.engine.state import Buffer, State, grown_capacity
 
 
-class InPlaceStepper(Stepper):
+class GrowingRunner(Runner):
     """For graphs whose past and present are one buffer: only the new rows are written."""
 
     def __init__(
@@ -30,9 +30,9 @@ class InPlaceStepper(Stepper):
         super().__init__(session, manifest, chunk)
         self._bindings: Bindings[Any] = Bindings(self._bind)
 
-    def decoder(self, state: State) -> Decoder:
+    def decoder(self, state: State) -> DecodeSession:
         """Go on from `state`, which nobody will use again, one token at a time."""
-        return _InPlaceDecoder(self, state)
+        return _GrowingSession(self, state)
 
     def claim(self, state: State | None, batch: int, end: int, capacity: int) -> Buffer:
         """A buffer that holds the rows of `state` and is the caller's to extend to `end`.
@@ -70,7 +70,7 @@ class InPlaceStepper(Stepper):
         return self.claim(state, state.batch_size, capacity, capacity)
 
     def rewind(self, state: State, length: int) -> State | None:
-        """The first rows of the same buffer; see `Stepper.rewind`."""
+        """The first rows of the same buffer; see `Runner.rewind`."""
         return State(state.buffer, length, self)
 
     def bind(self, buffer: Buffer) -> Any:
@@ -127,16 +127,16 @@ def _run_to(
     return logits
 
 
-class BufferDecoder(Decoder):
+class BufferSession(DecodeSession):
     """Has all rows of a buffer for itself: nothing is new at a step but the length of the mask.
 
     What Python does between two steps finds its code and data swept out of the caches, and takes
     five times as long as it does alone.
     """
 
-    def __init__(self, stepper: InPlaceStepper, state: State) -> None:
-        super().__init__(stepper, state)
-        self._in_place = stepper
+    def __init__(self, runner: GrowingRunner, state: State) -> None:
+        super().__init__(runner, state)
+        self._in_place = runner
         self._length = self._capacity = state.length
         self._binding: Any
         self._mask: NDArray[np.int64]
@@ -151,7 +151,7 @@ class BufferDecoder(Decoder):
         self._binding.bind_mask(self._length)
 
     def end(self) -> State:
-        """The state after all that was fed; see `Decoder.end`."""
+        """The state after all that was fed; see `DecodeSession.end`."""
         if self._length == self._state.length:
             return self._state
         buffer = self._state.buffer
@@ -173,18 +173,18 @@ class BufferDecoder(Decoder):
         """Make `_binding` that of a buffer."""
 
 
-class _InPlaceDecoder(BufferDecoder):
+class _GrowingSession(BufferSession):
     """Reads and writes the same NumPy arrays at each step."""
 
-    def __init__(self, stepper: InPlaceStepper, state: State) -> None:
-        super().__init__(stepper, state)
-        self._logits = np.empty((state.batch_size, 1, stepper.vocab_size), np.float32)
+    def __init__(self, runner: GrowingRunner, state: State) -> None:
+        super().__init__(runner, state)
+        self._logits = np.empty((state.batch_size, 1, runner.vocab_size), np.float32)
         self._rows = list(self._logits[:, 0])
 
     def step(
         self, mask: NDArray[np.int64] | None, best: int | None = None
     ) -> Sequence[NDArray[np.float32]]:
-        """Feed `tokens`; see `Decoder.step`."""
+        """Feed `tokens`; see `DecodeSession.step`."""
         self._advance(mask)
         self._binding.run_as_bound()
         return self._rows
@@ -195,7 +195,7 @@ class _InPlaceDecoder(BufferDecoder):
         self._binding.bind_logits(self._logits)
 
 
-class CopyingStepper(Stepper):
+class CopyingRunner(Runner):
     """For graphs of standard operators: they return the whole state as new tensors."""
 
     def __init__(
@@ -245,7 +245,7 @@ class CopyingStepper(Stepper):
         return logits.numpy(), present
 
     def rewind(self, state: State, length: int) -> State | None:
-        """A copy of the first rows; see `Stepper.rewind`."""
+        """A copy of the first rows; see `Runner.rewind`."""
         tensors = [
             ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(tensor.numpy()[:, :, :length]))
             for tensor in state.buffer.tensors

@@ -12,8 +12,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from doge_onnx.runtime.ort_format import Node, Tensor, is_ort_format, read_graph
-from doge_onnx.runtime.protobuf import fields, messages, read_model, varint
+from doge_onnx.runtime.engine.ort_file import Node, Tensor, is_ort_format, read_graph
+from doge_onnx.runtime.engine.protobuf import fields, messages, read_model, varint
 
 # Field numbers of onnx.proto.
 _MODEL_GRAPH = 7

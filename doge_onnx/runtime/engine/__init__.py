@@ -1,0 +1,1 @@
+"""How a graph is run: sessions, devices, states, and one runner for each kind of bundle."""

@@ -1,0 +1,1 @@
+"""How a text is generated: options, sampling, the loop, and what it returns."""
