@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fake_bundle
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
