@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch.export import Dim
 
+from doge_onnx.export.growing_state import GrowingState
 from doge_onnx.export.lowering import MICROSOFT, Target
-from doge_onnx.export.state import GrowingState
 from doge_onnx.export.step import RecurrentStep
 
 # ONNX Runtime and most other engines read this version of the file format.
