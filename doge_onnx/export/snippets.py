@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from doge_onnx.bundle import Manifest
+from doge_onnx.manifest import Manifest
 
 # What a reader, and a test, puts the bundle's place into.
 PLACE = "path/to/this/directory"
@@ -140,8 +140,8 @@ def _javascript(manifest: Manifest, conversational: bool) -> str | None:
     # It feeds a state that grows, and asks the graph for its type.
     if dtype is None or state.kind != "growing":
         return None
-    # Quantized weights with products in half precision are for accelerators.
-    if manifest.activations != "float32" and manifest.precision != "fp16":
+    # Quantized weights that are made for CUDA meet activations in half precision.
+    if dtype in ("q8", "q4") and manifest.device != "cpu":
         return None
     if not {"tokenizer.json", "tokenizer_config.json"} <= manifest.files.keys():
         return None

@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from doge_onnx.bundle import CLOSED_GATE, Manifest
+from doge_onnx.bundle import Manifest
 from doge_onnx.runtime.cuda.device_memory import Best as BestFinder
 from doge_onnx.runtime.cuda.device_memory import DeviceMemory, Tensor
 from doge_onnx.runtime.cuda.graph_replay import FixedStep, FixedSteps
@@ -335,7 +335,7 @@ class CudaWindowRunner(_CudaRunner, WindowRunner):
 
     def _allocate(self, state: State | None, batch: int, rows: int, capacity: int) -> list[Any]:
         closed = self._zero.copy()
-        closed[self._gate] = CLOSED_GATE
+        closed[list(self._closing.channels)] = self._closing.value
         if state is None:
             past = [self._no_rows(batch)] * len(self._names)
         else:

@@ -20,7 +20,6 @@ from doge_onnx.bundle import MANIFEST_NAME, Bundle, Manifest
 from doge_onnx.errors import BundleError, CaptureError, DeviceError, InputError
 from doge_onnx.runtime.engine import device as devices
 from doge_onnx.runtime.engine.external_data import external_files
-from doge_onnx.runtime.engine.ort_file import is_ort_format
 
 INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"
@@ -125,7 +124,7 @@ def open_session(
         threads = usable_cores()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    if is_ort_format(graph):
+    if bundle.manifest.ort_format:
         # Else the file is read whole and then copied: two and a half times its size at the peak.
         options.add_session_config_entry("session.use_memory_mapped_ort_model", "1")
         options.add_session_config_entry("session.use_ort_model_bytes_for_initializers", "1")
