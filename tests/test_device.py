@@ -28,9 +28,9 @@ from doge_onnx.runtime.engine import device as devices
 from doge_onnx.runtime.engine.runner import Best
 
 FP32 = fake_bundle.manifest()
-FP16 = replace(FP32, precision="fp16", activations="float16")
-BF16 = replace(FP32, precision="bf16", activations="bfloat16")
-INT4 = replace(FP32, precision="int4", activations="float16")
+FP16 = replace(FP32, precision="fp16", activations="float16", device="cuda")
+BF16 = replace(FP32, precision="bf16", activations="bfloat16", device="cuda")
+INT4 = replace(FP32, precision="int4", activations="float16", device="cuda")
 PORTABLE = fake_bundle.manifest(in_place=False)
 
 

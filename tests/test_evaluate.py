@@ -485,8 +485,10 @@ def test_the_card_and_the_manifest_show_the_figures(tiny_bundle, checkpoint, tmp
     assert "Quality" not in before
     assert "Quality" not in invoke("info", copy).stdout
     report = evaluate(BundleScorer(copy), EagerModel(checkpoint, 64), max_tokens=TOKENS)
-    bundles.write_quality(copy, report.as_dict())
-    card.write(checkpoints.find(TINY_CHECKPOINT), checkpoint.config, {}, copy)
+    manifest = replace(Bundle.open(copy).manifest, quality=report.as_dict())
+    draft = Bundle.draft(copy, manifest)
+    card.write(checkpoints.find(TINY_CHECKPOINT), checkpoint.config, {}, draft)
+    bundles.seal(copy, manifest)
     opened = Bundle.open(copy)
     assert opened.manifest.quality == report.as_dict()
     shown = (copy / "README.md").read_text(encoding="utf-8")

@@ -55,7 +55,7 @@ def copy(main, tmp_path) -> Path:
 
 
 def test_verify_writes_its_figures_and_nothing_else(copy, main):
-    bundles.write_parity(copy, {})
+    bundles.write_parity(Bundle.open(copy), {})
     before = tree(copy)
     said: list[str] = []
     report = doge_onnx.verify(copy, main.checkpoint, progress=said.append)
