@@ -29,7 +29,7 @@ from doge_onnx.runtime.cuda.device_memory import DeviceMemory
 from doge_onnx.runtime.cuda.lock import EXCLUSIVE
 from doge_onnx.runtime.engine.device import CPU
 from doge_onnx.runtime.engine.external_data import external_files
-from doge_onnx.runtime.engine.session import usable_cores
+from doge_onnx.runtime.engine.threads import usable_cores
 from doge_onnx.runtime.engine.weights import Weights, read_weights
 from doge_onnx.runtime.generation.config import Defaults
 from doge_onnx.runtime.generation.output import Timings
