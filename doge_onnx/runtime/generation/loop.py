@@ -1,8 +1,7 @@
 """The generation loop: prefill, then one token per sequence and step.
 
-Knows how a batch of unequal prompts is fed and that its sequences end one by one. What
-runs the model and what chooses tokens are parameters. Does not know text, stop
-conditions, or where options come from: whoever consumes the steps ends a sequence.
+Knows how a batch of unequal prompts is fed and that its sequences end one by one. What runs the
+model is a parameter; how tokens are chosen and when a sequence ends is the sequence's own affair.
 """
 
 from __future__ import annotations
@@ -11,42 +10,17 @@ import contextlib
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from doge_onnx.runtime.engine.runner import Best, Runner
 from doge_onnx.runtime.engine.state import State
-from doge_onnx.runtime.generation.sampling import LogitsProcessor, Sampler, log_probability
+from doge_onnx.runtime.generation.output import Piece
+from doge_onnx.runtime.generation.sequence import GeneratedSequence
 
 # Any id does, since its mask keeps everything from seeing it.
 _PADDING_ID = 0
-
-
-@dataclass
-class Row:
-    """One sequence of a batch.
-
-    Attributes:
-        prompt: Token ids, at least one.
-        max_new_tokens: Most tokens to generate; those fit into the context.
-        sampler: Chooses a token from the logits.
-        processors: Applied to the logits first, in this order.
-        candidates: How many of the largest logits the sampler looks at, and those that equal
-            the least of them; None for all. Only where there are no processors.
-        running: Whether more tokens are wanted. The loop clears it at `max_new_tokens`;
-            the consumer clears it to end the sequence before.
-        cached: How many tokens of the prompt were not fed because a `Memory` had them.
-    """
-
-    prompt: Sequence[int]
-    max_new_tokens: int
-    sampler: Sampler
-    processors: Sequence[LogitsProcessor] = ()
-    candidates: int | None = None
-    running: bool = True
-    cached: int = 0
 
 
 @dataclass
@@ -78,43 +52,33 @@ class Memory:
         return state if known == len(tokens) else runner.rewind(state, known)
 
 
-class Step(NamedTuple):
-    """What one step chose.
+def generate_pieces(
+    runner: Runner, sequences: Sequence[GeneratedSequence], memory: Memory | None = None
+) -> Generator[tuple[int, Piece], None, None]:
+    """Generate until every sequence has ended; the first step is the prefill of the prompts.
 
-    Attributes:
-        tokens: For each running row: its number, the token, and the natural logarithm of
-            the token's probability under the model's own distribution, if asked for.
-        seconds: Time for running the model and choosing.
-    """
-
-    tokens: list[tuple[int, int, float | None]]
-    seconds: float
-
-
-def generate_steps(
-    runner: Runner, rows: Sequence[Row], logprobs: bool = False, memory: Memory | None = None
-) -> Generator[Step, None, None]:
-    """Generate until no row is running; the first step is the prefill of the prompts.
-
-    Each row gets the tokens that it would get alone: what belongs to the others, and
+    Each sequence gets the tokens that it would get alone: what belongs to the others, and
     what it is fed after its own end, is padding to it.
 
     Args:
         runner: Runs the model.
-        rows: The sequences.
-        logprobs: Whether to compute them.
-        memory: Of a single row: what is in it of the prompt is not fed again, and it is brought
-            up to date at the end, also if the consumer closes this before.
+        sequences: None of which has begun.
+        memory: Of a single sequence: what is in it of the prompt is not fed again, and it is
+            brought up to date at the end, also if the consumer closes this before.
+
+    Yields:
+        Each piece with the number of the sequence that it belongs to.
     """
-    for row in rows:
-        row.running = row.running and row.max_new_tokens > 0
-    if not any(row.running for row in rows):
+    for number, sequence in enumerate(sequences):
+        if sequence.max_new_tokens == 0:
+            yield number, sequence.no_room()
+    if all(sequence.finish_reason for sequence in sequences):
         return
-    state = None if memory is None else memory.take(runner, rows[0].prompt)
+    first = sequences[0]
+    state = None if memory is None else memory.take(runner, first.prompt)
     if state is not None:
-        rows[0].cached = state.length
-    ids, mask = left_pad([row.prompt[row.cached :] for row in rows])
-    histories = [_History(row) for row in rows]
+        first.cached_tokens = state.length
+    ids, mask = left_pad([sequence.prompt[sequence.cached_tokens :] for sequence in sequences])
     started = time.perf_counter()
     logits, state = runner.step(
         ids,
@@ -122,36 +86,31 @@ def generate_steps(
         state,
         last_only=True,
         # The last token that is chosen is not fed. What follows another run is not known.
-        follow=max(row.max_new_tokens for row in rows) - 1 if memory is None else None,
+        follow=max(each.max_new_tokens for each in sequences) - 1 if memory is None else None,
     )
     scores: Sequence[NDArray[np.float32] | Best] = list(logits[:, -1])
-    best = None if logprobs else _candidates(rows)
+    best = _candidates(sequences)
     decoder = runner.decoder(state)
     del logits, state
-    fed = list(rows[0].prompt)
-    count = 0
+    fed = list(first.prompt)
     # Closed by a consumer that has had enough, it ends as if the sequences had ended here.
     with contextlib.suppress(GeneratorExit):
         while True:
-            count += 1
-            tokens: list[tuple[int, int, float | None]] = []
-            for number, row in enumerate(rows):
-                if not row.running:
-                    continue
-                token_id, logprob = _choose(row, histories[number], scores[number], logprobs)
-                decoder.tokens[number, 0] = token_id
-                tokens.append((number, token_id, logprob))
-                row.running = count < row.max_new_tokens
+            running = [n for n, each in enumerate(sequences) if each.finish_reason is None]
+            for number in running:
+                decoder.tokens[number, 0] = sequences[number].choose(scores[number])
             # Their memory serves the next step if nothing refers to it.
             del scores
-            yield Step(tokens, time.perf_counter() - started)
-            running = [row.running for row in rows]
-            if not any(running):
+            seconds = time.perf_counter() - started
+            for number in running:
+                yield number, sequences[number].accept(seconds)
+            going_on = np.array([each.finish_reason is None for each in sequences], np.int64)
+            if not going_on.any():
                 break
             started = time.perf_counter()
-            ended = None if all(running) else np.array(running, np.int64)[:, None]
-            scores = decoder.step(ended, best)
-            fed.append(tokens[0][1])
+            token_id = int(decoder.tokens[0, 0])
+            scores = decoder.step(None if going_on.all() else going_on[:, None], best)
+            fed.append(token_id)
     if memory is not None:
         memory.tokens, memory.state = fed, decoder.end()
 
@@ -169,40 +128,7 @@ def left_pad(
     return ids, None if mask.all() else mask
 
 
-def _candidates(rows: Sequence[Row]) -> int | None:
-    """How many of the largest logits all samplers together look at; None for all."""
-    counts = [None if row.processors else row.candidates for row in rows]
+def _candidates(sequences: Sequence[GeneratedSequence]) -> int | None:
+    """How many of the largest logits all sequences together look at; None for all."""
+    counts = [sequence.candidates for sequence in sequences]
     return None if None in counts else max(count for count in counts if count is not None)
-
-
-def _choose(
-    row: Row, history: _History, logits: NDArray[np.float32] | Best, logprobs: bool
-) -> tuple[int, float | None]:
-    if isinstance(logits, Best):
-        return int(logits.ids[row.sampler(logits.logits)]), None
-    if not row.processors:
-        token_id = row.sampler(logits)
-    else:
-        scores = logits.copy()
-        for process in row.processors:
-            scores = process(history.tokens, scores)
-        token_id = row.sampler(scores)
-        history.append(token_id)
-    return token_id, log_probability(logits, token_id) if logprobs else None
-
-
-class _History:
-    """The tokens of a row so far, prompt included, in one array that is never copied."""
-
-    def __init__(self, row: Row) -> None:
-        self._tokens = np.empty(len(row.prompt) + row.max_new_tokens, np.int64)
-        self._count = len(row.prompt)
-        self._tokens[: self._count] = row.prompt
-
-    @property
-    def tokens(self) -> NDArray[np.int64]:
-        return self._tokens[: self._count]
-
-    def append(self, token_id: int) -> None:
-        self._tokens[self._count] = token_id
-        self._count += 1
