@@ -344,14 +344,14 @@ def check_destination(out: Path, force: bool) -> None:
     if not exists:
         return
     if not force:
-        raise BundleError(f"{out} exists; choose another place, or replace it with --force")
+        raise BundleError(f"{out} exists; choose another place, or force its replacement")
     if out.is_symlink() or not out.is_dir():
-        raise BundleError(f"{out} is not a directory; --force replaces bundles only")
+        raise BundleError(f"{out} is not a directory; force replaces bundles only")
     if out.is_mount():
         raise BundleError(f"{out} is a mount point; name a directory inside of it")
-    # --force must not be a way to lose a directory that happens to have this name.
+    # Force must not be a way to lose a directory that happens to have this name.
     if any(out.iterdir()) and not (out / MANIFEST_NAME).is_file():
-        raise BundleError(f"{out} holds no bundle; --force replaces bundles only")
+        raise BundleError(f"{out} holds no bundle; force replaces bundles only")
 
 
 @contextlib.contextmanager

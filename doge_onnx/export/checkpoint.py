@@ -126,7 +126,7 @@ def find(model: str | Path, revision: str | None = None) -> Source:
     path = Path(model)
     if _is_dir(path):
         if revision is not None:
-            raise CheckpointError(f"{path} is a directory: --revision is for models of the Hub")
+            raise CheckpointError(f"{path} is a directory: only models of the Hub have a revision")
         return Source(path, path.resolve().name, None)
     if not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", str(model)) or path.is_file():
         raise CheckpointError(f"{model} is neither a directory nor the id of a model on the Hub")

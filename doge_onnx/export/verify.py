@@ -136,8 +136,8 @@ def verify(
     manifest = bundle.read_manifest(Path(bundle_path))
     if manifest.quantized:
         raise BundleError(
-            f"{bundle_path} is quantized, and so differs from its checkpoint; measure by how much: "
-            f"doge-onnx eval {bundle_path} --reference {reference}"
+            f"{bundle_path} is quantized, and so differs from its checkpoint; evaluate it with "
+            f"{reference} as the reference, which measures by how much"
         )
     source = checkpoints.find(reference, revision)
     report = compare(Path(bundle_path), source.directory, progress or (lambda _: None), device)

@@ -125,7 +125,7 @@ def _never_captured(bundle: Bundle) -> str | None:
     manifest = bundle.manifest
     state = manifest.state
     if state.kind != "growing" or not state.in_place or manifest.activations == "float32":
-        return "its shapes change at each step; export with --device cuda"
+        return "its shapes change at each step; export it again for the device cuda"
     window = bundle.read_json("config.json").get("keep_window_size")
     if isinstance(window, int) and manifest.context_length > window:
         return "which keys are in its window is computed with the length on the host"
