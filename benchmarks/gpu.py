@@ -40,10 +40,11 @@ from rich.table import Table
 
 import doge_onnx
 from doge_onnx.errors import DogeOnnxError
-from doge_onnx.measure.bench import Cell, copy_bandwidth, random_prompts, step_bytes
+from doge_onnx.measure.bandwidth import copy_bandwidth
+from doge_onnx.measure.bench import step_bytes
+from doge_onnx.measure.workload import Cell, random_prompts
 from doge_onnx.runtime.cuda.device_memory import DeviceMemory
 from doge_onnx.runtime.engine.device import CUDA, missing_for_cuda
-from doge_onnx.runtime.engine.weights import read_weights
 from doge_onnx.runtime.generation.config import Defaults
 from doge_onnx.runtime.model import Model
 
@@ -133,8 +134,6 @@ def measure_shape(
         print(f"{shape}: {problem}", file=sys.stderr)
     if not arguments.no_compile:
         competitors["compile"] = Theirs(checkpoint, compiled=True)
-    weights = read_weights(bundle / model.manifest.graph)
-    config = json.loads((bundle / "config.json").read_text(encoding="utf-8"))
     rows = []
     for context in arguments.contexts:
         for batch in arguments.batches:
@@ -143,7 +142,7 @@ def measure_shape(
             # torch.compile stops compiling after a number of shapes.
             torch.compiler.reset()
             prefill, decode, failed = time_cell(competitors, prompts, arguments.rounds)
-            read = step_bytes(weights, model.manifest, config, cell, DECODED)
+            read = step_bytes(model.manifest, cell, DECODED)
             rows.append(
                 {
                     "shape": shape,

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from doge_onnx.export.exporter import ExportReport
     from doge_onnx.export.verify import ParityReport
     from doge_onnx.hub import PushReport
-    from doge_onnx.measure.bench import BenchReport, Spread
+    from doge_onnx.measure.bench import BenchReport
     from doge_onnx.measure.evaluate import QualityReport
+    from doge_onnx.measure.workload import Spread
     from doge_onnx.runtime.generation.output import Completion, Timings
 
 _stdout = Console(highlight=False, markup=False)
@@ -198,6 +199,7 @@ def manifest(shown: Manifest) -> None:
         {
             "file": shown.graph,
             "target": shown.target,
+            "made for": shown.device,
             "precision": shown.precision,
             "activations": shown.activations,
             "state": f"{state.kind}, {state.num_layers} layers, {state.dtype}",

@@ -39,15 +39,15 @@ _ANSWER_SHARE = 25
 
 
 def load(
-    bundle: str | Path,
+    bundle: str | Path | Bundle,
     device: str = AUTO,
     threads: int | None = None,
     prefill_chunk: int | None = None,
     verbose: bool = False,
     cuda_graph: bool | None = None,
 ) -> Model:
-    """Load a bundle. See `doge_onnx.load`."""
-    opened = Bundle.open(bundle)
+    """Load a bundle, or one that is open. See `doge_onnx.load`."""
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     defaults = Defaults.read(opened)
     path = opened.file("tokenizer.json")
     tokenizer = None if path is None else Tokenizer(path)
