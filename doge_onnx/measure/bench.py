@@ -32,7 +32,7 @@ from doge_onnx.runtime.engine.external_data import external_files
 from doge_onnx.runtime.engine.session import usable_cores
 from doge_onnx.runtime.engine.weights import Weights, read_weights
 from doge_onnx.runtime.generation.config import GenerationConfig
-from doge_onnx.runtime.generation.output import Timings
+from doge_onnx.runtime.generation.output import Completion, Timings
 from doge_onnx.runtime.model import Model, load
 
 DEFAULT_CONTEXTS = (16, 512, 1900)
@@ -410,9 +410,9 @@ def print_start(import_seconds: float) -> None:
     model = load(bundle, device, threads, cuda_graph=cuda_graph)
     loaded = time.perf_counter()
     vocab_size = model.manifest.vocab_size
-    _run(model, random_prompts(Cell(1, 1), vocab_size), 1)
+    generate_plain(model, random_prompts(Cell(1, 1), vocab_size), 1)
     first = time.perf_counter()
-    _run(model, random_prompts(Cell(context, 1), vocab_size), tokens + 1)
+    generate_plain(model, random_prompts(Cell(context, 1), vocab_size), tokens + 1)
     measured = {
         "import_seconds": import_seconds,
         "load_seconds": loaded - started,
@@ -510,7 +510,7 @@ def _measure_model(
     bandwidths = []
 
     def generate(prompts: list[list[int]], count: int) -> Timings:
-        return _run(model, prompts, count)
+        return generate_plain(model, prompts, count)[0].timings
 
     def begin(repetition: int, cell: Cell) -> None:
         if cell == cells[0]:
@@ -530,8 +530,9 @@ def _measure_model(
     return samples, max(bandwidths)
 
 
-def _run(model: Model, prompts: list[list[int]], count: int) -> Timings:
-    return model.generate_batch(prompts, _PLAIN, max_new_tokens=count)[0].timings
+def generate_plain(model: Model, prompts: list[list[int]], count: int) -> list[Completion]:
+    """Generate up to `count` tokens, or up to the context, whatever the bundle recommends."""
+    return model.generate_batch(prompts, _PLAIN, max_new_tokens=count)
 
 
 def _machine() -> dict[str, Any]:
