@@ -45,7 +45,6 @@ from doge_onnx.measure.bench import step_bytes
 from doge_onnx.measure.workload import Cell, random_prompts
 from doge_onnx.runtime.cuda.device_memory import DeviceMemory
 from doge_onnx.runtime.engine.device import CUDA, missing_for_cuda
-from doge_onnx.runtime.generation.config import Defaults
 from doge_onnx.runtime.model import Model
 
 TINY = Path(__file__).parent.parent / "examples" / "doge-tiny"
@@ -173,12 +172,10 @@ class Ours:
 
     def __init__(self, model: Model) -> None:
         self._model = model
-        # No token ends a sequence: each run has the same number of steps.
-        model._defaults = Defaults(frozenset(), sample=False, values={})
 
     def run(self, prompts: list[list[int]], count: int) -> None:
         """Generate greedily; nothing ends a text."""
-        self._model.generate(prompts, max_new_tokens=count)
+        self._model.generate_batch(prompts, ignore_eos=True, temperature=0, max_new_tokens=count)
 
 
 class Theirs:

@@ -24,7 +24,7 @@ from doge_onnx.errors import InputError
 from doge_onnx.manifest import Manifest
 from doge_onnx.measure.bandwidth import copy_bandwidth, default_threads, read_bandwidth
 from doge_onnx.measure.start_up import StartReport, measure_start, summarise_start
-from doge_onnx.measure.workload import Cell, Spread, random_prompts, run
+from doge_onnx.measure.workload import Cell, Spread, generate_plain, random_prompts
 from doge_onnx.runtime.cuda.device_memory import DeviceMemory
 from doge_onnx.runtime.engine.device import CPU
 from doge_onnx.runtime.engine.external_data import external_files
@@ -296,7 +296,7 @@ def _measure_model(
     bandwidths = []
 
     def generate(prompts: list[list[int]], count: int) -> Timings:
-        return run(model, prompts, count)
+        return generate_plain(model, prompts, count)[0].timings
 
     def begin(repetition: int, cell: Cell) -> None:
         if cell == cells[0]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from doge_onnx.errors import BundleError
 from doge_onnx.measure.memory import peak_memory
-from doge_onnx.measure.workload import Cell, Spread, random_prompts, run
+from doge_onnx.measure.workload import Cell, Spread, generate_plain, random_prompts
 from doge_onnx.runtime.model import load
 
 # What a fresh process runs: first what `doge_onnx.load` imports, then what measures it.
@@ -84,9 +84,9 @@ def print_start(import_seconds: float) -> None:
     model = load(bundle, device, threads, cuda_graph=cuda_graph)
     loaded = time.perf_counter()
     vocab_size = model.manifest.vocab_size
-    run(model, random_prompts(Cell(1, 1), vocab_size), 1)
+    generate_plain(model, random_prompts(Cell(1, 1), vocab_size), 1)
     first = time.perf_counter()
-    run(model, random_prompts(Cell(context, 1), vocab_size), tokens + 1)
+    generate_plain(model, random_prompts(Cell(context, 1), vocab_size), tokens + 1)
     measured = {
         "import_seconds": import_seconds,
         "load_seconds": loaded - started,

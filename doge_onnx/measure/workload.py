@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from doge_onnx.runtime.generation.config import GenerationConfig
-from doge_onnx.runtime.generation.output import Timings
+from doge_onnx.runtime.generation.output import Completion
 from doge_onnx.runtime.model import Model
 
 # Greedy whatever the bundle recommends, and no token ends a text: each run has as many steps as it
@@ -50,6 +50,6 @@ def random_prompts(cell: Cell, vocab_size: int) -> list[list[int]]:
     return ids
 
 
-def run(model: Model, prompts: list[list[int]], count: int) -> Timings:
-    """Generate `count` tokens after each prompt, whatever the bundle recommends."""
-    return model.generate_batch(prompts, _PLAIN, max_new_tokens=count)[0].timings
+def generate_plain(model: Model, prompts: list[list[int]], count: int) -> list[Completion]:
+    """Generate up to `count` tokens, or up to the context, whatever the bundle recommends."""
+    return model.generate_batch(prompts, _PLAIN, max_new_tokens=count)

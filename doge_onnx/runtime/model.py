@@ -337,7 +337,9 @@ class Model:
         ids: Any
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt) if prompt else []
-        elif not isinstance(prompt, list | tuple | np.ndarray) or np.shape(prompt) == ():
+        elif not isinstance(prompt, list | tuple | np.ndarray) or (
+            isinstance(prompt, np.ndarray) and prompt.ndim == 0
+        ):
             raise InputError(
                 "a prompt must be text, a list of token ids or a list of messages, not "
                 f"{type(prompt).__name__}"
