@@ -252,7 +252,7 @@ def generate(
     pieces = model.stream(text, **sampling)
     try:
         for piece in pieces:
-            sys.stdout.write(piece)
+            sys.stdout.write(piece.text)
             sys.stdout.flush()
             timings = piece.timings
     finally:

@@ -30,7 +30,7 @@ from doge_onnx.export import checkpoint as checkpoint_reader
 from doge_onnx.export import half
 from doge_onnx.export import verify as verifier
 from doge_onnx.export.eager import EagerModel
-from doge_onnx.export.state import GATE_RANGES, HalfRows
+from doge_onnx.export.state_rows import GATE_RANGES, HalfRows
 from doge_onnx.export.verify import RELATIVE_TOLERANCES
 from doge_onnx.runtime.engine.device import missing_for_cuda
 from doge_onnx.runtime.text.tokenizer import Tokenizer

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from doge_onnx.export.checkpoint import Checkpoint
+from doge_onnx.export.growing_state import GrowingState
 from doge_onnx.export.operators import STANDARD
-from doge_onnx.export.state import GrowingState
 from doge_onnx.export.step import RecurrentStep
 from doge_onnx.measure.evaluate import sample_text
 

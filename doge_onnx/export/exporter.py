@@ -27,12 +27,13 @@ from doge_onnx.export import checkpoint as checkpoints
 from doge_onnx.export.checkpoint import Checkpoint
 from doge_onnx.export.eager import EagerModel
 from doge_onnx.export.graph import trace
+from doge_onnx.export.growing_state import GrowingState
 from doge_onnx.export.lowering import Target, for_web, require_kernels
 from doge_onnx.export.lowering import target as find_target
 from doge_onnx.export.quantize import RECIPES, Recipe, check_choices, quantize, recipe_for
-from doge_onnx.export.state import GrowingState, WindowState
 from doge_onnx.export.step import RecurrentStep, State
 from doge_onnx.export.verify import ParityReport, compare
+from doge_onnx.export.window_state import WindowState
 from doge_onnx.measure.evaluate import QualityReport
 from doge_onnx.runtime.engine.device import missing_for_cuda
 

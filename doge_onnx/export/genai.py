@@ -11,7 +11,7 @@ from typing import Any
 
 from doge_onnx.bundle import Manifest
 from doge_onnx.config import DogeConfig
-from doge_onnx.runtime.generation.config import Defaults
+from doge_onnx.runtime.generation.defaults import Defaults
 
 CONFIG_NAME = "genai_config.json"
 
@@ -106,12 +106,12 @@ def _token_ids(config: DogeConfig, generation: dict[str, Any], origin: Path) -> 
 def _search(config: DogeConfig, generation: dict[str, Any], origin: Path) -> dict[str, Any]:
     """How tokens are chosen, as far as it knows how; its own defaults would be others."""
     defaults = Defaults.parse(generation, {}, origin)
-    values = defaults.values
+    options = defaults.recommended.given()
     return {
         "do_sample": defaults.sample,
-        "temperature": values.get("temperature", 1.0),
+        "temperature": options.get("temperature", 1.0),
         # 0 is no limit, and it takes no number above the size of the vocabulary.
-        "top_k": min(values.get("top_k", 0), config.vocab_size),
-        "top_p": values.get("top_p", 1.0),
-        "repetition_penalty": values.get("repetition_penalty", 1.0),
+        "top_k": min(options.get("top_k") or 0, config.vocab_size),
+        "top_p": options.get("top_p", 1.0),
+        "repetition_penalty": options.get("repetition_penalty", 1.0),
     }

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from doge_onnx.errors import CheckpointError, DogeOnnxError
 from doge_onnx.export.checkpoint import Checkpoint
+from doge_onnx.export.growing_state import GrowingState
 from doge_onnx.export.matrices import Linear
 from doge_onnx.export.operators import STANDARD
-from doge_onnx.export.state import GATE_RANGES, GrowingState
+from doge_onnx.export.state_rows import GATE_RANGES
 from doge_onnx.export.step import CDMoE, Layer, RecurrentStep
 
 # Element types of weights and activations.

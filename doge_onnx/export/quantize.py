@@ -22,6 +22,7 @@ from doge_onnx.bundle import CLOSED_GATE
 from doge_onnx.config import DogeConfig
 from doge_onnx.errors import DogeOnnxError
 from doge_onnx.export import rounding
+from doge_onnx.export.growing_state import GrowingState
 from doge_onnx.export.matrices import (
     Blocks,
     Embedding,
@@ -31,7 +32,6 @@ from doge_onnx.export.matrices import (
     QuantizedRows,
     Rows,
 )
-from doge_onnx.export.state import GrowingState
 from doge_onnx.export.step import MLP, Attention, CDMoE, Layer, RecurrentStep
 
 ROUNDINGS = ("gptq", "nearest")

@@ -17,7 +17,7 @@ from doge_onnx.config import DogeConfig
 from doge_onnx.errors import BundleError, CheckpointError
 from doge_onnx.export import genai
 from doge_onnx.export.checkpoint import SIDE_FILES, Source
-from doge_onnx.runtime.generation.config import GENERATION_CONFIG_NAME, Defaults
+from doge_onnx.runtime.generation.defaults import GENERATION_CONFIG_NAME, Defaults
 
 TOKENIZER_NAME = "tokenizer.json"
 
@@ -37,9 +37,13 @@ def check(source: Source, progress: Callable[[str], None]) -> None:
         if not isinstance(content, dict):
             raise CheckpointError(f"{path} does not hold a JSON object")
         try:
-            Defaults.parse(content, {}, source.directory)
+            defaults = Defaults.parse(content, {}, source.directory)
         except BundleError as error:
             raise CheckpointError(str(error)) from None
+        if defaults.ignored:
+            progress(
+                f"{path.name} asks for what this package does not do: {', '.join(defaults.ignored)}"
+            )
     tokenizer = source.directory / TOKENIZER_NAME
     if not tokenizer.is_file():
         progress(f"no {TOKENIZER_NAME}: the bundle will take token ids only")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from doge_onnx.export.checkpoint import Checkpoint
+from doge_onnx.export.growing_state import GrowingState
 from doge_onnx.export.matrices import (
     Embedding,
     Linear,
@@ -25,7 +26,8 @@ from doge_onnx.export.matrices import (
     Rows,
 )
 from doge_onnx.export.operators import Operators, wider
-from doge_onnx.export.state import GrowingState, HalfRows, Int8Rows, Tokens, WindowState
+from doge_onnx.export.state_rows import HalfRows, Int8Rows, Tokens
+from doge_onnx.export.window_state import WindowState
 
 State = GrowingState | WindowState
 

@@ -29,9 +29,9 @@ from doge_onnx.runtime.cuda.device_memory import DeviceMemory
 from doge_onnx.runtime.cuda.lock import EXCLUSIVE
 from doge_onnx.runtime.engine.device import CPU
 from doge_onnx.runtime.engine.external_data import external_files
-from doge_onnx.runtime.engine.session import usable_cores
+from doge_onnx.runtime.engine.threads import usable_cores
 from doge_onnx.runtime.engine.weights import Weights, read_weights
-from doge_onnx.runtime.generation.config import Defaults
+from doge_onnx.runtime.generation.config import GenerationConfig
 from doge_onnx.runtime.generation.output import Timings
 from doge_onnx.runtime.model import Model, load
 
@@ -56,6 +56,15 @@ print_start(seconds)
 """
 
 Generate = Callable[[list[list[int]], int], Timings]
+# Greedy whatever the bundle recommends, and no token ends a text: each run has as many steps as it
+# was asked for.
+_PLAIN = GenerationConfig(
+    temperature=0,
+    min_new_tokens=0,
+    repetition_penalty=1,
+    no_repeat_ngram_size=0,
+    ignore_eos=True,
+)
 
 
 @dataclass(frozen=True)
@@ -219,7 +228,7 @@ def bench(
         )
     # Before the fresh processes, so that this one holds no model while they are measured.
     report("loading and warming up")
-    model = _load(opened.path, threads, device, cuda_graph)
+    model = load(opened.path, device, threads, cuda_graph=cuda_graph)
     ran_on, captured = model.device, model.cuda_graph
     samples, bandwidth = _measure_model(
         model, cells, tokens, repetitions, threads or default_threads(), report
@@ -398,12 +407,12 @@ def print_start(import_seconds: float) -> None:
     """Be the fresh process of `measure_start`, whose imports took `import_seconds`."""
     bundle, threads, context, tokens, device, cuda_graph = json.loads(sys.argv[1])
     started = time.perf_counter()
-    model = _load(bundle, threads, device, cuda_graph)
+    model = load(bundle, device, threads, cuda_graph=cuda_graph)
     loaded = time.perf_counter()
     vocab_size = model.manifest.vocab_size
-    model.generate(random_prompts(Cell(1, 1), vocab_size), max_new_tokens=1)
+    _run(model, random_prompts(Cell(1, 1), vocab_size), 1)
     first = time.perf_counter()
-    model.generate(random_prompts(Cell(context, 1), vocab_size), max_new_tokens=tokens + 1)
+    _run(model, random_prompts(Cell(context, 1), vocab_size), tokens + 1)
     measured = {
         "import_seconds": import_seconds,
         "load_seconds": loaded - started,
@@ -501,7 +510,7 @@ def _measure_model(
     bandwidths = []
 
     def generate(prompts: list[list[int]], count: int) -> Timings:
-        return model.generate(prompts, max_new_tokens=count)[0].timings
+        return _run(model, prompts, count)
 
     def begin(repetition: int, cell: Cell) -> None:
         if cell == cells[0]:
@@ -521,14 +530,8 @@ def _measure_model(
     return samples, max(bandwidths)
 
 
-def _load(
-    path: str | Path, threads: int | None, device: str = "auto", cuda_graph: bool | None = None
-) -> Model:
-    model = load(path, device, threads=threads, cuda_graph=cuda_graph)
-    # Greedy whatever the bundle recommends, and no token ends a text: each run has as many steps
-    # as it was asked for.
-    model._defaults = Defaults(frozenset(), sample=False, values={})
-    return model
+def _run(model: Model, prompts: list[list[int]], count: int) -> Timings:
+    return model.generate_batch(prompts, _PLAIN, max_new_tokens=count)[0].timings
 
 
 def _machine() -> dict[str, Any]:

@@ -23,7 +23,8 @@ from doge_onnx.bundle import CLOSED_GATE, MANIFEST_NAME, Manifest, is_bundle
 from doge_onnx.errors import BundleError, InputError
 from doge_onnx.optimum.command import export_options
 from doge_onnx.runtime.engine.input_checks import check_room
-from doge_onnx.runtime.engine.session import POSITION_IDS, past_names, usable_cores
+from doge_onnx.runtime.engine.io_names import POSITION_IDS, past_names
+from doge_onnx.runtime.engine.threads import usable_cores
 
 Past = tuple[tuple[Tensor, Tensor], ...]
 _ERROR = 3
@@ -130,8 +131,7 @@ class ORTDogeForCausalLM(ORTModelForCausalLM):  # type: ignore[misc]
                 f"in the state and {new} new ones it must be {list(expected)}"
             )
         if self.context_length is not None:
-            mask = attention_mask.to("cpu", torch.int64).numpy()
-            check_room(mask.shape[1], mask, batch, None, self.context_length)
+            check_room(attention_mask.to("cpu", torch.int64).numpy().sum(1), self.context_length)
         if self._window is not None:
             if use_cache is None:
                 use_cache = bool(self.config.use_cache)
