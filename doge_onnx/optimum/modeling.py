@@ -275,7 +275,8 @@ class ORTDogeForCausalLM(ORTModelForCausalLM):  # type: ignore[misc]
         options = {name: kwargs.pop(name) for name in export_options() if name in kwargs}
         # Optimum names a branch by default, which a directory does not have.
         branch = None if local else revision
-        place = TemporaryDirectory()
+        # Windows removes no file that is mapped, which the weights still are as Python exits.
+        place = TemporaryDirectory(ignore_cleanup_errors=True)
         bundle = Path(place.name, "bundle")
         doge_onnx.export(model_id, bundle, revision=branch, **options)
         # The model keeps `place` as long as it needs the files.
