@@ -92,7 +92,7 @@ def test_a_bundle_for_the_cpu_stays_there_and_the_cpu_can_be_insisted_on(machine
     machine()
     assert devices.choose_device("auto", FP32) == "cpu"
     assert devices.choose_device("cpu", FP16) == "cpu"
-    with pytest.raises(DeviceError, match=r"computes in fp32 .*; export with --device cuda"):
+    with pytest.raises(DeviceError, match=r"fp32 .*; export it again for the device cuda"):
         devices.choose_device("cuda", FP32)
 
 

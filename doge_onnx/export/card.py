@@ -1,7 +1,7 @@
 """The model card of a bundle: what it is, how to run it, what was measured, and its interface.
 
-Knows how a manifest reads to a person. Which tools run a bundle, and with which code, is
-`snippets`'s business; what the card says to programs is `metadata`'s.
+Knows how to describe a manifest to a person. `snippets` has the code for each tool that runs
+the bundle, and `metadata` the block that programs read.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from doge_onnx.runtime.text.chat_template import ChatTemplate
 
 
 def write(source: Source, config: DogeConfig, taken_over: Metadata, directory: Path) -> None:
-    """Write the card of a sealed bundle, with the figures that are in its manifest by now.
+    """Write the card of a sealed bundle, with the figures of its manifest.
 
     Args:
         source: Where the checkpoint came from.
         config: Its config.
-        taken_over: What its own card says that is true of the bundle too.
+        taken_over: Fields of the checkpoint's own card that hold for the bundle too.
         directory: The bundle; nobody may be reading it yet.
 
     Raises:
@@ -51,7 +51,7 @@ def _is_conversational(bundle: Bundle) -> bool:
     """Whether a bundle has a chat template, in a file of its own or in the tokenizer's config."""
     try:
         return ChatTemplate.read(bundle) is not None
-    # One that cannot be used is none, and no reason to have no bundle.
+    # A template that cannot be used counts as none; the export goes on.
     except BundleError:
         return False
 
@@ -67,7 +67,7 @@ def render(
     shown = snippets(manifest, conversational)
     tags = [snippet.tag for snippet in shown if snippet.tag]
     block = metadata.compose(source, config, manifest, tags, taken_over, conversational)
-    # The name of a directory may hold anything.
+    # The name of a directory may hold line breaks and backquotes.
     name = " ".join(source.model.replace("`", "'").split())
     at = f" at revision `{source.revision}`" if source.revision else ""
     engine = "ONNX Runtime" if manifest.target == "ort" else "any engine that runs standard ONNX"
@@ -100,7 +100,7 @@ def _sizes(manifest: Manifest) -> str:
     state = manifest.state
     row = 2 * state.num_layers * state.num_heads * state.row_size * state.item_size
     directory = PurePosixPath(manifest.graph).parent
-    # The graph's directory holds its weights; where that is the bundle's own, other files too.
+    # The graph's directory holds its weights. In the flat layout it holds other files as well.
     weights = sum(
         int(entry["size"])
         for name, entry in manifest.files.items()
@@ -135,7 +135,7 @@ def _number(figures: dict[str, Any], name: str, form: str) -> str:
 
 
 def _parity(manifest: Manifest) -> str:
-    """The section on how exactly the bundle computes what its checkpoint means, if known."""
+    """The section on how far the bundle's logits are from its checkpoint's, if that is known."""
     figures = manifest.parity
     if figures is None:
         return ""
@@ -155,7 +155,7 @@ def _parity(manifest: Manifest) -> str:
 
 
 def _quality(manifest: Manifest) -> str:
-    """The section on what the bundle loses against its reference, if that is known."""
+    """The section on the loss of quality against the reference, if that is known."""
     figures = manifest.quality
     if figures is None:
         return ""
@@ -177,7 +177,7 @@ def _quality(manifest: Manifest) -> str:
 
 
 def _graph(config: DogeConfig, manifest: Manifest) -> str:
-    """The section on inputs and outputs, for whoever feeds the graph without this package."""
+    """The section on inputs and outputs, for readers who run the graph without this package."""
     state = manifest.state
     if state.kind == "window":
         past = present = "past_sequence_length"
@@ -212,7 +212,7 @@ channels of a key are the key itself; {_channels(state)}
 
 
 def _file_format(manifest: Manifest) -> str:
-    """The card's words on the file of the graph, where it is not ONNX."""
+    """A note on the format of the graph's file, if it is not ONNX."""
     if not is_ort_format(Path(manifest.graph)):
         return ""
     return (

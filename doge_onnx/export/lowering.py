@@ -265,7 +265,7 @@ def _lower_keep_last(x: Any, count: Any) -> Any:
 
 
 def _lower_new_columns(
-    mask: Any, input_ids: Any, past_lengths: Any, numbers: Any, on_device: bool
+    mask: Any, input_ids: Any, past_lengths: Any, numbers: Any, on_device: bool = False
 ) -> Any:
     axis, zero = op.Constant(value_ints=[1]), op.Constant(value_ints=[0])
     end, length = op.Shape(mask, start=1, end=2), op.Shape(input_ids, start=1, end=2)

@@ -135,7 +135,7 @@ def open_session(
             raise DeviceError(f"CUDA does not start here: {failure}") from error
         if any(words in reason for words in _LACKING):
             quantized = bundle.manifest.quantized
-            instead = "--precision fp32 --kv-cache fp32" if quantized else "--target portable"
+            instead = "weights and state in fp32" if quantized else "the target portable"
             reason = (
                 f"onnxruntime {ort.__version__} lacks a kernel that it needs; upgrade onnxruntime, "
                 f"or export with {instead} ({reason})"
