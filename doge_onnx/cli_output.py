@@ -40,16 +40,19 @@ _NOTABLE_KL = 0.05
 
 
 def prepare_streams() -> None:
-    """Make pipes and files UTF-8 whatever the locale; a terminal keeps its own encoding."""
+    """Make pipes and files UTF-8 with plain newlines on every system.
+
+    A terminal keeps its own encoding and newlines.
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         # Whoever starts a command may close its streams.
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - open until the end
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            encoding = None if stream.isatty() else "utf-8"
+            encoding, newline = (None, None) if stream.isatty() else ("utf-8", "\n")
             # File names can hold bytes that are no text, and a terminal can lack a character.
-            stream.reconfigure(encoding=encoding, errors="backslashreplace")
+            stream.reconfigure(encoding=encoding, newline=newline, errors="backslashreplace")
 
 
 def drop_unwritable() -> None:

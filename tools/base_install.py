@@ -14,12 +14,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from environments import ROOT
+from environments import ROOT, interpreter
 
 CONSTRAINTS = ROOT / "constraints.txt"
 DIRECTORY = ROOT / "build" / "base-install"
 # The files and directories that the wheel is built from.
-_SOURCES = ("pyproject.toml", "README.md", "doge_onnx", "optimum")
+_SOURCES = ("pyproject.toml", "README.md", "LICENSE", "doge_onnx", "optimum")
 
 
 def wheel() -> Path:
@@ -55,7 +55,7 @@ def wheel() -> Path:
 def environment() -> Path:
     """The interpreter of an environment that has only the base install, not even pip."""
     path = DIRECTORY / "environment"
-    python = path / "bin" / "python"
+    python = interpreter(path)
     made = wheel()
     if is_new(path, made.parent.name):
         print(f"installing the wheel into {path}", file=sys.stderr)

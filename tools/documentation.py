@@ -225,7 +225,7 @@ def manifest_fields() -> str:
 def main() -> None:
     """Write the pages."""
     for path, text in pages().items():
-        path.write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8", newline="\n")
         print(path)
 
 

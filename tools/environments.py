@@ -27,7 +27,7 @@ def environment(requirements: Path, directory: Path = ROOT / "build" / "environm
         if name == "constraints.txt" or "-e ." in wanted:
             wanted += (ROOT / name).read_text(encoding="utf-8")
     path = directory.absolute() / requirements.stem
-    python, stamp = path / "bin" / "python", path / "installed.txt"
+    python, stamp = interpreter(path), path / "installed.txt"
     if not stamp.exists() or stamp.read_text(encoding="utf-8") != wanted:
         print(f"installing {requirements.name} into {path}", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", "--clear", path], check=True)
@@ -42,6 +42,11 @@ def environment(requirements: Path, directory: Path = ROOT / "build" / "environm
         )
         stamp.write_text(wanted, encoding="utf-8")
     return python
+
+
+def interpreter(environment: Path) -> Path:
+    """Python of a virtual environment."""
+    return environment / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,9 @@ def packages(directory: Path) -> None:
     print(f"installing the packages of {directory}", file=sys.stderr)
     # Without install scripts: that of onnxruntime-node downloads the libraries of CUDA.
     options = ("--ignore-scripts", "--no-audit", "--no-fund", "--no-update-notifier")
-    subprocess.run(["npm", "ci", "--loglevel=error", *options], check=True, cwd=directory)
+    # Its path, since Windows starts npm.cmd only by the whole name.
+    npm = shutil.which("npm") or "npm"
+    subprocess.run([npm, "ci", "--loglevel=error", *options], check=True, cwd=directory)
     stamp.write_text(wanted, encoding="utf-8")
 
 

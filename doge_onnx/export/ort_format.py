@@ -82,4 +82,4 @@ def _list_operators(graph: Path) -> None:
     create_config_from_models([graph], path, enable_type_reduction=True)
     # The list holds the file's path, which is a scratch directory of this machine.
     text = path.read_text(encoding="utf-8").replace(str(graph), graph.name)
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8", newline="\n")

@@ -67,4 +67,4 @@ def write(source: Source, config: DogeConfig, manifest: Manifest, directory: Pat
         generation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         content = genai.genai_config(config, manifest, generation, source.directory)
         text = json.dumps(content, indent=2) + "\n"
-        (directory / genai.CONFIG_NAME).write_text(text, encoding="utf-8")
+        (directory / genai.CONFIG_NAME).write_text(text, encoding="utf-8", newline="\n")

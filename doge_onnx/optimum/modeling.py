@@ -276,7 +276,8 @@ class ORTDogeForCausalLM(ORTModelForCausalLM):  # type: ignore[misc]
         options = {name: kwargs.pop(name) for name in export_options() if name in kwargs}
         # Optimum passes a branch by default, but a directory has none.
         branch = None if local else revision
-        place = TemporaryDirectory()
+        # Windows removes no file that is mapped, which the weights still are as Python exits.
+        place = TemporaryDirectory(ignore_cleanup_errors=True)
         bundle = Path(place.name, "bundle")
         doge_onnx.export(model_id, bundle, revision=branch, **options)
         # The model keeps `place` as long as it needs the files.
