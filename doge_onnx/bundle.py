@@ -1,8 +1,8 @@
 """The bundle: the directory that `export` writes and everything else reads.
 
-Knows which files belong to a bundle and how the directory is written so that no half of one
-is ever seen. Does not know what is inside the graph, nor what the manifest says (`manifest`);
-imports nothing but the standard library, so that both halves of the package share it.
+Knows which files belong to a bundle and how the directory is written so that nobody ever sees
+half of one. Does not know what is inside the graph, nor what the manifest says (`manifest`).
+Imports only the standard library, because export and runtime share it.
 """
 
 from __future__ import annotations
@@ -121,8 +121,8 @@ def graph_name(layout: str, precision: str) -> str:
 
 
 def is_bundle(path: str | Path) -> bool:
-    """Whether there is a bundle at `path`, be it a good one or not; any text may be asked for."""
-    # Not Path.is_file, which raises for names that the system does not take.
+    """Whether `path` has a manifest, valid or not; `path` may be any text."""
+    # Path.is_file raises for names that the system does not accept.
     return os.path.isfile(os.path.join(path, MANIFEST_NAME))
 
 
@@ -170,7 +170,7 @@ def check_destination(out: Path, force: bool) -> None:
     try:
         str(out.absolute()).encode()
         exists = out.exists() or out.is_symlink()
-    # Not UTF-8, which ONNX cannot write; or a name that the system does not take.
+    # The name is not UTF-8, which ONNX cannot write, or the system does not accept it.
     except (OSError, ValueError) as error:
         raise BundleError(f"{str(out)!r} cannot be the name of a bundle: {error}") from None
     if not out.parent.is_dir():
@@ -178,22 +178,22 @@ def check_destination(out: Path, force: bool) -> None:
     if not exists:
         return
     if not force:
-        raise BundleError(f"{out} exists; choose another place, or replace it with --force")
+        raise BundleError(f"{out} exists; choose another place, or force its replacement")
     if out.is_symlink() or not out.is_dir():
-        raise BundleError(f"{out} is not a directory; --force replaces bundles only")
+        raise BundleError(f"{out} is not a directory; force replaces bundles only")
     if out.is_mount():
         raise BundleError(f"{out} is a mount point; name a directory inside of it")
-    # --force must not be a way to lose a directory that happens to have this name.
+    # Forcing must never delete a directory that is no bundle and only has this name.
     if any(out.iterdir()) and not (out / MANIFEST_NAME).is_file():
-        raise BundleError(f"{out} holds no bundle; --force replaces bundles only")
+        raise BundleError(f"{out} holds no bundle; force replaces bundles only")
 
 
 @contextlib.contextmanager
 def writing(out: Path, force: bool = False) -> Iterator[Path]:
     """Yield a scratch directory beside `out` that becomes `out` if the block succeeds.
 
-    Whatever ends the block early, an error or Ctrl-C, leaves `out` as it was and no
-    scratch directory behind. The block writes the manifest last, with `seal`.
+    If an error or Ctrl-C ends the block, `out` stays as it was and the scratch directory is
+    deleted. The block writes the manifest last, with `seal`.
 
     Raises:
         BundleError: See `check_destination`; or the disk is full or not writable.
@@ -263,7 +263,7 @@ def _check_file(directory: Path, name: str, entry: Any) -> None:
 
 
 def _replace_directory(scratch: Path, out: Path) -> None:
-    """Rename `scratch` to `out`; what stood there goes only once the new one is in place."""
+    """Rename `scratch` to `out`; an older `out` is deleted only once the new one is in place."""
     if not out.exists():
         scratch.rename(out)
         return

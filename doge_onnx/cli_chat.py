@@ -1,6 +1,6 @@
 """The two sides of a conversation on a terminal or a pipe: lines in, answers out, Ctrl-C between.
 
-Does not know models: an answer is an iterator of text.
+Does not know models: an answer is an iterator of pieces of text.
 """
 
 from __future__ import annotations
@@ -11,8 +11,12 @@ import sys
 import threading
 from collections.abc import Generator, Iterator
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from doge_onnx.errors import InputError
+
+if TYPE_CHECKING:
+    from doge_onnx.runtime.generation.output import Piece
 
 _PROMPT = "> "
 
@@ -39,12 +43,12 @@ def decode(data: bytes) -> str:
         raise InputError(f"standard input is not UTF-8 text: {error}") from None
 
 
-def print_answer(answer: Generator[str, None, None]) -> None:
+def print_answer(answer: Generator[Piece, None, None]) -> None:
     """Print an answer piece by piece, until it ends or Ctrl-C is pressed."""
     with contextlib.closing(answer), _interruptions() as interrupted:
         try:
             for piece in answer:
-                sys.stdout.write(piece)
+                sys.stdout.write(piece.text)
                 sys.stdout.flush()
                 if interrupted.is_set():
                     break

@@ -11,7 +11,8 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -39,16 +40,19 @@ _NOTABLE_KL = 0.05
 
 
 def prepare_streams() -> None:
-    """Make pipes and files UTF-8 whatever the locale; a terminal keeps its own encoding."""
+    """Make pipes and files UTF-8 with plain newlines on every system.
+
+    A terminal keeps its own encoding and newlines.
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         # Whoever starts a command may close its streams.
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - open until the end
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            encoding = None if stream.isatty() else "utf-8"
+            encoding, newline = (None, None) if stream.isatty() else ("utf-8", "\n")
             # File names can hold bytes that are no text, and a terminal can lack a character.
-            stream.reconfigure(encoding=encoding, errors="backslashreplace")
+            stream.reconfigure(encoding=encoding, newline=newline, errors="backslashreplace")
 
 
 def drop_unwritable() -> None:
@@ -180,8 +184,8 @@ def quality_json(report: QualityReport) -> None:
     json_text(json.dumps(report.as_dict(), ensure_ascii=False))
 
 
-def manifest(shown: Manifest) -> None:
-    """Print a manifest for a person."""
+def manifest(shown: Manifest, ignored: Sequence[str]) -> None:
+    """Print a manifest for a person, and what of generation_config.json is not done."""
     state = shown.state
     row = f"{state.num_heads} heads x {state.row_size} channels ({state.head_dim} + gates + rest)"
     _print_section(
@@ -212,6 +216,8 @@ def manifest(shown: Manifest) -> None:
     _print_section("Parity", _spaced(parity))
     if shown.quality is not None:
         _print_section("Quality", _spaced(shown.quality))
+    if ignored:
+        _print_section("Generation", {"asked for, not done": ", ".join(ignored)})
     _print_section("Made with", shown.versions)
     sizes = {
         name: entry.get("size") if isinstance(entry, dict) else None
@@ -221,6 +227,12 @@ def manifest(shown: Manifest) -> None:
         "Files",
         {name: _megabytes(size) if isinstance(size, int) else None for name, size in sizes.items()},
     )
+
+
+def manifest_json(shown: Manifest, ignored: Sequence[str]) -> None:
+    """Print the same for a program."""
+    fields = json.loads(shown.to_json()) | {"ignored_generation_options": list(ignored)}
+    json_text(json.dumps(fields, indent=2, ensure_ascii=False))
 
 
 def push(report: PushReport) -> None:
@@ -335,6 +347,10 @@ def completion_json(completion: Completion, stats: bool) -> None:
     }
     if completion.logprobs is not None:
         fields["logprobs"] = completion.logprobs
+    if completion.top_logprobs is not None:
+        fields["top_logprobs"] = [
+            [asdict(token) for token in tokens] for tokens in completion.top_logprobs
+        ]
     if stats:
         timings = completion.timings
         fields["stats"] = {

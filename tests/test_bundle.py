@@ -397,7 +397,7 @@ def test_a_draft_has_the_files_that_are_there(tmp_path):
 
 def test_a_destination_that_exists_is_left_alone(path):
     before = tree(path)
-    with pytest.raises(BundleError, match="exists; choose another place, or replace it with"):
+    with pytest.raises(BundleError, match="exists; choose another place, or force its replacement"):
         write(path)
     assert tree(path.parent) == {
         "bundle": b"directory",
@@ -426,7 +426,7 @@ def test_force_never_replaces_anything_else(tmp_path):
     (tmp_path / "dangling").symlink_to("nowhere")
     before = tree(tmp_path)
     for name in ("thesis", "file", "link", "dangling"):
-        with pytest.raises(BundleError, match="--force replaces bundles only"):
+        with pytest.raises(BundleError, match="force replaces bundles only"):
             write(tmp_path / name, force=True)
         with pytest.raises(BundleError, match="exists"):
             write(tmp_path / name)

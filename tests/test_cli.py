@@ -358,7 +358,7 @@ def test_no_prompt_on_a_terminal_is_wrong_usage(tiny_bundle):
         (["word " * 3000], None, ["2048", "tokens"]),
         (["x", "--top-p", "0"], None, ["top_p"]),
         (["x", "--stop", ""], None, ["stop"]),
-        (["x", "--device", "cuda"], None, ["fp32", "half precision only", "--device cuda"]),
+        (["x", "--device", "cuda"], None, ["fp32", "half precision only", "for the device cuda"]),
     ],
 )
 def test_generate_says_what_it_cannot_take(tiny_bundle, arguments, piped, words):

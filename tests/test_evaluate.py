@@ -430,7 +430,7 @@ def test_references_that_do_not_fit(tiny_bundle, tmp_path):
     with pytest.raises(BundleError, match="does not have the size"):
         doge_onnx.evaluate(tiny_bundle, other)
     for reference in (None, tiny_bundle):
-        with pytest.raises(InputError, match="--revision is for"):
+        with pytest.raises(InputError, match="only a reference on the Hub has a revision"):
             doge_onnx.evaluate(tiny_bundle, reference, revision="main")
 
 

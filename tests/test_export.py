@@ -357,7 +357,7 @@ def test_an_export_can_be_repeated_bit_by_bit(one_layer, tmp_path):
         ({"context_length": -5}, "context length -5"),
         ({"context_length": 10**9}, "context length 1000000000 is more than"),
         ({"state": "frozen"}, "state 'frozen' is not known; choose from growing, window"),
-        ({"revision": "main"}, "--revision is for models of the Hub"),
+        ({"revision": "main"}, "only models of the Hub have a revision"),
     ],
 )
 def test_options_that_make_no_sense(options, message, one_layer, tmp_path):
@@ -398,7 +398,7 @@ def test_a_broken_side_file_is_found_before_tracing(name, one_layer, tmp_path, m
 def test_a_destination_is_checked_before_the_checkpoint_is_read(tmp_path):
     (tmp_path / "bundle").mkdir()
     (tmp_path / "bundle" / "precious").write_text("content")
-    for force, message in ((False, "exists"), (True, "--force replaces bundles only")):
+    for force, message in ((False, "exists"), (True, "force replaces bundles only")):
         with pytest.raises(BundleError, match=message):
             export(tmp_path / "no checkpoint", tmp_path / "bundle", force=force)
     assert (tmp_path / "bundle" / "precious").read_text() == "content"
@@ -472,7 +472,7 @@ def test_a_full_text_does_not_end_a_shorter_one_beside_it(main):
     model = doge_onnx.load(main.path, device="cpu")
     full, short = random_ids(CONTEXT), random_ids(5, seed=1)
     alone = model.generate(short, max_new_tokens=4).token_ids
-    assert model.generate([full, short], max_new_tokens=4)[1].token_ids == alone
+    assert model.generate_batch([full, short], max_new_tokens=4)[1].token_ids == alone
     # More padded columns at once than the context has positions.
     ids, mask = np.zeros((1, CONTEXT + 9), np.int64), np.zeros((1, CONTEXT + 9), np.int64)
     ids[0, -5:], mask[0, -5:] = short, 1

@@ -1,9 +1,9 @@
-"""Write what docs/ takes from the code: the commands' help, the API, the manifest's fields.
+"""Write the generated parts of docs/: the help of all commands, the API, the manifest's fields.
 
     python tools/documentation.py
 
-Knows how docstrings and help become Markdown. What they say is said in the code; a test compares
-the pages with it.
+Knows how docstrings and help become Markdown. Their text is in the code; a test checks that the
+pages are up to date.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ CLASSES: dict[str, tuple[type, ...]] = {
         manifest.WeightsRead,
     ),
 }
-# Public in Python's sense, but for the package's own use.
+# Names without an underscore that only the package itself uses.
 INTERNAL = {"Completion.join", "State.belongs_to", "Manifest.from_json", "Spread.of"}
 _SECTION = re.compile(r"^(Args|Attributes|Returns|Yields|Raises|Example):$")
 _TITLES = {"Args": "Arguments", "Attributes": "Attributes", "Raises": "Raises"}
 
 
 def pages() -> dict[Path, str]:
-    """The pages, or what they should be."""
+    """The text that each page should have, by its path."""
     formats = DOCS / "formats.md"
     before, rest = formats.read_text(encoding="utf-8").split(BEGIN)
     after = rest.split(END)[1]
@@ -79,7 +79,7 @@ def pages() -> dict[Path, str]:
 
 
 def commands() -> str:
-    """The help of each command, as it is printed."""
+    """The page with the help of each command, as `--help` prints it."""
     from typer.main import get_command
 
     group: Any = get_command(cli.app)
@@ -101,7 +101,7 @@ def _help(title: str, command: Any, context: Any) -> str:
 
 
 def library() -> str:
-    """The Python API, out of its docstrings."""
+    """The page of the Python API, made from docstrings."""
     summary, _, example = (doge_onnx.__doc__ or "").partition("\n\nExample:\n")
     code = "\n".join(line.strip().removeprefix(">>> ") for line in example.strip().splitlines())
     parts = [
@@ -148,7 +148,7 @@ def _class(entry: type) -> Iterator[str]:
 
 
 def _signature(name: str, function: Any) -> str:
-    """The parameters on one line, or one on each where they are long."""
+    """The signature on one line or, if that is too long, with one parameter per line."""
     signature = inspect.signature(function)
     shown, keyword_only = [], False
     for parameter in signature.parameters.values():
@@ -225,7 +225,7 @@ def manifest_fields() -> str:
 def main() -> None:
     """Write the pages."""
     for path, text in pages().items():
-        path.write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8", newline="\n")
         print(path)
 
 

@@ -1,7 +1,7 @@
 """The model card of a bundle: what it is, how to run it, what was measured, and its interface.
 
-Knows how a manifest reads to a person. Which tools run a bundle, and with which code, is
-`snippets`'s business; what the card says to programs is `metadata`'s.
+Knows how to describe a manifest to a person. `snippets` has the code for each tool that runs
+the bundle, and `metadata` the block that programs read.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _is_conversational(bundle: Bundle) -> bool:
     """Whether a bundle has a chat template, in a file of its own or in the tokenizer's config."""
     try:
         return ChatTemplate.read(bundle) is not None
-    # One that cannot be used is none, and no reason to have no bundle.
+    # A template that cannot be used counts as none; the export goes on.
     except BundleError:
         return False
 
@@ -54,7 +54,7 @@ def render(
     shown = snippets(manifest, conversational)
     tags = [snippet.tag for snippet in shown if snippet.tag]
     block = metadata.compose(source, config, manifest, tags, taken_over, conversational)
-    # The name of a directory may hold anything.
+    # The name of a directory may hold line breaks and backquotes.
     name = " ".join(source.model.replace("`", "'").split())
     at = f" at revision `{source.revision}`" if source.revision else ""
     engine = "ONNX Runtime" if manifest.target == "ort" else "any engine that runs standard ONNX"
@@ -86,7 +86,7 @@ def _shown(snippet: Snippet) -> str:
 def _sizes(manifest: Manifest) -> str:
     state = manifest.state
     directory = PurePosixPath(manifest.graph).parent
-    # The graph's directory holds its weights; where that is the bundle's own, other files too.
+    # The graph's directory holds its weights. In the flat layout it holds other files as well.
     weights = sum(
         int(entry["size"])
         for name, entry in manifest.files.items()
@@ -121,7 +121,7 @@ def _number(figures: dict[str, Any], name: str, form: str) -> str:
 
 
 def _parity(manifest: Manifest) -> str:
-    """The section on how exactly the bundle computes what its checkpoint means, if known."""
+    """The section on how far the bundle's logits are from its checkpoint's, if that is known."""
     figures = manifest.parity
     if figures is None:
         return ""
@@ -141,7 +141,7 @@ def _parity(manifest: Manifest) -> str:
 
 
 def _quality(manifest: Manifest) -> str:
-    """The section on what the bundle loses against its reference, if that is known."""
+    """The section on the loss of quality against the reference, if that is known."""
     figures = manifest.quality
     if figures is None:
         return ""
@@ -163,7 +163,7 @@ def _quality(manifest: Manifest) -> str:
 
 
 def _graph(config: DogeConfig, manifest: Manifest) -> str:
-    """The section on inputs and outputs, for whoever feeds the graph without this package."""
+    """The section on inputs and outputs, for readers who run the graph without this package."""
     state = manifest.state
     if state.kind == "window":
         past = present = "past_sequence_length"

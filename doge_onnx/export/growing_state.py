@@ -71,7 +71,7 @@ class GrowingState(nn.Module):
         self.rest = nn.Buffer(rest)
         window = config.keep_window_size
         self.window = window if window is not None and context_length > window else None
-        # As many as a mask may have columns, see `max_rows` of the runtime.
+        # A mask may have so many columns: left padding makes a batch longer than its sequences.
         self.numbers = nn.Buffer(torch.arange(2 * context_length))
 
     @property
@@ -91,30 +91,27 @@ class GrowingState(nn.Module):
         first = range(self.heads.dim, self.heads.dim + self.heads.gates)
         return ClosedRow(tuple(first), self.closed)
 
-    @property
-    def takes_past_length(self) -> bool:
-        """Whether a step can be told where its tokens are in a mask that is longer.
-
-        Then none of its shapes depends on their place, and CUDA can replay it. Half precision is
-        for CUDA; the choice of a window's keys needs the very length.
-        """
-        return self.activations != "float32" and self.window is None
-
     def tokens(
-        self, input_ids: Tensor, attention_mask: Tensor, past_length: Tensor | None = None
+        self, input_ids: Tensor, attention_mask: Tensor, past_lengths: Tensor | None = None
     ) -> Tokens:
         """Positions, padding and lengths of a step's tokens.
 
         Args:
             input_ids: int64 `[B, S]`.
-            attention_mask: int64 `[B, P + S]`, or longer with `past_length`.
-            past_length: int64 `[1]`, P, or -1 for P + S being the mask's length; see
-                `operators`.
+            attention_mask: int64 `[B, P + S]`, or longer with `past_lengths`.
+            past_lengths: int64 `[B]`, how many rows of the state each sequence has, so that the
+                new ones go behind them; None where all sequences have P. See
+                `operators.new_columns` for its default in a graph.
         """
         # Counting real tokens, not slots: padding, wherever it is, does not move a token's
         # rotation, which past the trained context depends on its absolute position.
-        positions, is_token, lengths, total_length = self.ops.new_columns(
-            attention_mask, input_ids, past_length, None if past_length is None else self.numbers
+        positions, is_token, columns, lengths, total_length = self.ops.new_columns(
+            attention_mask,
+            input_ids,
+            past_lengths,
+            None if past_lengths is None else self.numbers,
+            # Half precision is for CUDA.
+            self.activations != "float32",
         )
         return Tokens(
             rows=positions,
@@ -123,6 +120,7 @@ class GrowingState(nn.Module):
             rest=self.rest[is_token],
             positions=positions,
             gate_limit=None if self.limits is None else self.limits[is_token],
+            columns=None if past_lengths is None else columns,
             lengths=lengths,
             total_length=total_length,
             total=attention_mask.shape[1],
@@ -159,12 +157,15 @@ class GrowingState(nn.Module):
             # A gate, and what closes it; or, in half precision, its two channels.
             count = heads.gates + 1 if self.limits is None else heads.gate_channels
             channels = self.ops.all_gates(
-                past_key, k, tokens.total_length, tokens.total, heads.dim, count
+                past_key, k, tokens.columns, tokens.total_length, tokens.total, heads.dim, count
             )
             channels = channels.unflatten(1, (heads.num_keys, count)).to(wider(channels.dtype))
             gates = channels[:, :, : heads.gates] + channels[:, :, heads.gates :]
             gates = gates.flatten(1, 2)
-            kept = _largest_visible(gates, q.shape[1], self.window)
+            columns = tokens.columns
+            if columns is None:
+                columns = torch.arange(q.shape[1]).unsqueeze(0) + (tokens.total - q.shape[1])
+            kept = _largest_visible(gates, columns, self.window)
             bias = torch.where(kept, 0.0, self.closed).to(q.dtype)
             bias = bias.repeat_interleave(heads.num_queries // gates.shape[1], dim=1)
         return self.ops.causal_attention(
@@ -183,24 +184,23 @@ class GrowingState(nn.Module):
         )
 
 
-def _largest_visible(gates: Tensor, length: int, window: int) -> Tensor:
+def _largest_visible(gates: Tensor, columns: Tensor, window: int) -> Tensor:
     """Which keys are among the `window` largest that each new token sees.
 
     Of equal gates the most recent is kept; the reference leaves that open.
 
     Args:
         gates: `[B, G, T]`, of all keys.
-        length: S; the new tokens are the last S keys.
+        columns: int64 `[B, S]` or `[1, S]`, which of the keys are those of the new tokens.
         window: Number of keys to keep.
 
     Returns:
         bool `[B, G, S, T]`.
     """
-    total = gates.shape[-1]
-    columns = torch.arange(total)
-    visible = columns <= (torch.arange(length) + (total - length)).unsqueeze(-1)
+    numbers = torch.arange(gates.shape[-1])
+    visible = numbers <= columns[:, None, :, None]
     gates = gates.unsqueeze(2).masked_fill(~visible, -torch.inf)
     # A stable sort keeps the order of equals, so the most recent has to come first.
     order = gates.flip(-1).sort(dim=-1, descending=True, stable=True).indices
-    best = (columns < window).expand(order.shape)
+    best = (numbers < window).expand(order.shape)
     return torch.zeros_like(best).scatter(-1, order, best).flip(-1)

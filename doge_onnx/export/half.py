@@ -1,8 +1,8 @@
 """Half precisions: which export gets one, and whether a checkpoint fits into float16.
 
-float16 has the finer numbers and ends at 65504; bfloat16 has the range of float32 and an eighth
-of the steps. Knows what of a model is rounded to half precision, and how large it becomes on a
-text. What that does to the layout of a state is `state_rows`'s.
+float16 has finer steps, and its largest number is 65504; bfloat16 has the range of float32, and
+steps eight times as coarse. Knows which values of a model are rounded to half precision, and how
+large they become on a text. `state` knows how a half-precision state is laid out.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from doge_onnx.manifest import DEVICES
 # Element types of weights and activations.
 HALVES = {"fp16": "float16", "bf16": "bfloat16"}
 _LARGEST = torch.finfo(torch.float16).max
-# Other texts reach further than the one that is read here.
+# Other texts may reach larger values than the one that is read here.
 _HEADROOM = 2.0
-# Weights that stay float32, by the end of their names.
+# Weights that stay float32: the ends of their names.
 _WIDE = (".A", ".dt_proj.weight", ".dt_proj.bias", ".router_gate.weight")
 # Sequences of the text that go through the model at once.
 _BATCH = 4
 
 
 def default_precision(device: str) -> str:
-    """What suits a device.
+    """The precision for a device when none is chosen.
 
     Raises:
         DogeOnnxError: The device is not known.
@@ -58,10 +58,10 @@ def made_for(activations: str, device: str) -> str:
 
 
 def check_weights(checkpoint: Checkpoint) -> None:
-    """Check that all weights that become float16 fit.
+    """Check that all weights that become float16 are within its range.
 
     Raises:
-        CheckpointError: One does not; it is named.
+        CheckpointError: A weight is not; the message names it.
     """
     for name, tensor in checkpoint.tensors.items():
         largest = float(tensor.abs().max())
@@ -76,7 +76,7 @@ def check_weights(checkpoint: Checkpoint) -> None:
 def check_activations(
     checkpoint: Checkpoint, text: Tensor, progress: Callable[[str], None] = lambda _: None
 ) -> None:
-    """Check that everything a model computes for a text fits into float16, with room to spare.
+    """Check that all values a model computes for a text fit into float16, with room to spare.
 
     Args:
         checkpoint: Keeps its tensors.
@@ -84,7 +84,7 @@ def check_activations(
         progress: Called with a few words.
 
     Raises:
-        CheckpointError: Something does not fit; the first such thing is named.
+        CheckpointError: A value is too large; the message names the first one.
     """
     progress("looking for values that float16 cannot hold")
     watch = _Watch()
@@ -121,7 +121,7 @@ def check_activations(
 
 
 def _attach(watch: _Watch, step: RecurrentStep) -> None:
-    """Show a watch what the layers of a step take and return."""
+    """Let a watch see the inputs and outputs of a step's layers."""
 
     def enter(number: int) -> Callable[..., None]:
         def hook(*_: object) -> None:
@@ -137,7 +137,7 @@ def _attach(watch: _Watch, step: RecurrentStep) -> None:
         return hook
 
     def neurons(module: CDMoE) -> None:
-        """What an expert's activation takes is no module's output."""
+        """Watch the input of the experts' activation, which no module returns."""
         entered: list[Tensor] = []
 
         def enter(_: nn.Module, inputs: tuple[Tensor]) -> None:
@@ -153,7 +153,7 @@ def _attach(watch: _Watch, step: RecurrentStep) -> None:
         assert isinstance(layer, Layer)
         layer.register_forward_pre_hook(enter(number))
         for name, module in layer.named_modules():
-            # What W_dt returns is not rounded, nor is a router's score.
+            # Gates and the scores of routers are not rounded.
             if isinstance(module, Linear) and not name.endswith((".gate", ".router")):
                 module.register_forward_hook(matrix(name))
             if isinstance(module, CDMoE):
@@ -162,19 +162,19 @@ def _attach(watch: _Watch, step: RecurrentStep) -> None:
 
 
 class _Watch:
-    """Looks at values, and raises at the first that is too large."""
+    """Raises an error at the first value that is too large."""
 
     def __init__(self) -> None:
         self.where = ""
 
     def see(self, what: str, values: Tensor, limit: float = _LARGEST / _HEADROOM) -> None:
-        """Check `values`, which are called `what`.
+        """Check `values`; `what` is their name in the message.
 
         Raises:
-            CheckpointError: One is larger than `limit`, or no number.
+            CheckpointError: A value is larger than `limit`, or not a number.
         """
         largest = float(values.abs().max())
-        # Not `>`, which is false of NaN.
+        # `largest > limit` would be false for NaN.
         if not largest <= limit:
             size = f"{largest:.4g}" if math.isfinite(largest) else "a value that is no number"
             raise CheckpointError(

@@ -1,7 +1,7 @@
-"""What a bundle loses against its checkpoint: the evaluation with PyTorch as reference.
+"""The loss of a bundle against its checkpoint: the evaluation with PyTorch as reference.
 
-Knows how a checkpoint becomes a reference, and how much text an export can afford. What is
-measured is `measure.evaluate`'s.
+Knows how to open a checkpoint as a reference, and how much text an export can afford.
+`measure.evaluate` knows what is measured.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from doge_onnx.measure.evaluate import (
 )
 
 MAX_SECONDS = 60.0
-# Tokens times weights that two cores write and read twice in less than that.
+# Tokens times weights: two cores sample that much and read it twice in less than MAX_SECONDS.
 _WORK = 6e11
-# So few tokens still tell a good export from a bad one.
+# The fewest tokens that still tell a good export from a bad one.
 _MIN_TOKENS = 4 * SAMPLE_WINDOW
 
 

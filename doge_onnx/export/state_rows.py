@@ -109,6 +109,8 @@ class Tokens(NamedTuple):
         positions: int64 `[B, S]`, the number of real tokens before each one.
         gate_limit: `[B, S, num_rotated * gates]`, upper bound of the gates: closed for the
             keys of padding. None where nothing but `rest` closes them.
+        columns: int64 `[B, S]`, where each token stands among all; None where all sequences
+            end with the mask.
         lengths: int32 `[B]`, P + S - 1; None where the state does not grow.
         total_length: int32 scalar, P + S; likewise.
         total: The same as a number.
@@ -120,6 +122,7 @@ class Tokens(NamedTuple):
     rest: Tensor
     positions: Tensor
     gate_limit: Tensor | None = None
+    columns: Tensor | None = None
     lengths: Tensor | None = None
     total_length: Tensor | None = None
     total: int = 0

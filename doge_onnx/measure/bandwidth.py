@@ -11,7 +11,7 @@ import numpy as np
 from doge_onnx.measure.memory import available_memory
 from doge_onnx.runtime.cuda.device_memory import DeviceMemory
 from doge_onnx.runtime.cuda.lock import EXCLUSIVE
-from doge_onnx.runtime.engine.session import usable_cores
+from doge_onnx.runtime.engine.threads import usable_cores
 
 # More than the caches of most processors, and not so much that it hurts.
 MAX_ARRAY_BYTES = 512 * 2**20

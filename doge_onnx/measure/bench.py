@@ -24,12 +24,12 @@ from doge_onnx.errors import InputError
 from doge_onnx.manifest import Manifest
 from doge_onnx.measure.bandwidth import copy_bandwidth, default_threads, read_bandwidth
 from doge_onnx.measure.start_up import StartReport, measure_start, summarise_start
-from doge_onnx.measure.workload import Cell, Spread, load_without_end, random_prompts
+from doge_onnx.measure.workload import Cell, Spread, generate_plain, random_prompts
 from doge_onnx.runtime.cuda.device_memory import DeviceMemory
 from doge_onnx.runtime.engine.device import CPU
 from doge_onnx.runtime.engine.external_data import external_files
 from doge_onnx.runtime.generation.output import Timings
-from doge_onnx.runtime.model import Model
+from doge_onnx.runtime.model import Model, load
 
 DEFAULT_CONTEXTS = (16, 512, 1900)
 DEFAULT_BATCHES = (1, 8)
@@ -158,7 +158,7 @@ def bench(
         )
     # Before the fresh processes, so that this one holds no model while they are measured.
     report("loading and warming up")
-    model = load_without_end(opened.path, threads, device, cuda_graph)
+    model = load(opened.path, device, threads, cuda_graph=cuda_graph)
     ran_on, captured = model.device, model.cuda_graph
     samples, bandwidth = _measure_model(
         model, cells, tokens, repetitions, threads or default_threads(), report
@@ -296,7 +296,7 @@ def _measure_model(
     bandwidths = []
 
     def generate(prompts: list[list[int]], count: int) -> Timings:
-        return model.generate(prompts, max_new_tokens=count)[0].timings
+        return generate_plain(model, prompts, count)[0].timings
 
     def begin(repetition: int, cell: Cell) -> None:
         if cell == cells[0]:

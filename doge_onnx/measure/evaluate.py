@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from doge_onnx.bundle import Bundle
 from doge_onnx.errors import InputError, QualityError
-from doge_onnx.runtime.generation.config import Defaults
+from doge_onnx.runtime.generation.defaults import Defaults
 from doge_onnx.runtime.generation.sampling import make_sampler
 from doge_onnx.runtime.model import load
 from doge_onnx.runtime.text.tokenizer import Tokenizer

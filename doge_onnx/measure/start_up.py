@@ -13,7 +13,8 @@ from typing import Any
 
 from doge_onnx.errors import BundleError
 from doge_onnx.measure.memory import peak_memory
-from doge_onnx.measure.workload import Cell, Spread, load_without_end, random_prompts
+from doge_onnx.measure.workload import Cell, Spread, generate_plain, random_prompts
+from doge_onnx.runtime.model import load
 
 # What a fresh process runs: first what `doge_onnx.load` imports, then what measures it.
 _FRESH = """
@@ -80,12 +81,12 @@ def print_start(import_seconds: float) -> None:
     """Be the fresh process of `measure_start`, whose imports took `import_seconds`."""
     bundle, threads, context, tokens, device, cuda_graph = json.loads(sys.argv[1])
     started = time.perf_counter()
-    model = load_without_end(bundle, threads, device, cuda_graph)
+    model = load(bundle, device, threads, cuda_graph=cuda_graph)
     loaded = time.perf_counter()
     vocab_size = model.manifest.vocab_size
-    model.generate(random_prompts(Cell(1, 1), vocab_size), max_new_tokens=1)
+    generate_plain(model, random_prompts(Cell(1, 1), vocab_size), 1)
     first = time.perf_counter()
-    model.generate(random_prompts(Cell(context, 1), vocab_size), max_new_tokens=tokens + 1)
+    generate_plain(model, random_prompts(Cell(context, 1), vocab_size), tokens + 1)
     measured = {
         "import_seconds": import_seconds,
         "load_seconds": loaded - started,

@@ -1,16 +1,26 @@
-"""What a measurement runs: prompts of given lengths, and a model that goes on to the last step."""
+"""What a measurement runs: prompts of given lengths, and as many steps as are wanted."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from doge_onnx.runtime.generation.config import Defaults
-from doge_onnx.runtime.model import Model, load
+from doge_onnx.runtime.generation.config import GenerationConfig
+from doge_onnx.runtime.generation.output import Completion
+from doge_onnx.runtime.model import Model
+
+# Greedy whatever the bundle recommends, and no token ends a text: each run has as many steps as it
+# was asked for.
+_PLAIN = GenerationConfig(
+    temperature=0,
+    min_new_tokens=0,
+    repetition_penalty=1,
+    no_repeat_ngram_size=0,
+    ignore_eos=True,
+)
 
 
 @dataclass(frozen=True)
@@ -40,13 +50,6 @@ def random_prompts(cell: Cell, vocab_size: int) -> list[list[int]]:
     return ids
 
 
-def load_without_end(
-    path: str | Path, threads: int | None, device: str = "auto", cuda_graph: bool | None = None
-) -> Model:
-    """A bundle that generates greedily whatever it recommends, and whose texts have no end.
-
-    So each run has as many steps as it was asked for. The arguments are those of `load`.
-    """
-    model = load(path, device, threads=threads, cuda_graph=cuda_graph)
-    model._defaults = Defaults(frozenset(), sample=False, values={})
-    return model
+def generate_plain(model: Model, prompts: list[list[int]], count: int) -> list[Completion]:
+    """Generate up to `count` tokens, or up to the context, whatever the bundle recommends."""
+    return model.generate_batch(prompts, _PLAIN, max_new_tokens=count)

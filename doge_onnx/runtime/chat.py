@@ -12,8 +12,10 @@ from typing import Any
 
 from doge_onnx.errors import InputError
 from doge_onnx.runtime.engine.runner import Runner
-from doge_onnx.runtime.generation.loop import Memory
-from doge_onnx.runtime.generation.output import Completion, Piece, Transcript, generate_pieces
+from doge_onnx.runtime.generation.loop import generate_pieces
+from doge_onnx.runtime.generation.output import Completion, Piece
+from doge_onnx.runtime.generation.prefix_cache import PrefixCache
+from doge_onnx.runtime.generation.sequence import GeneratedSequence
 from doge_onnx.runtime.text.chat_template import ChatTemplate
 from doge_onnx.runtime.text.tokenizer import Tokenizer
 
@@ -33,7 +35,7 @@ class Chat:
         runner: Runner,
         template: ChatTemplate,
         tokenizer: Tokenizer,
-        transcribe: Callable[[list[int], int], Transcript],
+        begin: Callable[[list[int], int], GeneratedSequence],
         most_tokens: int | None,
         system: str | None,
     ) -> None:
@@ -43,7 +45,7 @@ class Chat:
             runner: Runs the model.
             template: The model's.
             tokenizer: The model's.
-            transcribe: Makes what turns token ids into an answer; the number is that of the turn.
+            begin: Makes the sequence that answers a prompt; the number is that of the turn.
             most_tokens: Of a prompt, so that an answer still fits; None is no limit.
             system: What a first message of the role "system" says; None is no such message.
         """
@@ -53,9 +55,9 @@ class Chat:
         self._runner = runner
         self._template = template
         self._tokenizer = tokenizer
-        self._transcribe = transcribe
+        self._begin = begin
         self._most_tokens = most_tokens
-        self._memory = Memory()
+        self._prefix_cache = PrefixCache()
         self._turns = 0
         self._answering = False
         # The last prompt and its answer, as text and as the tokens that the model wrote.
@@ -88,16 +90,15 @@ class Chat:
             raise InputError("the last answer has not ended; read it to its end, or close it")
         messages = [*self.messages, {"role": "user", "content": content}]
         messages, text, ids = self._fit(messages)
-        transcript = self._transcribe(ids, self._turns)
-        return self._answer(messages, text, ids, transcript)
+        return self._answer(messages, text, self._begin(ids, self._turns))
 
     def _answer(
-        self, messages: list[Message], text: str, ids: list[int], transcript: Transcript
+        self, messages: list[Message], text: str, sequence: GeneratedSequence
     ) -> Generator[Piece, None, None]:
         self._answering = True
         pieces: list[Piece] = []
         try:
-            run = generate_pieces(self._runner, [transcript], False, self._memory)
+            run = generate_pieces(self._runner, [sequence], self._prefix_cache)
             with contextlib.closing(run):
                 for _, piece in run:
                     pieces.append(piece)
@@ -105,15 +106,14 @@ class Chat:
         finally:
             self._answering = False
             self._turns += 1
-            answer = "".join(pieces)
+            answer = "".join(piece.text for piece in pieces)
             self.messages = [*messages, {"role": "assistant", "content": answer}]
             tokens = [i for piece in pieces for i in piece.token_ids]
             if pieces and pieces[-1].finish_reason == "eos":
                 # The template writes down in its own way that the answer has ended.
                 tokens.pop()
-            self._text, self._tokens = text + answer, ids + tokens
-            visible = [i for i in tokens if self._tokenizer.visible(i)]
-            if self._tokenizer.decode(visible) != answer:
+            self._text, self._tokens = text + answer, sequence.prompt + tokens
+            if self._tokenizer.decode(tokens) != answer:
                 # Not all of it is in the text, such as a stop string.
                 self._text, self._tokens = "", []
 

@@ -1,4 +1,4 @@
-"""A loaded bundle: `forward`, `generate`, `stream` and `chat`.
+"""A loaded bundle: `forward`, `generate`, `generate_batch`, `stream` and `chat`.
 
 Knows how the parts of the runtime fit together and what a caller may pass. The parts
 themselves are elsewhere: sessions, steps and states, options, sampling, text, chat templates.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,17 +22,17 @@ from doge_onnx.runtime.engine.input_checks import check_room, check_state, token
 from doge_onnx.runtime.engine.loader import open_runner
 from doge_onnx.runtime.engine.runner import Runner
 from doge_onnx.runtime.engine.state import State
-from doge_onnx.runtime.generation.config import Defaults, Options
-from doge_onnx.runtime.generation.loop import Row
-from doge_onnx.runtime.generation.output import Completion, Piece, Transcript, generate_pieces
-from doge_onnx.runtime.generation.sampling import Sampler, greedy, make_sampler, repetition_penalty
+from doge_onnx.runtime.generation.config import GenerationConfig, GenerationOptions
+from doge_onnx.runtime.generation.defaults import Defaults
+from doge_onnx.runtime.generation.loop import generate_pieces
+from doge_onnx.runtime.generation.output import Completion, Piece
+from doge_onnx.runtime.generation.sequence import GeneratedSequence
 from doge_onnx.runtime.text.chat_template import ChatTemplate
-from doge_onnx.runtime.text.tokenizer import TextStream, Tokenizer
+from doge_onnx.runtime.text.tokenizer import Tokenizer
 
 # Lists and tuples rather than any sequence: a str is a sequence of str, too.
 Messages = list[dict[str, Any]] | list[dict[str, str]]
 Prompt = str | list[int] | tuple[int, ...] | NDArray[np.integer[Any]] | Messages
-Prompts = list[str] | list[list[int]] | tuple[str | list[int], ...] | list[Messages]
 
 # Of a context, what an answer in a conversation shall have at least, in hundredths.
 _ANSWER_SHARE = 25
@@ -91,6 +91,19 @@ class Model:
         """What the bundle says of itself."""
         return self._bundle.manifest
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """From text to token ids and back.
+
+        Raises:
+            InputError: The bundle has none.
+        """
+        if self._tokenizer is None:
+            raise InputError(
+                f"{self._bundle.path} has no tokenizer.json; pass token ids instead of text"
+            )
+        return self._tokenizer
+
     def forward(
         self,
         input_ids: ArrayLike,
@@ -107,13 +120,13 @@ class Model:
             state: The state that an earlier call returned, of the same B sequences, or
                 None at their start. It is not changed: it may be continued again.
             logits: "last" for the last position only, "all" for every one.
-            attention_mask: `[B, S]`, 1 for a token and 0 for padding, for the new ids
-                alone: the state remembers what it was for the earlier ones. Nothing ever
-                attends to padding, and it does not count as a position, so unequal
-                prompts are best padded on the left. None: no padding.
+            attention_mask: `[B, S]`, 1 for a token and 0 for padding, wherever that is, for the
+                new ids alone: the state remembers what it was for the earlier ones. Padding is
+                left out: nothing ever attends to it, and it is no position. None: no padding.
 
         Returns:
-            Logits, float32 `[B, 1, V]` or `[B, S, V]`, and the state after these tokens.
+            Logits, float32 `[B, 1, V]`, those of the last token of each sequence, or `[B, S, V]`;
+            0 where a sequence has no token. And the state after these tokens.
 
         Raises:
             InputError: Ids outside of the vocabulary, shapes or types that do not fit, a
@@ -123,80 +136,37 @@ class Model:
             raise InputError(f"logits must be 'last' or 'all', not {logits!r}")
         ids = token_matrix(input_ids, self.manifest.vocab_size)
         mask = token_mask(attention_mask, ids.shape)
-        batch, new = ids.shape
-        check_state(state, batch, self._runner)
+        check_state(state, len(ids), self._runner)
+        tokens = list(ids) if mask is None else [r[m] for r, m in zip(ids, mask, strict=True)]
         if self._bounded:
-            check_room(new, mask, batch, state, self.manifest.context_length)
-        return self._runner.step(ids, mask, state, last_only=logits == "last")
+            past: NDArray[np.int64] | int = 0 if state is None else state.lengths
+            lengths = past + np.array([len(row) for row in tokens])
+            check_room(lengths, self.manifest.context_length)
+        rows, state = self._runner.feed(tokens, state, last_only=logits == "last")
+        if mask is None:
+            return rows[0][np.newaxis] if len(rows) == 1 else np.stack(rows), state
+        columns = 1 if logits == "last" else ids.shape[1]
+        out = np.zeros((len(ids), columns, self.manifest.vocab_size), np.float32)
+        for number, row in enumerate(rows):
+            where = mask[number] if logits == "all" else slice(len(row))
+            out[number, where] = row
+        return out, state
 
-    @overload
     def generate(
         self,
         prompt: Prompt,
-        max_new_tokens: int | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        seed: int | None = None,
-        stop: str | Sequence[str] | None = None,
-        logprobs: bool = False,
-    ) -> Completion: ...
-
-    @overload
-    def generate(
-        self,
-        prompt: Prompts,
-        max_new_tokens: int | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        seed: int | None = None,
-        stop: str | Sequence[str] | None = None,
-        logprobs: bool = False,
-    ) -> list[Completion]: ...
-
-    def generate(
-        self,
-        prompt: Prompt | Prompts,
-        max_new_tokens: int | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        seed: int | None = None,
-        stop: str | Sequence[str] | None = None,
-        logprobs: bool = False,
-    ) -> Completion | list[Completion]:
-        """Continue a prompt, or a batch of them.
-
-        Options that are None follow the bundle's generation_config.json; where that says
-        nothing, generation is greedy and goes on to the end of the context. A temperature
-        above 0, or one of top_k, top_p and min_p without any temperature, means sampling.
+        config: GenerationConfig | None = None,
+        **overrides: Unpack[GenerationOptions],
+    ) -> Completion:
+        """Continue a prompt.
 
         Args:
-            prompt: A str or the ids of its tokens is one prompt, and so is a conversation: a
-                list of messages, `[{"role": "user", "content": "Hello"}]`, which the bundle's
-                chat template makes a prompt of. A list of prompts is a batch. Greedily, each
-                prompt of a batch gets what it would get alone.
-            max_new_tokens: Most tokens to generate. The end of the context ends a text
-                before that.
-            temperature: Divides the logits; 0 is greedy.
-            top_k: Sample from the k most likely tokens.
-            top_p: Sample from the most likely tokens that have this probability together.
-            min_p: Sample from tokens at least this many times as likely as the best.
-            repetition_penalty: Above 1 makes tokens of the prompt and the text less likely.
-            seed: The same seed gives the same text. Each prompt of a batch draws numbers
-                of its own, the first one those that it would draw alone.
-            stop: A string, or several, that end the text; it ends before them.
-            logprobs: Also return the log-probability of each token.
-
-        Returns:
-            One completion, or for a batch a list with one for each prompt.
+            prompt: A str, or the ids of its tokens, or a conversation: a list of messages,
+                `[{"role": "user", "content": "Hello"}]`, which the bundle's chat template makes a
+                prompt of.
+            config: How; None follows the bundle's generation_config.json. Where that says
+                nothing, generation is greedy and goes on to the end of the context.
+            overrides: Options of `GenerationConfig` that go before those of `config`.
 
         Raises:
             InputError: An empty prompt, one longer than the context, ids outside of the
@@ -204,103 +174,92 @@ class Model:
                 it refuses, or an option out of its range.
             BundleError: The chat template is no good.
         """
-        options = self._defaults.resolve(
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-            stop=stop,
-            logprobs=logprobs,
-        )
-        batch = _is_batch(prompt)
-        prompts: Sequence[Any] = prompt if batch else [prompt]  # type: ignore[assignment]
-        transcripts = []
-        for row, one in enumerate(prompts):
+        return Completion.join(list(self.stream(prompt, config, **overrides)))
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Prompt] | NDArray[np.integer[Any]],
+        config: GenerationConfig | None = None,
+        **overrides: Unpack[GenerationOptions],
+    ) -> list[Completion]:
+        """Continue several prompts side by side; greedily, each gets what it would get alone.
+
+        Each prompt draws random numbers of its own, the first one those that it would draw
+        alone. Logits processors and a sampler that the caller brings are shared by all prompts,
+        so they should remember nothing from one call to the next.
+
+        Args:
+            prompts: See `generate`.
+            config: See `generate`.
+            overrides: See `generate`.
+
+        Returns:
+            A completion for each prompt.
+
+        Raises:
+            InputError: See `generate`; the message names the number of the prompt.
+            BundleError: The chat template is no good.
+        """
+        options = self._options(config, overrides)
+        if not isinstance(prompts, list | tuple | np.ndarray):
+            raise InputError(
+                f"prompts must be a list of them, not {type(prompts).__name__}; generate takes one"
+            )
+        sequences = []
+        for number, prompt in enumerate(prompts):
             try:
-                transcripts.append(self._transcript(one, options, row))
+                sequences.append(self._sequence(prompt, options, number))
             except InputError as error:
-                raise InputError(f"prompt {row}: {error}" if batch else str(error)) from None
-        pieces: list[list[Piece]] = [[] for _ in prompts]
-        for row, piece in generate_pieces(self._runner, transcripts, options.logprobs):
-            pieces[row].append(piece)
-        completions = [Completion.join(row_pieces) for row_pieces in pieces]
-        return completions if batch else completions[0]
+                raise InputError(f"prompt {number}: {error}") from None
+        pieces: list[list[Piece]] = [[] for _ in sequences]
+        for number, piece in generate_pieces(self._runner, sequences):
+            pieces[number].append(piece)
+        return [Completion.join(each) for each in pieces]
 
     def stream(
         self,
         prompt: Prompt,
-        max_new_tokens: int | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        seed: int | None = None,
-        stop: str | Sequence[str] | None = None,
-        logprobs: bool = False,
+        config: GenerationConfig | None = None,
+        **overrides: Unpack[GenerationOptions],
     ) -> Iterator[Piece]:
-        """Continue one prompt piece by piece; the options are those of `generate`.
+        """Continue a prompt piece by piece.
+
+        Args:
+            prompt: See `generate`.
+            config: See `generate`.
+            overrides: See `generate`.
 
         Yields:
-            One `Piece`, a str, per token; it is empty while a character or what could
-            become a stop string is incomplete. Together they are the text that `generate`
-            returns. The last one has the finish_reason.
+            One `Piece` per token; its text is empty while a character or what could become a
+            stop string is incomplete. Together they are the text that `generate` returns. The
+            last one has the finish_reason.
 
         Raises:
             InputError: See `generate`; raised by this call, not by the first iteration.
+            BundleError: The chat template is no good.
         """
-        options = self._defaults.resolve(
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-            stop=stop,
-            logprobs=logprobs,
-        )
-        if _is_batch(prompt):
-            raise InputError("stream takes one prompt; pass a batch to generate")
-        transcript = self._transcript(prompt, options, 0)
-        return (p for _, p in generate_pieces(self._runner, [transcript], options.logprobs))
+        sequence = self._sequence(prompt, self._options(config, overrides), 0)
+        return (piece for _, piece in generate_pieces(self._runner, [sequence]))
 
     def chat(
         self,
         system: str | None = None,
-        max_new_tokens: int | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        seed: int | None = None,
-        stop: str | Sequence[str] | None = None,
+        config: GenerationConfig | None = None,
+        **overrides: Unpack[GenerationOptions],
     ) -> Chat:
         """Begin a conversation, of which each turn feeds what is new in it and no more.
 
-        `system` is what the model is told before the conversation; None is nothing. The options
-        are those of `generate`, for all answers.
+        Args:
+            system: What the model is told before the conversation; None is nothing.
+            config: For all answers; see `generate`.
+            overrides: See `generate`.
 
         Raises:
             InputError: The bundle has no chat template or no tokenizer, or an option is out of
                 its range.
             BundleError: The chat template is no good.
         """
-        options = self._defaults.resolve(
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-            stop=stop,
-            logprobs=False,
-        )
+        options = self._options(config, overrides)
         context_length = self.manifest.context_length
         answer = context_length * _ANSWER_SHARE // 100
         if options.max_new_tokens is not None:
@@ -308,8 +267,8 @@ class Model:
         return Chat(
             self._runner,
             self._chat_template,
-            self._text_tokenizer,
-            lambda ids, turn: self._transcript(ids, options, turn),
+            self.tokenizer,
+            lambda ids, turn: self._sequence(ids, options, turn),
             context_length - answer if self._bounded else None,
             system,
         )
@@ -337,16 +296,25 @@ class Model:
             )
         return template
 
-    @property
-    def _text_tokenizer(self) -> Tokenizer:
-        if self._tokenizer is None:
-            raise InputError(
-                f"{self._bundle.path} has no tokenizer.json; pass token ids instead of text"
-            )
-        return self._tokenizer
+    def _options(
+        self, config: GenerationConfig | None, overrides: GenerationOptions
+    ) -> GenerationConfig:
+        """What a caller gives, completed by what the bundle recommends."""
+        if not isinstance(config, GenerationConfig | None):
+            raise InputError(f"config must be a GenerationConfig, not {type(config).__name__}")
+        given = (config or GenerationConfig()).merged(**overrides)
+        for token_id in given.logit_bias or ():
+            if token_id >= self.manifest.vocab_size:
+                raise InputError(
+                    f"logit_bias has token id {token_id}, and the vocabulary has "
+                    f"{self.manifest.vocab_size} tokens"
+                )
+        return self._defaults.resolve(given)
 
-    def _transcript(self, prompt: Any, options: Options, row: int) -> Transcript:
-        """Everything that one prompt needs to run."""
+    def _sequence(
+        self, prompt: Prompt, options: GenerationConfig, number: int
+    ) -> GeneratedSequence:
+        """What generates one text; `options` are complete."""
         ids = self._prompt_ids(prompt)
         context_length = self.manifest.context_length
         room = context_length - len(ids)
@@ -361,63 +329,32 @@ class Model:
         elif wanted is None:
             # Nothing but an end-of-text token would end the text.
             wanted = context_length
-        penalty = options.repetition_penalty
-        return Transcript(
-            Row(
-                prompt=ids,
-                max_new_tokens=wanted,
-                sampler=_sampler(options, row),
-                processors=() if penalty is None else (repetition_penalty(penalty),),
-                candidates=1 if options.temperature == 0 else options.top_k,
-            ),
-            self._defaults.eos_token_ids,
-            None if self._tokenizer is None else TextStream(self._tokenizer, ids),
-            options.stop,
+        return GeneratedSequence(
+            ids, wanted, options, self._defaults.eos_token_ids, self._tokenizer, number
         )
 
     def _prompt_ids(self, prompt: Any) -> list[int]:
+        ids: Any
         if isinstance(prompt, str):
-            tokenizer = self._text_tokenizer
-            ids = tokenizer.encode(prompt) if prompt else []
-        elif _is_conversation(prompt):
-            text = self.apply_chat_template(prompt)
-            ids = self._text_tokenizer.encode(text, add_special_tokens=False)
+            ids = self.tokenizer.encode(prompt) if prompt else []
+        elif not isinstance(prompt, list | tuple | np.ndarray) or (
+            isinstance(prompt, np.ndarray) and prompt.ndim == 0
+        ):
+            raise InputError(
+                "a prompt must be text, a list of token ids or a list of messages, not "
+                f"{type(prompt).__name__}"
+            )
+        elif not isinstance(prompt, np.ndarray) and any(isinstance(m, Mapping) for m in prompt):
+            text = self._chat_template.render(prompt)
+            ids = self.tokenizer.encode(text, add_special_tokens=False)
         else:
-            ids = list(prompt)
-        if not ids:
+            ids = prompt
+        if len(ids) == 0:
             raise InputError("the prompt is empty; at least one token is needed")
+        if all(isinstance(entry, str | list | tuple | np.ndarray) for entry in ids):
+            raise InputError("this is a list of prompts; generate_batch takes those")
         for token_id in ids:
             if isinstance(token_id, bool) or not isinstance(token_id, int | np.integer):
                 raise InputError(f"token ids are whole numbers, not {type(token_id).__name__}")
         checked: list[int] = token_matrix([ids], self.manifest.vocab_size)[0].tolist()
         return checked
-
-
-def _is_batch(prompt: Any) -> bool:
-    """Whether a prompt is really a list of prompts; whether it is a valid one shows later.
-
-    Raises:
-        InputError: It is no list, array or text.
-    """
-    if isinstance(prompt, str):
-        return False
-    if not isinstance(prompt, list | tuple | np.ndarray) or (
-        isinstance(prompt, np.ndarray) and prompt.ndim == 0
-    ):
-        raise InputError(
-            "a prompt must be text, a list of token ids or a list of messages, not "
-            f"{type(prompt).__name__}"
-        )
-    return len(prompt) > 0 and all(isinstance(p, str | list | tuple | np.ndarray) for p in prompt)
-
-
-def _is_conversation(prompt: Any) -> bool:
-    """Whether a prompt is messages; whether they are valid ones shows later."""
-    return isinstance(prompt, list | tuple) and any(isinstance(m, Mapping) for m in prompt)
-
-
-def _sampler(options: Options, row: int) -> Sampler:
-    if options.temperature == 0:
-        return greedy
-    rng = np.random.default_rng(None if options.seed is None else [options.seed, row])
-    return make_sampler(rng, options.temperature, options.top_k, options.top_p, options.min_p)

@@ -138,7 +138,7 @@ def check_placement(session: ort.InferenceSession) -> None:
     if left:
         raise DeviceError(
             f"onnxruntime {ort.__version__} has no CUDA kernel for {left} as used by this bundle; "
-            "export with --device cuda, or run it with the device cpu"
+            "export it again for the device cuda, or run it on the device cpu"
         )
 
 
@@ -161,7 +161,7 @@ def _unfit(device: str, manifest: Manifest) -> str | None:
     if device == CUDA and manifest.target == "ort" and manifest.activations == "float32":
         return (
             "this bundle computes in fp32 with operators for the CPU; CUDA has attention in "
-            "half precision only; export with --device cuda, or run it with the device cpu"
+            "half precision only; export it again for the device cuda, or run it on the device cpu"
         )
     return None
 

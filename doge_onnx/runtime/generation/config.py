@@ -1,189 +1,353 @@
-"""Generation options: what a caller gives, completed by what the bundle recommends.
+"""The options of generation, as one object that cannot be changed.
 
-Knows generation_config.json and the valid range of every option. Does not know the
-model or how options are carried out.
+Knows what each option may be and what it means; the command line and the documentation take both
+from here. Does not know what a bundle recommends (`defaults`) or how an option is carried out
+(`processors`, `sampling`, `sequence`).
 """
 
 from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack, cast
 
-from doge_onnx.bundle import Bundle
-from doge_onnx.errors import BundleError, InputError
+from doge_onnx.errors import InputError
 
-GENERATION_CONFIG_NAME = "generation_config.json"
+if TYPE_CHECKING:
+    from doge_onnx.runtime.generation.processors import LogitsProcessor
+    from doge_onnx.runtime.generation.sampling import Sampler
 
-
-def _whole(value: Any, least: int) -> bool:
-    # The abstract classes cover NumPy's numbers, and a bool is a number only by history.
-    return isinstance(value, numbers.Integral) and not _is_bool(value) and int(value) >= least
+# Where one of these is given without a temperature, it asks for sampling.
+FILTERS = ("top_k", "top_p", "min_p")
 
 
-def _real(value: Any, accept: Callable[[float], bool]) -> bool:
-    if not isinstance(value, numbers.Real) or _is_bool(value):
-        return False
-    return math.isfinite(value) and accept(float(value))
+class LogitBias(Mapping[int, float]):
+    """What is added to the logits of some tokens: a mapping by token id that cannot be changed."""
+
+    def __init__(self, biases: Mapping[int, float]) -> None:
+        """Copy `biases`."""
+        self._biases = {int(token_id): float(bias) for token_id, bias in biases.items()}
+
+    def __getitem__(self, token_id: int) -> float:
+        return self._biases[token_id]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._biases)
+
+    def __len__(self) -> int:
+        return len(self._biases)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._biases.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._biases)
+
+
+@dataclass(frozen=True)
+class Option:
+    """What is known of a field of `GenerationConfig`.
+
+    Attributes:
+        words: What a value must be, for messages.
+        valid: Whether a value is that.
+        store: Makes of a valid value the one that is kept.
+        help: What the option does.
+        default: What is done where neither the caller nor the bundle says.
+        kind: Type of one value on a command line; None where it cannot be written there.
+        several: Whether a command line may give several values.
+        metavar: What a value is called on a command line.
+    """
+
+    words: str
+    valid: Callable[[Any], bool]
+    store: Callable[[Any], Any]
+    help: str
+    default: str
+    kind: type | None = None
+    several: bool = False
+    metavar: str | None = None
+
+
+def option_of(name: str) -> Option:
+    """What is known of a field of `GenerationConfig`."""
+    (found,) = (entry for entry in fields(GenerationConfig) if entry.name == name)
+    return cast(Option, found.metadata["option"])
+
+
+def _option(*arguments: Any, **keywords: Any) -> dict[str, Option]:
+    return {"option": Option(*arguments, **keywords)}
+
+
+# The abstract classes cover NumPy's numbers, and a bool is a number only by history.
+def _is_whole(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not _is_bool(value)
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not _is_bool(value) and math.isfinite(value)
 
 
 def _is_bool(value: object) -> bool:
     return isinstance(value, bool)
 
 
-# What an option may be: a test, and the words for it.
-_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "max_new_tokens": (lambda v: _whole(v, 0), "a whole number, 0 or more"),
-    "temperature": (lambda v: _real(v, lambda x: x >= 0), "a finite number, 0 or more"),
-    "top_k": (lambda v: _whole(v, 1), "a whole number, 1 or more"),
-    "top_p": (lambda v: _real(v, lambda x: 0 < x <= 1), "above 0 and at most 1"),
-    "min_p": (lambda v: _real(v, lambda x: 0 <= x <= 1), "between 0 and 1"),
-    "repetition_penalty": (lambda v: _real(v, lambda x: x > 0), "a finite number above 0"),
-    "seed": (lambda v: _whole(v, 0), "a whole number, 0 or more"),
-}
-_IN_FILE = _RANGES.keys() - {"seed"}
+def _whole(least: int, help: str, default: str, metavar: str = "N") -> dict[str, Option]:
+    return _option(
+        f"a whole number, {least} or more",
+        lambda value: _is_whole(value) and value >= least,
+        int,
+        help,
+        default,
+        kind=int,
+        metavar=metavar,
+    )
 
 
-@dataclass(frozen=True)
-class Options:
-    """How to choose tokens and when to end, with nothing left open.
+def _real(
+    words: str, accept: Callable[[float], bool], help: str, default: str, metavar: str
+) -> dict[str, Option]:
+    return _option(
+        words,
+        lambda value: _is_real(value) and accept(float(value)),
+        float,
+        help,
+        default,
+        kind=float,
+        metavar=metavar,
+    )
 
-    Attributes:
-        max_new_tokens: Most tokens to generate; None is up to the end of the context.
-        temperature: 0 is greedy.
-        top_k: None is off, as for the other filters.
-        repetition_penalty: None is off.
-        seed: None is a fresh one for every run.
-        stop: Strings that end a text.
-        logprobs: Whether to report log-probabilities.
+
+def _flag(help: str) -> dict[str, Option]:
+    return _option("True or False", _is_bool, bool, help, "no", kind=bool)
+
+
+def _is_stop(value: Any) -> bool:
+    entries = [value] if isinstance(value, str) else value
+    return isinstance(entries, Sequence) and all(isinstance(e, str) and e for e in entries)
+
+
+def _is_bias(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        _is_whole(token_id) and token_id >= 0 and _is_real(bias) for token_id, bias in value.items()
+    )
+
+
+@dataclass(frozen=True, repr=False)
+class GenerationConfig:
+    """How a text is generated; an object that cannot be changed.
+
+    An option that is None follows the bundle's generation_config.json, or else its default.
+    A temperature above 0, or one of top_k, top_p and min_p without any temperature, means
+    sampling. Names and meanings are those of transformers, and for the presence and frequency
+    penalties those of OpenAI's API.
+
+    Raises:
+        InputError: An option is out of its range, or two of them exclude each other.
     """
 
+    max_new_tokens: int | None = field(
+        default=None,
+        metadata=_whole(
+            0,
+            "Most tokens to generate. The end of the context ends a text before that.",
+            "up to the end of the context",
+        ),
+    )
+    min_new_tokens: int | None = field(
+        default=None,
+        metadata=_whole(0, "Choose no end-of-text token before this many tokens.", "none"),
+    )
+    temperature: float | None = field(
+        default=None,
+        metadata=_real(
+            "a finite number, 0 or more",
+            lambda x: x >= 0,
+            "0 always takes the most likely token (greedy); higher is more varied.",
+            "greedy, or 1 where a filter asks for sampling",
+            "T",
+        ),
+    )
+    top_k: int | None = field(
+        default=None, metadata=_whole(1, "Sample from the K most likely tokens.", "no limit", "K")
+    )
+    top_p: float | None = field(
+        default=None,
+        metadata=_real(
+            "above 0 and at most 1",
+            lambda x: 0 < x <= 1,
+            "Sample from the most likely tokens that have probability P together, above 0 and at "
+            "most 1.",
+            "all",
+            "P",
+        ),
+    )
+    min_p: float | None = field(
+        default=None,
+        metadata=_real(
+            "between 0 and 1",
+            lambda x: 0 <= x <= 1,
+            "Sample from tokens at least P times as likely as the best one, 0 to 1.",
+            "all",
+            "P",
+        ),
+    )
+    repetition_penalty: float | None = field(
+        default=None,
+        metadata=_real(
+            "a finite number above 0",
+            lambda x: x > 0,
+            "Above 1 makes tokens of the prompt and the text less likely; 1.1 is mild.",
+            "none",
+            "R",
+        ),
+    )
+    presence_penalty: float | None = field(
+        default=None,
+        metadata=_real(
+            "a finite number",
+            lambda x: True,
+            "Subtracted from the logits of tokens that were generated before.",
+            "none",
+            "X",
+        ),
+    )
+    frequency_penalty: float | None = field(
+        default=None,
+        metadata=_real(
+            "a finite number",
+            lambda x: True,
+            "Subtracted from the logit of a token once for each time that it was generated before.",
+            "none",
+            "X",
+        ),
+    )
+    no_repeat_ngram_size: int | None = field(
+        default=None,
+        metadata=_whole(
+            0, "Let no N tokens follow each other twice, in prompt and text together.", "no limit"
+        ),
+    )
+    logit_bias: Mapping[int, float] | None = field(
+        default=None,
+        metadata=_option(
+            "a mapping of token ids to finite numbers",
+            _is_bias,
+            LogitBias,
+            "Add BIAS to the logit of the token ID.",
+            "none",
+            kind=str,
+            several=True,
+            metavar="ID=BIAS",
+        ),
+    )
+    seed: int | None = field(
+        default=None,
+        metadata=_whole(0, "The same seed gives the same text.", "another text each time"),
+    )
+    stop: str | Sequence[str] | None = field(
+        default=None,
+        metadata=_option(
+            "a string or several, none of them empty",
+            _is_stop,
+            lambda value: (value,) if isinstance(value, str) else tuple(value),
+            "End before this text appears.",
+            "none",
+            kind=str,
+            several=True,
+            metavar="TEXT",
+        ),
+    )
+    ignore_eos: bool | None = field(
+        default=None, metadata=_flag("Go on behind an end-of-text token.")
+    )
+    logprobs: bool | None = field(
+        default=None,
+        metadata=_flag(
+            "Report the natural logarithm of each token's probability, before options change it."
+        ),
+    )
+    top_logprobs: int | None = field(
+        default=None,
+        metadata=_whole(
+            0,
+            "Report the N most likely tokens beside each token, and all log-probabilities.",
+            "none",
+        ),
+    )
+    processors: Sequence[LogitsProcessor] | None = field(
+        default=None,
+        metadata=_option(
+            "a list of logits processors, which are callable",
+            lambda value: isinstance(value, Sequence) and all(map(callable, value)),
+            tuple,
+            "Logits processors of your own, called in this order after those of the other options.",
+            "none",
+        ),
+    )
+    sampler: Sampler | None = field(
+        default=None,
+        metadata=_option(
+            "callable",
+            callable,
+            lambda value: value,
+            "Chooses tokens in place of temperature, top_k, top_p and min_p.",
+            "none",
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if value is None:
+                continue
+            option: Option = entry.metadata["option"]
+            if not option.valid(value):
+                raise InputError(f"{entry.name} must be {option.words}, not {value!r}")
+            object.__setattr__(self, entry.name, option.store(value))
+        for name in ("temperature", *FILTERS):
+            if self.sampler is not None and getattr(self, name) is not None:
+                raise InputError(f"a sampler replaces {name}; give one of the two")
+
+    def __repr__(self) -> str:
+        given = (f"{name}={value!r}" for name, value in self.given().items())
+        return f"{type(self).__name__}({', '.join(given)})"
+
+    def given(self) -> GenerationOptions:
+        """The options that are not None."""
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return cast(GenerationOptions, {k: v for k, v in values.items() if v is not None})
+
+    def merged(self, **overrides: Unpack[GenerationOptions]) -> GenerationConfig:
+        """The same with other options; those that are None stay as they are.
+
+        Raises:
+            InputError: See the class.
+        """
+        given: dict[str, Any] = {k: v for k, v in overrides.items() if v is not None}
+        return replace(self, **given) if given else self
+
+
+class GenerationOptions(TypedDict, total=False):
+    """The fields of `GenerationConfig`, as keyword arguments."""
+
     max_new_tokens: int | None
-    temperature: float
+    min_new_tokens: int | None
+    temperature: float | None
     top_k: int | None
     top_p: float | None
     min_p: float | None
     repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    no_repeat_ngram_size: int | None
+    logit_bias: Mapping[int, float] | None
     seed: int | None
-    stop: tuple[str, ...]
-    logprobs: bool
-
-
-@dataclass(frozen=True)
-class Defaults:
-    """What a bundle's own files say about generation.
-
-    Attributes:
-        eos_token_ids: Tokens that end a text.
-        sample: Whether to sample rather than to take the most likely token.
-        values: Options that the files give, by name.
-    """
-
-    eos_token_ids: frozenset[int]
-    sample: bool
-    values: dict[str, Any]
-
-    @classmethod
-    def read(cls, bundle: Bundle) -> Defaults:
-        """Read generation_config.json, and for the end-of-text ids config.json after it.
-
-        Raises:
-            BundleError: One of the files holds an option that makes no sense.
-        """
-        generation = bundle.read_json(GENERATION_CONFIG_NAME)
-        return cls.parse(generation, bundle.read_json("config.json"), bundle.path)
-
-    @classmethod
-    def parse(cls, config: dict[str, Any], model_config: dict[str, Any], origin: Path) -> Defaults:
-        """Take them from the contents of both files; `origin` is their directory.
-
-        Raises:
-            BundleError: An option makes no sense.
-        """
-        eos = config.get("eos_token_id")
-        if eos is None:
-            eos = model_config.get("eos_token_id")
-        eos_ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
-        if not all(_whole(token_id, 0) for token_id in eos_ids):
-            raise BundleError(f"{origin}: eos_token_id cannot be {eos!r}")
-        values = {name: config[name] for name in _IN_FILE if config.get(name) is not None}
-        # Files say 0 where they mean no limit, which as an argument is more likely a mistake.
-        if values.get("top_k") == 0:
-            del values["top_k"]
-        if values.get("repetition_penalty") == 1:
-            del values["repetition_penalty"]
-        for name, value in values.items():
-            if problem := _problem(name, value):
-                raise BundleError(f"{origin / GENERATION_CONFIG_NAME}: {problem}")
-        return cls(frozenset(eos_ids), config.get("do_sample") is True, values)
-
-    def resolve(
-        self,
-        *,
-        max_new_tokens: int | None,
-        temperature: float | None,
-        top_k: int | None,
-        top_p: float | None,
-        min_p: float | None,
-        repetition_penalty: float | None,
-        seed: int | None,
-        stop: str | Sequence[str] | None,
-        logprobs: bool,
-    ) -> Options:
-        """Check a caller's options and fill in those that are None.
-
-        Sampling happens if the caller gives a temperature above 0, or, without any
-        temperature, if the caller gives a filter (top_k, top_p, min_p) or the bundle
-        recommends it. The bundle's filters then apply where the caller gives none.
-
-        Raises:
-            InputError: An option is out of its range.
-        """
-        given = {
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "min_p": min_p,
-            "repetition_penalty": repetition_penalty,
-            "seed": seed,
-        }
-        for name, value in given.items():
-            if value is not None and (problem := _problem(name, value)):
-                raise InputError(problem)
-        chosen = self.values | {name: value for name, value in given.items() if value is not None}
-        filtered = not (top_k is None and top_p is None and min_p is None)
-        if temperature is None:
-            sample = self.sample or filtered
-            temperature = chosen.get("temperature", 1.0) if sample else 0.0
-        return Options(
-            max_new_tokens=chosen.get("max_new_tokens"),
-            temperature=float(temperature),
-            top_k=chosen.get("top_k"),
-            top_p=chosen.get("top_p"),
-            min_p=chosen.get("min_p"),
-            repetition_penalty=chosen.get("repetition_penalty"),
-            seed=seed,
-            stop=_stop_strings(stop),
-            logprobs=logprobs,
-        )
-
-
-def _problem(name: str, value: Any) -> str | None:
-    valid, words = _RANGES[name]
-    return None if valid(value) else f"{name} must be {words}, not {value!r}"
-
-
-def _stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
-    if stop is None:
-        return ()
-    if not isinstance(stop, Iterable):
-        raise InputError(f"stop must be a string or several, not {stop!r}")
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    for entry in stops:
-        if not isinstance(entry, str) or not entry:
-            raise InputError(f"stop must be made of strings that are not empty, not {entry!r}")
-    return stops
+    stop: str | Sequence[str] | None
+    ignore_eos: bool | None
+    logprobs: bool | None
+    top_logprobs: int | None
+    processors: Sequence[LogitsProcessor] | None
+    sampler: Sampler | None

@@ -1,45 +1,56 @@
 """From the logits of one position to one token id.
 
-Knows logits processors and samplers, both of which work on one sequence and are plain
-callables, so that a caller may add their own. Semantics and order are those of Hugging
-Face transformers: repetition penalty, temperature, top-k, top-p, min-p. Does not know
-the model, the state, or where options come from.
+Knows samplers, which work on one sequence and are plain callables, so that a caller may bring one.
+Semantics and order are those of Hugging Face transformers: temperature, top-k, top-p, min-p. Does
+not know the model, the state, or what changes logits before (`processors`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-# (all token ids of the sequence so far, logits [V]) -> logits [V]. The logits may be changed.
-LogitsProcessor = Callable[[NDArray[np.int64], NDArray[np.float32]], NDArray[np.float32]]
-# logits [V] -> token id
-Sampler = Callable[[NDArray[np.float32]], int]
+from doge_onnx.runtime.generation.config import GenerationConfig
 
 # How many of the best candidates top-p sorts first, before it tries more.
 _FIRST_SORTED = 64
 
 
+class Sampler(Protocol):
+    """A callable that chooses the next token of one sequence."""
+
+    def __call__(self, logits: NDArray[np.float32], /) -> int:
+        """Choose a token.
+
+        Args:
+            logits: float32 `[V]`, after all logits processors.
+
+        Returns:
+            A token id, 0 to V - 1.
+        """
+        ...
+
+
+def sampler_of(options: GenerationConfig, number: int) -> Sampler:
+    """The sampler of one sequence of a batch.
+
+    Args:
+        options: With a temperature, or a sampler.
+        number: Of the sequence: each draws random numbers of its own.
+    """
+    if options.sampler is not None:
+        return options.sampler
+    if not options.temperature:
+        return greedy
+    rng = np.random.default_rng(None if options.seed is None else [options.seed, number])
+    return make_sampler(rng, options.temperature, options.top_k, options.top_p, options.min_p)
+
+
 def greedy(logits: NDArray[np.float32]) -> int:
     """The most likely token; of equals the one with the lowest id."""
     return int(logits.argmax())
-
-
-def repetition_penalty(penalty: float) -> LogitsProcessor:
-    """A processor that makes every token of the sequence so far less likely.
-
-    Positive logits of such tokens are divided by `penalty`, negative ones multiplied.
-    """
-
-    def process(tokens: NDArray[np.int64], logits: NDArray[np.float32]) -> NDArray[np.float32]:
-        # Repeated ids are read and written several times, always with the same value.
-        seen = logits[tokens]
-        logits[tokens] = np.where(seen < 0, seen * penalty, seen / penalty)
-        return logits
-
-    return process
 
 
 def make_sampler(
@@ -118,7 +129,14 @@ def keep_min_p(scores: NDArray[np.float64], p: float) -> NDArray[np.int64]:
     return np.flatnonzero(scores >= scores.max() + np.log(p))
 
 
-def log_probability(logits: NDArray[np.float32], token_id: int) -> float:
-    """Natural logarithm of a token's probability under the softmax of `logits`."""
+def log_probabilities(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Natural logarithms of all tokens' probabilities: those of the softmax of `logits`, `[V]`."""
     shifted = logits.astype(np.float64) - logits.max()
-    return float(shifted[token_id] - np.log(np.exp(shifted).sum()))
+    scores: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum())
+    return scores
+
+
+def largest(scores: NDArray[np.float64], count: int) -> NDArray[np.int64]:
+    """Indices of the largest scores, the largest first; of equals the lowest index first."""
+    candidates = keep_top_k(scores, count)
+    return candidates[np.argsort(-scores[candidates], kind="stable")][:count]

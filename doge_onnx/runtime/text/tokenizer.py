@@ -5,10 +5,14 @@ Knows token ids and strings. Does not know the model or how tokens are chosen.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import tokenizers
+from numpy.typing import NDArray
 
 from doge_onnx.errors import BundleError, InputError
 
@@ -24,7 +28,7 @@ _MAX_HELD = 16
 
 
 class Tokenizer:
-    """A bundle's tokenizer, as the runtime needs it."""
+    """A bundle's tokenizer: from text to token ids and back. `Model.tokenizer` is one."""
 
     def __init__(self, path: Path) -> None:
         """Load a tokenizer.json.
@@ -55,20 +59,39 @@ class Tokenizer:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise InputError(
-                f"the prompt holds a lone surrogate at position {error.start}"
-            ) from None
+            raise InputError(f"the text holds a lone surrogate at position {error.start}") from None
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
+    def decode(
+        self, token_ids: Sequence[int] | NDArray[np.integer[Any]], skip_special_tokens: bool = True
+    ) -> str:
+        """Text of some tokens.
+
+        Args:
+            token_ids: What the tokenizer does not know among them has no text.
+            skip_special_tokens: Leave out those that have a meaning rather than a text.
+
+        Raises:
+            InputError: Something that is no token id.
+        """
+        try:
+            text: str = self._tokenizer.decode(
+                [operator.index(token_id) for token_id in token_ids],
+                skip_special_tokens=skip_special_tokens,
+            )
+        except (TypeError, OverflowError):
+            raise InputError(f"token ids are whole numbers, 0 or more, not {token_ids!r}") from None
+        return text
+
+    def token(self, token_id: int) -> str | None:
+        """A token as the tokenizer's file spells it; None if it does not know the id."""
+        token: str | None = self._tokenizer.id_to_token(token_id)
+        return token
+
     def visible(self, token_id: int) -> bool:
         """Whether a token has text: it is neither special nor unknown to the tokenizer."""
-        return token_id not in self._silent and self._tokenizer.id_to_token(token_id) is not None
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of some visible tokens."""
-        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=False)
-        return text
+        return token_id not in self._silent and self.token(token_id) is not None
 
 
 class TextStream:

@@ -1,0 +1,221 @@
+"""One text while it is generated: from logits to a token, from a token to a piece, to its end.
+
+Knows everything that belongs to one sequence and nothing of the others beside it. Does not run
+the model: whoever does asks for a token, feeds it, and goes on until `finish_reason` is set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from doge_onnx.errors import InputError
+from doge_onnx.runtime.engine.runner import TopLogits
+from doge_onnx.runtime.generation.config import GenerationConfig
+from doge_onnx.runtime.generation.output import FinishReason, Piece, Timings, TokenLogprob
+from doge_onnx.runtime.generation.processors import make_processors
+from doge_onnx.runtime.generation.sampling import largest, log_probabilities, sampler_of
+from doge_onnx.runtime.text.tokenizer import StopFinder, TextStream, Tokenizer
+
+
+class GeneratedSequence:
+    """One text: its prompt, how its tokens are chosen, and when it ends.
+
+    Attributes:
+        prompt: Token ids, at least one.
+        max_new_tokens: Most tokens to generate.
+        candidates: How many of the largest logits `choose` looks at, and those that equal the
+            least of them; None for all.
+        cached_tokens: How many tokens of the prompt were not fed, because a prefix cache had
+            them; whoever runs the model sets it.
+    """
+
+    def __init__(
+        self,
+        prompt: list[int],
+        max_new_tokens: int,
+        options: GenerationConfig,
+        eos_token_ids: Collection[int] = frozenset(),
+        tokenizer: Tokenizer | None = None,
+        number: int = 0,
+    ) -> None:
+        """Begin a sequence.
+
+        Args:
+            prompt: Token ids, at least one.
+            max_new_tokens: Most tokens to generate, in place of the one in `options`.
+            options: Completed with what the bundle recommends; see `Defaults.resolve`.
+            eos_token_ids: Tokens that end a text.
+            tokenizer: Without one, pieces have no text.
+            number: Of the sequence in its batch; each draws random numbers of its own.
+        """
+        self.prompt = prompt
+        self.max_new_tokens = max_new_tokens
+        self.cached_tokens = 0
+        self._eos_token_ids = frozenset() if options.ignore_eos else frozenset(eos_token_ids)
+        self._processors = make_processors(options, len(prompt), self._eos_token_ids)
+        self._sampler = sampler_of(options, number)
+        self._top_logprobs = options.top_logprobs or 0
+        self._logprobs = bool(options.logprobs or self._top_logprobs)
+        # Somebody else's sampler may write into what it gets, as processors may.
+        self._copies = bool(self._processors) or options.sampler is not None
+        self.candidates = None
+        if not self._copies and not self._logprobs:
+            self.candidates = options.top_k if options.temperature else 1
+        self._tokens = _Tokens(prompt)
+        self._text = None if tokenizer is None else TextStream(tokenizer, prompt)
+        self._stops = StopFinder(options.stop or ())
+        self._chosen = _Chosen(0, None, None)
+        self._generated = 0
+        self._prefill_seconds = 0.0
+        self._decode_seconds = 0.0
+        self._finish_reason: FinishReason | None = None
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why the sequence has ended; None while it goes on."""
+        return self._finish_reason
+
+    def choose(self, logits: NDArray[np.float32] | TopLogits) -> int:
+        """Choose the next token.
+
+        Args:
+            logits: float32 `[V]`, which are not changed, or the largest of them: as many as
+                `candidates` says.
+
+        Raises:
+            InputError: The options leave no token, or a processor or sampler of the caller's own
+                returns something else than it should.
+        """
+        if isinstance(logits, TopLogits):
+            token_id = int(logits.ids[self._sampler(logits.logits)])
+            self._chosen = _Chosen(token_id, None, None)
+        else:
+            token_id = self._sample(self._processed(logits))
+            self._chosen = self._report(logits, token_id)
+        self._tokens.append(token_id)
+        return token_id
+
+    def accept(self, seconds: float) -> Piece:
+        """The piece of the token that was just chosen; the sequence may end with it.
+
+        Args:
+            seconds: How long the step took that made the token.
+        """
+        token_id = self._chosen.token_id
+        self._generated += 1
+        if self._generated == 1:
+            self._prefill_seconds = seconds
+        else:
+            self._decode_seconds += seconds
+        text = ""
+        if token_id in self._eos_token_ids:
+            self._finish_reason = "eos"
+        elif self._text is not None:
+            text = self._stops.push(self._text.push(token_id))
+        if self._finish_reason is None and self._generated == self.max_new_tokens:
+            self._finish_reason = "length"
+        if self._finish_reason is not None and self._text is not None:
+            text += self._stops.push(self._text.flush())
+        # Before all other reasons: the text ends in front of the token that they are about.
+        if self._stops.found:
+            self._finish_reason = "stop"
+        if self._finish_reason is not None:
+            text += self._stops.flush()
+        logprob, top = self._chosen.logprob, self._chosen.top
+        return Piece(
+            text,
+            (token_id,),
+            None if logprob is None else (logprob,),
+            None if top is None else (top,),
+            self._finish_reason,
+            None if self._finish_reason is None else self._timings(),
+        )
+
+    def no_room(self) -> Piece:
+        """The only piece of a sequence whose `max_new_tokens` is 0."""
+        self._finish_reason = "length"
+        return Piece(
+            "",
+            (),
+            () if self._logprobs else None,
+            () if self._top_logprobs else None,
+            self._finish_reason,
+            self._timings(),
+        )
+
+    def _processed(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        if not self._copies:
+            return logits
+        scores = logits.copy()
+        for process in self._processors:
+            scores = process(self._tokens.view(), scores)
+            if not isinstance(scores, np.ndarray) or scores.shape != logits.shape:
+                raise InputError(
+                    f"a logits processor must return logits of shape {list(logits.shape)}, not "
+                    f"{_form(scores)}"
+                )
+        if scores.max() == -np.inf:
+            raise InputError("no token is left to choose from: the options rule out all of them")
+        return scores
+
+    def _sample(self, scores: NDArray[np.float32]) -> int:
+        token_id = self._sampler(scores)
+        if isinstance(token_id, int | np.integer) and 0 <= token_id < len(scores):
+            return int(token_id)
+        raise InputError(
+            f"a sampler must return a token id, 0 to {len(scores) - 1}, not {token_id!r}"
+        )
+
+    def _report(self, logits: NDArray[np.float32], token_id: int) -> _Chosen:
+        """A token, with the log-probabilities that were asked for."""
+        if not self._logprobs:
+            return _Chosen(token_id, None, None)
+        distribution = log_probabilities(logits)
+        top = None
+        if self._top_logprobs:
+            ids = largest(distribution, self._top_logprobs).tolist()
+            top = tuple(TokenLogprob(i, float(distribution[i])) for i in ids)
+        return _Chosen(token_id, float(distribution[token_id]), top)
+
+    def _timings(self) -> Timings:
+        return Timings(
+            prompt_tokens=len(self.prompt),
+            prefill_seconds=self._prefill_seconds,
+            generated_tokens=self._generated,
+            decode_seconds=self._decode_seconds,
+            cached_tokens=self.cached_tokens,
+        )
+
+
+class _Chosen(NamedTuple):
+    token_id: int
+    logprob: float | None
+    top: tuple[TokenLogprob, ...] | None
+
+
+class _Tokens:
+    """Token ids that grow, in one array that is seldom copied."""
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        self._array = np.array(tokens, np.int64)
+        self._count = len(tokens)
+
+    def append(self, token_id: int) -> None:
+        if self._count == len(self._array):
+            self._array = np.concatenate([self._array, np.empty_like(self._array)])
+        self._array[self._count] = token_id
+        self._count += 1
+
+    def view(self) -> NDArray[np.int64]:
+        """All of them; nobody else may write into it."""
+        view = self._array[: self._count]
+        view.flags.writeable = False
+        return view
+
+
+def _form(value: object) -> str:
+    return f"shape {list(value.shape)}" if isinstance(value, np.ndarray) else type(value).__name__
