@@ -173,10 +173,14 @@ def _options() -> str:
     for field in dataclasses.fields(options.GenerationConfig):
         option: options.Option = field.metadata["option"]
         items.append(
-            f"- `{field.name}` (`{field.type}`): {option.help} It is {option.words}. "
+            f"- `{field.name}` (`{field.type}`): {option.help} {_capitalized(option.words)}. "
             f"Default: {option.default}.\n"
         )
     return "\nAttributes:\n\n" + "".join(items)
+
+
+def _capitalized(words: str) -> str:
+    return words[0].upper() + words[1:]
 
 
 def _signature(name: str, function: Any) -> str:
