@@ -18,7 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from checkpoints import SHAPES, random_checkpoint
@@ -27,7 +26,7 @@ from rich.progress import Progress
 from tables import replace_table
 
 import doge_onnx
-from doge_onnx.bundle import WEIGHTS_NAME, StateLayout, read_manifest, seal
+from doge_onnx.bundle import WEIGHTS_NAME, read_manifest, seal
 from doge_onnx.export import exporter, ort_format, rounding
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "edge.md"
@@ -100,7 +99,7 @@ def measure(
         "format": graph_format,
         "file_bytes": report.file_bytes,
         "peak_memory_bytes": None if peak is None else peak.median,
-        "state_bytes": state_bytes(read_manifest(bundle).state),
+        "state_bytes": read_manifest(bundle).state.token_bytes * TOKENS,
         "decode": {cell.context: cell.decode_tokens_per_second.median for cell in (short, long)},
         "prefill": long.prefill_tokens_per_second.median,
         "read_bytes_per_token": long.bytes_per_token,
@@ -116,12 +115,6 @@ def convert(bundle: Path) -> None:
     graph = ort_format.convert(bundle / manifest.graph)
     (bundle / WEIGHTS_NAME).unlink(missing_ok=True)
     seal(bundle, replace(manifest, graph=graph.name))
-
-
-def state_bytes(state: StateLayout) -> int:
-    """Bytes of the keys and values of `TOKENS` tokens."""
-    row = state.row_size * np.dtype(state.dtype).itemsize
-    return 2 * state.num_layers * state.num_heads * row * TOKENS
 
 
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:

@@ -40,11 +40,11 @@ from rich.table import Table
 
 import doge_onnx
 from doge_onnx.errors import DogeOnnxError
-from doge_onnx.measure.bench import Cell, copy_bandwidth, random_prompts, step_bytes
+from doge_onnx.measure.bandwidth import copy_bandwidth
+from doge_onnx.measure.bench import step_bytes
+from doge_onnx.measure.workload import Cell, random_prompts
 from doge_onnx.runtime.cuda.device_memory import DeviceMemory
 from doge_onnx.runtime.engine.device import CUDA, missing_for_cuda
-from doge_onnx.runtime.engine.weights import read_weights
-from doge_onnx.runtime.generation.config import Defaults
 from doge_onnx.runtime.model import Model
 
 TINY = Path(__file__).parent.parent / "examples" / "doge-tiny"
@@ -133,8 +133,6 @@ def measure_shape(
         print(f"{shape}: {problem}", file=sys.stderr)
     if not arguments.no_compile:
         competitors["compile"] = Theirs(checkpoint, compiled=True)
-    weights = read_weights(bundle / model.manifest.graph)
-    config = json.loads((bundle / "config.json").read_text(encoding="utf-8"))
     rows = []
     for context in arguments.contexts:
         for batch in arguments.batches:
@@ -143,7 +141,7 @@ def measure_shape(
             # torch.compile stops compiling after a number of shapes.
             torch.compiler.reset()
             prefill, decode, failed = time_cell(competitors, prompts, arguments.rounds)
-            read = step_bytes(weights, model.manifest, config, cell, DECODED)
+            read = step_bytes(model.manifest, cell, DECODED)
             rows.append(
                 {
                     "shape": shape,
@@ -174,12 +172,10 @@ class Ours:
 
     def __init__(self, model: Model) -> None:
         self._model = model
-        # No token ends a sequence: each run has the same number of steps.
-        model._defaults = Defaults(frozenset(), sample=False, values={})
 
     def run(self, prompts: list[list[int]], count: int) -> None:
         """Generate greedily; nothing ends a text."""
-        self._model.generate(prompts, max_new_tokens=count)
+        self._model.generate_batch(prompts, ignore_eos=True, temperature=0, max_new_tokens=count)
 
 
 class Theirs:

@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 import doge_onnx
-from doge_onnx.measure.bench import default_threads, read_bandwidth
+from doge_onnx.measure.bandwidth import default_threads, read_bandwidth
 
 PREFILL = 512
 DECODED = 32

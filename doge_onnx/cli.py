@@ -18,8 +18,9 @@ from typer.core import TyperGroup
 
 import doge_onnx
 from doge_onnx import cli_chat, cli_options, cli_output
-from doge_onnx.bundle import read_manifest
+from doge_onnx.bundle import Bundle, read_manifest
 from doge_onnx.errors import DogeOnnxError
+from doge_onnx.runtime.generation.defaults import GENERATION_CONFIG_NAME, ignored_fields
 
 _INTERRUPTED = 130
 
@@ -197,20 +198,14 @@ def evaluate(
 
 
 @app.command()
+@cli_options.generation_options()
 def generate(
     bundle: cli_options.Bundle,
     prompt: cli_options.Prompt = None,
     chat: cli_options.AsChat = False,
     system: cli_options.System = None,
-    max_new_tokens: cli_options.MaxNewTokens = None,
-    temperature: cli_options.Temperature = None,
-    top_k: cli_options.TopK = None,
-    top_p: cli_options.TopP = None,
-    min_p: cli_options.MinP = None,
-    repetition_penalty: cli_options.RepetitionPenalty = None,
-    seed: cli_options.Seed = None,
-    stop: cli_options.Stop = None,
-    logprobs: cli_options.Logprobs = False,
+    *,
+    options: dict[str, Any],
     json: cli_options.JsonCompletion = False,
     stats: cli_options.Stats = False,
     threads: cli_options.Threads = None,
@@ -225,8 +220,10 @@ def generate(
     options that are not given follow the bundle's generation_config.json, or else the defaults
     below.
     """
-    if logprobs and not json:
-        raise typer.BadParameter("it needs --json", param_hint="--logprobs")
+    for name in cli_options.REPORTED:
+        if options.get(name) and not json:
+            flag = f"--{name.replace('_', '-')}"
+            raise typer.BadParameter("it needs --json", param_hint=flag)
     if system is not None and not chat:
         raise typer.BadParameter("it needs --chat", param_hint="--system")
     text: Any = _prompt(prompt)
@@ -234,22 +231,11 @@ def generate(
         before = [] if system is None else [{"role": "system", "content": system}]
         text = [*before, {"role": "user", "content": text}]
     model = _load(bundle, device, threads, prefill_chunk, verbose, cuda_graph)
-    sampling: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "seed": seed,
-        "stop": stop,
-        "logprobs": logprobs,
-    }
     if json:
-        cli_output.completion_json(model.generate(text, **sampling), stats)
+        cli_output.completion_json(model.generate(text, **options), stats)
         return
     timings = None
-    pieces = model.stream(text, **sampling)
+    pieces = model.stream(text, **options)
     try:
         for piece in pieces:
             sys.stdout.write(piece.text)
@@ -264,17 +250,12 @@ def generate(
 
 
 @app.command()
+@cli_options.generation_options(without=cli_options.REPORTED)
 def chat(
     bundle: cli_options.Bundle,
     system: cli_options.System = None,
-    max_new_tokens: cli_options.MaxNewTokens = None,
-    temperature: cli_options.Temperature = None,
-    top_k: cli_options.TopK = None,
-    top_p: cli_options.TopP = None,
-    min_p: cli_options.MinP = None,
-    repetition_penalty: cli_options.RepetitionPenalty = None,
-    seed: cli_options.Seed = None,
-    stop: cli_options.Stop = None,
+    *,
+    options: dict[str, Any],
     threads: cli_options.Threads = None,
     prefill_chunk: cli_options.PrefillChunk = None,
     device: cli_options.Device = cli_options.Devices.auto,
@@ -288,17 +269,7 @@ def chat(
     context length, and then forgets the oldest turns.
     """
     model = _load(bundle, device, threads, prefill_chunk, verbose, cuda_graph)
-    conversation = model.chat(
-        system=system,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        stop=stop,
-    )
+    conversation = model.chat(system, **options)
     for message in cli_chat.messages():
         known = len(conversation.messages)
         cli_chat.print_answer(conversation.stream(message))
@@ -351,11 +322,12 @@ def info(
     json: cli_options.JsonManifest = False,
 ) -> None:
     """Show what a bundle holds."""
-    manifest = read_manifest(Path(bundle))
+    opened = Bundle(Path(bundle), read_manifest(Path(bundle)))
+    ignored = ignored_fields(opened.read_json(GENERATION_CONFIG_NAME))
     if json:
-        cli_output.json_text(manifest.to_json())
+        cli_output.manifest_json(opened.manifest, ignored)
     else:
-        cli_output.manifest(manifest)
+        cli_output.manifest(opened.manifest, ignored)
 
 
 @app.command()

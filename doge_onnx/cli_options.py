@@ -1,15 +1,26 @@
 """The arguments and options of the commands: type, limits and help of each.
 
 Does not know what they do. What is checked here is wrong usage, with an exit code of its own;
-the library checks all that it is given once more.
+the library checks all that it is given once more. Options of generation are those of
+`GenerationConfig`, which says what each of them means and may be.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import fields
 from enum import StrEnum
-from typing import Annotated
+from types import GenericAlias
+from typing import Annotated, Any
 
 import typer
+
+from doge_onnx.runtime.generation.config import GenerationConfig, Option
+
+# What is reported beside the text, so that a command which only writes a text lacks it.
+REPORTED = ("logprobs", "top_logprobs")
 
 
 class Precisions(StrEnum):
@@ -77,6 +88,86 @@ class Formats(StrEnum):
 
     onnx = "onnx"
     ort = "ort"
+
+
+def generation_options(
+    without: Collection[str] = (),
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of generation, in the place of its parameter `options`.
+
+    The command gets those that are given as one dict. Options in `without` are left out.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        added = list(_generation_parameters(without))
+        names = [parameter.name for parameter in added]
+
+        @functools.wraps(command)
+        def run(**arguments: Any) -> None:
+            given = {name: arguments.pop(name) for name in names}
+            options = {name: value for name, value in given.items() if value is not None}
+            command(**arguments, options=options)
+
+        signature = inspect.signature(command, eval_str=True)
+        parameters: list[inspect.Parameter] = []
+        for parameter in signature.parameters.values():
+            parameters += added if parameter.name == "options" else [parameter]
+        keyword_only = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in parameters]
+        vars(run)["__signature__"] = signature.replace(parameters=keyword_only)
+        return run
+
+    return decorate
+
+
+def _generation_parameters(without: Collection[str]) -> Iterator[inspect.Parameter]:
+    for entry in fields(GenerationConfig):
+        option: Option = entry.metadata["option"]
+        if option.kind is None or entry.name in without:
+            continue
+        flag = f"--{entry.name.replace('_', '-')}"
+        words = [option.help]
+        if entry.name in REPORTED:
+            words.append("Needs --json.")
+        if option.several:
+            words.append("May be given several times.")
+        if option.kind is not bool:
+            words.append(f"Default: {option.default}.")
+        info = typer.Option(
+            flag, metavar=option.metavar, help=" ".join(words), callback=_reader(entry.name, option)
+        )
+        kind: Any = GenericAlias(list, option.kind) if option.several else option.kind
+        yield inspect.Parameter(
+            entry.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[kind | None, info],
+        )
+
+
+def _reader(name: str, option: Option) -> Callable[[Any], Any]:
+    """What makes the value of an option out of what the command line holds, and checks it."""
+
+    def read(value: Any) -> Any:
+        if value is None or value == []:
+            return None
+        if name == "logit_bias":
+            value = _biases(value)
+        if not option.valid(value):
+            raise typer.BadParameter(f"it must be {option.words}, not {value!r}")
+        return value
+
+    return read
+
+
+def _biases(entries: list[str]) -> dict[int, float]:
+    biases = {}
+    for entry in entries:
+        token_id, _, bias = entry.partition("=")
+        try:
+            biases[int(token_id)] = float(bias)
+        except ValueError:
+            raise typer.BadParameter(f"{entry!r} is not ID=BIAS, such as 42=-1.5") from None
+    return biases
 
 
 class Counts(tuple[int, ...]):
@@ -273,72 +364,6 @@ System = Annotated[
         metavar="TEXT", help="What the model is told before the conversation. Default: nothing."
     ),
 ]
-MaxNewTokens = Annotated[
-    int | None,
-    typer.Option(
-        min=0,
-        metavar="N",
-        help="Most tokens to generate. Default: up to the end of the context.",
-    ),
-]
-Temperature = Annotated[
-    float | None,
-    typer.Option(
-        min=0,
-        metavar="T",
-        help="0 always takes the most likely token (greedy); higher is more varied. Default: "
-        "what the bundle recommends, else greedy.",
-    ),
-]
-TopK = Annotated[
-    int | None,
-    typer.Option(
-        min=1, metavar="K", help="Sample from the K most likely tokens. Default: no limit."
-    ),
-]
-TopP = Annotated[
-    float | None,
-    typer.Option(
-        min=0,
-        max=1,
-        metavar="P",
-        help="Sample from the most likely tokens that have probability P together, above 0 "
-        "and at most 1. Default: all.",
-    ),
-]
-MinP = Annotated[
-    float | None,
-    typer.Option(
-        min=0,
-        max=1,
-        metavar="P",
-        help="Sample from tokens at least P times as likely as the best one, 0 to 1. Default: all.",
-    ),
-]
-RepetitionPenalty = Annotated[
-    float | None,
-    typer.Option(
-        min=0,
-        metavar="R",
-        help="Above 1 makes tokens that already occurred less likely; 1.1 is mild. Default: none.",
-    ),
-]
-Seed = Annotated[
-    int | None,
-    typer.Option(
-        min=0,
-        metavar="N",
-        help="The same seed gives the same text. Default: another text each time.",
-    ),
-]
-Stop = Annotated[
-    list[str] | None,
-    typer.Option(metavar="TEXT", help="End before this text appears; may be given several times."),
-]
-Logprobs = Annotated[
-    bool,
-    typer.Option("--logprobs", help="With --json: add the natural log-probability of every token."),
-]
 JsonCompletion = Annotated[
     bool,
     typer.Option("--json", help="Print one JSON object at the end instead of streaming text."),
@@ -378,7 +403,7 @@ CudaGraph = Annotated[
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Let ONNX Runtime's warnings through.")]
 JsonManifest = Annotated[
-    bool, typer.Option("--json", help="Print the manifest as it is, for a program.")
+    bool, typer.Option("--json", help="Print the manifest as one JSON object, for a program.")
 ]
 Contexts = Annotated[
     Counts | None,

@@ -11,7 +11,8 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
     from doge_onnx.export.exporter import ExportReport
     from doge_onnx.export.verify import ParityReport
     from doge_onnx.hub import PushReport
-    from doge_onnx.measure.bench import BenchReport, Spread
+    from doge_onnx.measure.bench import BenchReport
     from doge_onnx.measure.evaluate import QualityReport
+    from doge_onnx.measure.workload import Spread
     from doge_onnx.runtime.generation.output import Completion, Timings
 
 _stdout = Console(highlight=False, markup=False)
@@ -182,8 +184,8 @@ def quality_json(report: QualityReport) -> None:
     json_text(json.dumps(report.as_dict(), ensure_ascii=False))
 
 
-def manifest(shown: Manifest) -> None:
-    """Print a manifest for a person."""
+def manifest(shown: Manifest, ignored: Sequence[str]) -> None:
+    """Print a manifest for a person, and what of generation_config.json is not done."""
     state = shown.state
     row = f"{state.num_heads} heads x {state.row_size} channels ({state.head_dim} + gates + rest)"
     _print_section(
@@ -201,6 +203,7 @@ def manifest(shown: Manifest) -> None:
         {
             "file": shown.graph,
             "target": shown.target,
+            "made for": shown.device,
             "precision": shown.precision,
             "activations": shown.activations,
             "state": f"{state.kind}, {state.num_layers} layers, {state.dtype}",
@@ -213,6 +216,8 @@ def manifest(shown: Manifest) -> None:
     _print_section("Parity", _spaced(parity))
     if shown.quality is not None:
         _print_section("Quality", _spaced(shown.quality))
+    if ignored:
+        _print_section("Generation", {"asked for, not done": ", ".join(ignored)})
     _print_section("Made with", shown.versions)
     sizes = {
         name: entry.get("size") if isinstance(entry, dict) else None
@@ -222,6 +227,12 @@ def manifest(shown: Manifest) -> None:
         "Files",
         {name: _megabytes(size) if isinstance(size, int) else None for name, size in sizes.items()},
     )
+
+
+def manifest_json(shown: Manifest, ignored: Sequence[str]) -> None:
+    """Print the same for a program."""
+    fields = json.loads(shown.to_json()) | {"ignored_generation_options": list(ignored)}
+    json_text(json.dumps(fields, indent=2, ensure_ascii=False))
 
 
 def push(report: PushReport) -> None:
@@ -336,6 +347,10 @@ def completion_json(completion: Completion, stats: bool) -> None:
     }
     if completion.logprobs is not None:
         fields["logprobs"] = completion.logprobs
+    if completion.top_logprobs is not None:
+        fields["top_logprobs"] = [
+            [asdict(token) for token in tokens] for tokens in completion.top_logprobs
+        ]
     if stats:
         timings = completion.timings
         fields["stats"] = {

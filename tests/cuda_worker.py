@@ -19,7 +19,6 @@ from unittest import mock
 from doge_onnx.runtime.cuda.graph_replay import FixedSteps
 from doge_onnx.runtime.cuda.runner import _CudaSession
 from doge_onnx.runtime.engine.device import CUDA_PROVIDER, placed
-from doge_onnx.runtime.generation.config import Defaults
 from doge_onnx.runtime.model import Model, load
 
 STEPS = 10
@@ -42,7 +41,8 @@ def events(model: Model, prompts: list[list[int]], **options) -> dict[str, int]:
 
     _CudaSession.step = watched
     try:
-        model.generate(prompts, max_new_tokens=STEPS + 8, **options)
+        # Nothing ends a text.
+        model.generate_batch(prompts, max_new_tokens=STEPS + 8, ignore_eos=True, **options)
     finally:
         _CudaSession.step = step
     # The first ones fill the memory of those that come.
@@ -65,8 +65,6 @@ def look(bundle: str, what: str) -> dict[str, object]:
 def look_at(model: Model, what: str) -> dict[str, object]:
     """The same of a model that is loaded."""
     recorded.clear()
-    # Nothing ends a text.
-    model._defaults = Defaults(frozenset(), sample=False, values={})
     nodes = placed(model._runner._session)
     result: dict[str, object] = {
         "device": model.device,
@@ -82,7 +80,7 @@ def look_at(model: Model, what: str) -> dict[str, object]:
         result["top-k"] = events(model, even, temperature=1.0, top_k=5, seed=0)
         result["all"] = events(model, even, temperature=1.0, seed=0)
         # Past the first capacity of a buffer, and with a state that is continued twice.
-        text = model.generate([3, 4, 5], max_new_tokens=300)
+        text = model.generate([3, 4, 5], max_new_tokens=300, ignore_eos=True)
         result["tokens"] = len(text.token_ids)
         result["recorded"] = sorted(recorded)
         _, state = model.forward(even)

@@ -17,7 +17,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from doge_onnx.bundle import GRAPH_NAME, Manifest, StateLayout, seal
+from doge_onnx.bundle import GRAPH_NAME, seal
+from doge_onnx.manifest import ClosedRow, Manifest, StateLayout, WeightsRead
 
 HEADS, ROW, HEAD_DIM, LAYERS = 1, 16, 8, 2
 WIDTH = 8
@@ -25,6 +26,8 @@ CONTEXT = 300
 CLOSED = -1e4
 # Of the rows of an int8 state, which so hold numbers up to 25.
 INT8_STEP = 0.2
+# What the manifest says, whatever the graph has.
+WEIGHTS_READ = WeightsRead(whole=1000, per_token=8)
 BOS, EOS = "<s>", "</s>"
 _MS = "com.microsoft"
 _HUGE = np.iinfo(np.int64).max
@@ -246,16 +249,22 @@ def manifest(in_place: bool = True, **changes) -> Manifest:
         "in_place": in_place,
     }
     state |= {name: changes.pop(name) for name in list(changes) if name in state}
+    closed = -127 if state["dtype"] == "int8" else CLOSED
     values = {
         "target": "ort" if in_place else "portable",
+        "device": "cpu",
         "precision": "fp32",
+        "activations": "float32",
         "context_length": CONTEXT,
         "vocab_size": VOCAB,
         "parameters": 0,
+        "weights_read": WEIGHTS_READ,
+        "graph": GRAPH_NAME,
         "source": {"model": "fake", "revision": None},
         "versions": {},
     }
-    return Manifest(state=StateLayout(**state), **(values | changes))
+    layout = StateLayout(**state, closing=ClosedRow((HEAD_DIM,), closed))
+    return Manifest(state=layout, **(values | changes))
 
 
 def write(

@@ -226,12 +226,12 @@ def test_a_window_has_room_for_every_context():
 def test_the_longest_context_that_fits_runs_in_full(fake):
     tokens = 3
     (cell,), _ = bench.choose_cells(read_manifest(fake), [CONTEXT - tokens - 1], [1], tokens)
-    model = bench._load(fake, None)
+    model = doge_onnx.load(fake)
     prompts = bench.random_prompts(cell, VOCAB)
-    assert len(model.generate(prompts, max_new_tokens=tokens + 1)[0].token_ids) == tokens + 1
+    assert len(workload.generate_plain(model, prompts, tokens + 1)[0].token_ids) == tokens + 1
     # One more does not.
     longer = bench.random_prompts(Cell(cell.context + 1, 1), VOCAB)
-    assert len(model.generate(longer, max_new_tokens=tokens + 1)[0].token_ids) == tokens
+    assert len(workload.generate_plain(model, longer, tokens + 1)[0].token_ids) == tokens
 
 
 class Script:
@@ -274,13 +274,14 @@ def test_neither_an_end_of_text_nor_recommended_options_change_a_run(tmp_path):
         "eos_token_id": list(range(VOCAB)),
         "do_sample": True,
         "repetition_penalty": 1.5,
+        "no_repeat_ngram_size": 1,
         "max_new_tokens": 2,
     }
-    path = fake_bundle.write(tmp_path / "b", generation=recommended)
-    assert len(doge_onnx.load(path).generate([3, 4], max_new_tokens=9).token_ids) == 1
+    model = doge_onnx.load(fake_bundle.write(tmp_path / "b", generation=recommended))
+    assert len(model.generate([3, 4], max_new_tokens=9).token_ids) == 1
     plain = fake_bundle.write(tmp_path / "plain", generation={"eos_token_id": []})
     expected = doge_onnx.load(plain).generate([3, 4], max_new_tokens=9, temperature=0).token_ids
-    assert bench._load(path, None).generate([3, 4], max_new_tokens=9).token_ids == expected
+    assert workload.generate_plain(model, [[3, 4]], 9)[0].token_ids == expected
     assert len(expected) == 9
 
 

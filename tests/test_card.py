@@ -16,6 +16,7 @@ import huggingface_hub
 import javascript
 import numpy as np
 import pytest
+import watching
 from conftest import TINY_CHECKPOINT
 from environments import environment
 from tokenizers import Tokenizer
@@ -342,7 +343,7 @@ def test_the_snippets_of_a_conversational_model_send_a_message(conversational):
     messages = [{"role": "user", "content": PROMPT}]
     whole = model.generate(messages, max_new_tokens=100)
     assert run([sys.executable, "-c"], python, conversational).stdout == whole.text + "\n"
-    count = clear_tokens(model, model._prompt_ids(messages), whole.token_ids)
+    count = clear_tokens(model, watching.prompt_ids(model, messages), whole.token_ids)
     assert count > 10
     clear = model.generate(messages, max_new_tokens=min(count, 40)).text
     interpreter = environment(ROOT / "tests/requirements/genai.txt")

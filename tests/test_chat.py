@@ -13,19 +13,24 @@ import older_checkpoints
 import pytest
 from chat_templates import PLAIN, tokenizer_files
 from typer.testing import CliRunner
+from watching import Fault, Watcher
 
 import doge_onnx
 from doge_onnx import cli, cli_chat
 from doge_onnx.errors import InputError
+from doge_onnx.runtime.engine.growing_runner import GrowingRunner
 
 # --- answers to messages ------------------------------------------------------------------
 
 
 @pytest.fixture(params=["in place", "copying"])
-def model(request, tmp_path):
-    path = fake_bundle.write(
-        tmp_path / "b", in_place=request.param == "in place", chat_template=PLAIN
-    )
+def path(request, tmp_path):
+    in_place = request.param == "in place"
+    return fake_bundle.write(tmp_path / "b", in_place=in_place, chat_template=PLAIN)
+
+
+@pytest.fixture
+def model(path):
     return doge_onnx.load(path)
 
 
@@ -37,36 +42,46 @@ def test_messages_are_a_prompt_and_lists_of_them_a_batch(model):
     short, long = user("the cat"), user("the dog and the hat", "and the cat")
     single = model.generate(short, max_new_tokens=8)
     assert single.text == model.generate(
-        model._text_tokenizer.encode("<s>[user] the cat</s>[assistant] ", add_special_tokens=False),
+        model.tokenizer.encode("<s>[user] the cat</s>[assistant] ", add_special_tokens=False),
         max_new_tokens=8,
     ).text  # fmt: skip
-    assert "".join(model.stream(short, max_new_tokens=8)) == single.text
-    batch = model.generate([short, long, "the"], max_new_tokens=8)
+    pieces = model.stream(short, max_new_tokens=8)
+    assert "".join(piece.text for piece in pieces) == single.text
+    batch = model.generate_batch([short, long, "the"], max_new_tokens=8)
     alone = [single, *(model.generate(prompt, max_new_tokens=8) for prompt in (long, "the"))]
     assert [c.token_ids for c in batch] == [c.token_ids for c in alone]
 
 
-def turns(model, chat, *contents):
+def send(chat, watcher, content):
+    """Say something; the answer, the tokens of its prompt, and how many are in the state then."""
+    watcher.seen.clear()
+    answer = chat.send(content)
+    # The last token that is chosen is not fed.
+    return answer, watcher.seen[0], len(watcher.seen[-1])
+
+
+def turns(model, chat, watcher, *contents):
     """Say things; check each answer against one to the whole conversation, and what was fed."""
+    known = 0
     for content in contents:
-        known = len(chat._memory.tokens)
         said = [*chat.messages, *user(content)]
-        answer = chat.send(content)
-        ids = chat._memory.tokens[: answer.prompt_tokens]
+        answer, ids, fed = send(chat, watcher, content)
         # A model need not cut its text as a tokenizer would.
-        whole = model.generate(list(ids), max_new_tokens=12)
+        whole = model.generate(ids, max_new_tokens=12)
         assert answer.token_ids == whole.token_ids
         assert chat.messages == [*said, {"role": "assistant", "content": answer.text}]
         assert answer.timings.cached_tokens == known
-        text = model._text_tokenizer.decode([i for i in ids if model._text_tokenizer.visible(i)])
+        known = fed
+        text = model.tokenizer.decode(ids)
         prompt = model.apply_chat_template(said)
         assert text == prompt.replace("<s>", "").replace("</s>", "")
 
 
 def test_each_turn_feeds_what_is_new_and_no_more(model):
-    chat = model.chat(system="and", max_new_tokens=12)
+    watcher = Watcher()
+    chat = model.chat(system="and", max_new_tokens=12, processors=[watcher])
     assert chat.messages == [{"role": "system", "content": "and"}]
-    turns(model, chat, "the cat", "the dog", "the hat and", "x")
+    turns(model, chat, watcher, "the cat", "the dog", "the hat and", "x")
 
 
 def test_the_template_alone_says_how_an_answer_ends(model, tmp_path):
@@ -75,33 +90,43 @@ def test_the_template_alone_says_how_an_answer_ends(model, tmp_path):
     path = fake_bundle.write(
         tmp_path / "other", chat_template=PLAIN, generation={"eos_token_id": [1, token_ids[-1]]}
     )
-    chat = doge_onnx.load(path).chat(max_new_tokens=9)
+    watcher = Watcher()
+    chat = doge_onnx.load(path).chat(max_new_tokens=9, processors=[watcher])
     first = chat.send("the cat")
     assert (first.finish_reason, first.token_ids) == ("eos", token_ids)
-    second = chat.send("the dog")
-    encode = model._text_tokenizer.encode
+    _, prompt, _ = send(chat, watcher, "the dog")
+    encode = model.tokenizer.encode
     expected = [
         *encode("<s>[user] the cat</s>[assistant] ", add_special_tokens=False),
         *token_ids[:-1],
         *encode("</s>[user] the dog</s>[assistant] ", add_special_tokens=False),
     ]
-    assert chat._memory.tokens[: second.prompt_tokens] == expected
+    assert prompt == expected
 
 
-def test_a_turn_goes_on_in_the_buffer_of_the_last_one(tmp_path):
+def test_a_turn_goes_on_in_the_buffer_of_the_last_one(tmp_path, monkeypatch):
+    buffers = []
+    step = GrowingRunner.step
+
+    def watched(*arguments, **keywords):
+        logits, state = step(*arguments, **keywords)
+        buffers.append(state.buffer)
+        return logits, state
+
+    monkeypatch.setattr(GrowingRunner, "step", watched)
     chat = doge_onnx.load(fake_bundle.write(tmp_path / "b", chat_template=PLAIN)).chat(
         max_new_tokens=12
     )
-    buffers = []
     for content in ("the cat", "the dog"):
         chat.send(content)
-        buffers.append(chat._memory.state.buffer)
-    assert buffers[0] is buffers[1]
+    assert len(buffers) >= 2
+    assert all(buffer is buffers[0] for buffer in buffers)
 
 
 def test_a_buffer_that_a_conversation_outgrows(model):
-    chat = model.chat(max_new_tokens=12)
-    turns(model, chat, *["the cat and the dog"] * 4)
+    watcher = Watcher()
+    chat = model.chat(max_new_tokens=12, processors=[watcher])
+    turns(model, chat, watcher, *["the cat and the dog"] * 4)
 
 
 def test_a_stop_string_is_no_part_of_the_conversation(model):
@@ -117,64 +142,63 @@ def test_a_stop_string_is_no_part_of_the_conversation(model):
 
 
 def test_an_answer_that_is_closed_stands_as_far_as_it_was_read(model):
-    chat = model.chat(max_new_tokens=50)
+    watcher = Watcher()
+    chat = model.chat(max_new_tokens=50, processors=[watcher])
     answer = chat.stream("the cat")
-    read = "".join(next(answer) for _ in range(7))
+    read = "".join(next(answer).text for _ in range(7))
     with pytest.raises(InputError, match="has not ended"):
         chat.send("x")
     answer.close()
     assert chat.messages[1:] == [{"role": "assistant", "content": read}]
-    fed = len(chat._memory.tokens)
-    following = chat.send("the dog")
+    fed = len(watcher.seen[-1])
+    following, ids, _ = send(chat, watcher, "the dog")
     assert following.timings.cached_tokens > 5
     assert following.timings.cached_tokens <= fed
-    ids = chat._memory.tokens[: following.prompt_tokens]
-    assert following.token_ids == model.generate(list(ids), max_new_tokens=50).token_ids
+    assert following.token_ids == model.generate(ids, max_new_tokens=50).token_ids
 
 
 def test_an_answer_that_is_not_begun_changes_nothing(model):
     chat = model.chat(max_new_tokens=5)
     chat.stream("the cat").close()
     assert chat.messages == []
-    assert chat.send("the dog").token_ids == model.generate(user("the dog"), 5).token_ids
+    assert (
+        chat.send("the dog").token_ids
+        == model.generate(user("the dog"), max_new_tokens=5).token_ids
+    )
 
 
-def test_a_run_that_fails_is_forgotten_and_read_again(model, monkeypatch):
-    chat = model.chat(max_new_tokens=6)
-    chat.send("the cat")
-    decoder = type(model._runner.decoder(model.forward([[1]])[1]))
-    with monkeypatch.context() as patch:
-        patch.setattr(decoder, "step", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            chat.send("the dog")
-    assert chat._memory.state is None
-    following = chat.send("and")
+def test_a_run_that_fails_is_forgotten_and_read_again(model):
+    fault = Fault(ZeroDivisionError(), call=8)
+    chat = model.chat(max_new_tokens=6, processors=[fault])
+    assert len(chat.send("the cat").token_ids) == 6
+    with pytest.raises(ZeroDivisionError):
+        chat.send("the dog")
+    following, ids, _ = send(chat, fault, "and")
     assert following.timings.cached_tokens == 0
-    ids = chat._memory.tokens[: following.prompt_tokens]
-    assert following.token_ids == model.generate(list(ids), max_new_tokens=6).token_ids
+    assert following.token_ids == model.generate(ids, max_new_tokens=6).token_ids
 
 
 def test_messages_may_be_changed_between_turns(model):
-    chat = model.chat(max_new_tokens=6)
+    watcher = Watcher()
+    chat = model.chat(max_new_tokens=6, processors=[watcher])
     chat.send("the cat")
     chat.send("the dog")
     # The last turn never was.
     del chat.messages[2:]
-    again = chat.send("the hat")
+    again, ids, _ = send(chat, watcher, "the hat")
     assert again.timings.cached_tokens > 0
-    ids = chat._memory.tokens[: again.prompt_tokens]
-    assert again.token_ids == model.generate(list(ids), max_new_tokens=6).token_ids
+    assert again.token_ids == model.generate(ids, max_new_tokens=6).token_ids
     assert [message["content"] for message in chat.messages[::2]] == ["the cat", "the hat"]
 
 
 def test_the_oldest_turns_are_forgotten_when_the_context_is_full(model):
-    chat = model.chat(system="and", max_new_tokens=10)
+    watcher = Watcher()
+    chat = model.chat(system="and", max_new_tokens=10, processors=[watcher])
     for number in range(12):
-        answer = chat.send(f"the cat {number} and the dog and the hat")
+        answer, ids, _ = send(chat, watcher, f"the cat {number} and the dog and the hat")
         assert len(answer.token_ids) == 10
         assert answer.prompt_tokens <= fake_bundle.CONTEXT - 10
-        ids = chat._memory.tokens[: answer.prompt_tokens]
-        assert answer.token_ids == model.generate(list(ids), max_new_tokens=10).token_ids
+        assert answer.token_ids == model.generate(ids, max_new_tokens=10).token_ids
     assert chat.messages[0] == {"role": "system", "content": "and"}
     assert chat.messages[1]["role"] == "user"
     assert 2 < len(chat.messages) < 25
@@ -203,21 +227,20 @@ def test_a_conversation_with_a_state_of_constant_size(tmp_path):
     path = tmp_path / "bundle"
     doge_onnx.export(checkpoint, path, state="window", verify=False)
     model = doge_onnx.load(path)
-    chat = model.chat(max_new_tokens=12)
-    turns_fed = 0
+    watcher = Watcher()
+    chat = model.chat(max_new_tokens=12, processors=[watcher])
+    known = 0
     for content in ("Hello there", "And then?", "More"):
-        answer = chat.send(content)
-        ids = chat._memory.tokens[: answer.prompt_tokens]
-        assert answer.token_ids == model.generate(list(ids), max_new_tokens=12).token_ids
-        assert answer.timings.cached_tokens == turns_fed
-        turns_fed = len(chat._memory.tokens)
-    assert turns_fed > 24
+        answer, ids, fed = send(chat, watcher, content)
+        assert answer.token_ids == model.generate(ids, max_new_tokens=12).token_ids
+        assert answer.timings.cached_tokens == known
+        known = fed
+    assert known > 24
     # It cannot go back: everything is read again.
     del chat.messages[2:]
-    again = chat.send("Hm")
+    again, ids, _ = send(chat, watcher, "Hm")
     assert again.timings.cached_tokens == 0
-    ids = chat._memory.tokens[: again.prompt_tokens]
-    assert again.token_ids == model.generate(list(ids), max_new_tokens=12).token_ids
+    assert again.token_ids == model.generate(ids, max_new_tokens=12).token_ids
 
 
 # --- the command line ---------------------------------------------------------------------
@@ -227,8 +250,7 @@ def invoke(*arguments, **options):
     return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], **options)
 
 
-def test_generate_answers_a_message(model):
-    path = model._bundle.path
+def test_generate_answers_a_message(model, path):
     result = invoke("generate", path, "--chat", "the cat", "--max-new-tokens", 8)
     assert result.stdout == model.generate(user("the cat"), max_new_tokens=8).text + "\n"
     result = invoke(
@@ -241,8 +263,7 @@ def test_generate_answers_a_message(model):
     assert (result.exit_code, "--chat" in result.stderr) == (2, True)
 
 
-def test_chat_answers_line_by_line(model):
-    path = model._bundle.path
+def test_chat_answers_line_by_line(model, path):
     result = invoke(
         "chat", path, "--system", "and", "--max-new-tokens", 8, input="the cat\n\n  \nthe dog é"
     )
@@ -252,8 +273,7 @@ def test_chat_answers_line_by_line(model):
     assert (result.exit_code, result.stderr) == (0, "")
 
 
-def test_chat_says_when_it_forgets(model):
-    path = model._bundle.path
+def test_chat_says_when_it_forgets(path):
     result = invoke("chat", path, "--max-new-tokens", 4, input="the cat and the hat\n" * 12)
     assert result.exit_code == 0
     assert "are forgotten" in result.stderr

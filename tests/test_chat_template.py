@@ -8,6 +8,7 @@ from datetime import datetime
 import fake_bundle
 import pytest
 import transformers
+import watching
 from chat_templates import CONVERSATIONS, PLAIN, TEMPLATES, tokenizer_files
 
 import doge_onnx
@@ -24,7 +25,7 @@ def prompts(directory, conversation, add_generation_prompt):
     ids = theirs.apply_chat_template(conversation, return_dict=False, **options)
     model = doge_onnx.load(directory)
     ours = model.apply_chat_template(conversation, add_generation_prompt)
-    tokenizer = model._text_tokenizer
+    tokenizer = model.tokenizer
     return (text, ids), (ours, tokenizer.encode(ours, add_special_tokens=False))
 
 
@@ -77,8 +78,8 @@ def test_a_template_is_found_where_transformers_finds_it(where, tmp_path):
 
 def test_the_beginning_of_a_text_is_not_doubled(tmp_path):
     model = doge_onnx.load(fake_bundle.write(tmp_path / "b", chat_template=PLAIN))
-    assert model._prompt_ids("x").count(0) == 1
-    assert model._prompt_ids([{"role": "user", "content": "x"}]).count(0) == 1
+    assert watching.prompt_ids(model, "x").count(0) == 1
+    assert watching.prompt_ids(model, [{"role": "user", "content": "x"}]).count(0) == 1
 
 
 def test_the_date_is_today(tmp_path):

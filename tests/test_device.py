@@ -259,12 +259,10 @@ PROMPTS = [[3, 4, 5, 6, 7, 8], [9], [3, 3, 5]]
 )
 def test_texts_are_the_same_wherever_the_state_is(pair, options):
     here, there = pair
-    for prompt in (PROMPTS[0], PROMPTS):
-        ours = there.generate(prompt, max_new_tokens=9, **options)
-        usual = here.generate(prompt, max_new_tokens=9, **options)
-        for one, other in zip(
-            *([x] if prompt is PROMPTS[0] else x for x in (ours, usual)), strict=True
-        ):
+    for prompts in (PROMPTS[:1], PROMPTS):
+        ours = there.generate_batch(prompts, max_new_tokens=9, **options)
+        usual = here.generate_batch(prompts, max_new_tokens=9, **options)
+        for one, other in zip(ours, usual, strict=True):
             assert one.token_ids == other.token_ids
             assert one.logprobs == other.logprobs
 
@@ -346,7 +344,7 @@ def test_window_states_on_a_device(tmp_path, make_bundle, main_checkpoint):
     for model in (here, there):
         model.first, state = model.forward(ids[:, :70], logits="all")
         model.second, _ = model.forward(ids[:, 70:], state, logits="all")
-        model.text = model.generate([[3, 4, 5], [6]], max_new_tokens=80)
+        model.text = model.generate_batch([[3, 4, 5], [6]], max_new_tokens=80)
     np.testing.assert_allclose(there.first, here.first, atol=1e-4)
     np.testing.assert_allclose(there.second, here.second, atol=1e-4)
     assert [t.token_ids for t in there.text] == [t.token_ids for t in here.text]

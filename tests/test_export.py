@@ -472,7 +472,7 @@ def test_a_full_text_does_not_end_a_shorter_one_beside_it(main):
     model = doge_onnx.load(main.path, device="cpu")
     full, short = random_ids(CONTEXT), random_ids(5, seed=1)
     alone = model.generate(short, max_new_tokens=4).token_ids
-    assert model.generate([full, short], max_new_tokens=4)[1].token_ids == alone
+    assert model.generate_batch([full, short], max_new_tokens=4)[1].token_ids == alone
     # More padded columns at once than the context has positions.
     ids, mask = np.zeros((1, CONTEXT + 9), np.int64), np.zeros((1, CONTEXT + 9), np.int64)
     ids[0, -5:], mask[0, -5:] = short, 1

@@ -25,11 +25,11 @@ from doge_onnx.runtime.cuda.runner import CudaGrowingRunner
 from doge_onnx.runtime.engine import device as devices
 from doge_onnx.runtime.engine import loader as loading
 from doge_onnx.runtime.engine.session import PAST_LENGTH
-from doge_onnx.runtime.generation.config import Defaults
+from doge_onnx.runtime.generation.defaults import Defaults
 
 CAPACITY = 24
 # Greedy, and no token ends a text.
-ENDLESS = Defaults(frozenset(), sample=False, values={})
+ENDLESS = Defaults()
 
 
 @pytest.fixture(scope="module")
@@ -212,9 +212,9 @@ def test_steps_are_replayed_after_some_and_what_was_captured_is_used_again(half_
     assert other == usual.generate([6, 7], max_new_tokens=9).token_ids
     assert session.runs == [-1] + [1] * 8
     # Of two sequences it is another graph; and so it is while a state is kept.
-    for prompts, number in (([[3], [4]], 2), ([3], 1)):
+    for prompts, number in (([[3], [4]], 2), ([[3]], 1)):
         del session.runs[:]
-        model.generate(prompts, **options)
+        model.generate_batch(prompts, **options)
         assert max(session.runs) == number
     # The buffer is kept, so that nothing of it may be written anew.
     _, state = model.forward([[3, 4, 5]])
@@ -233,8 +233,8 @@ def test_what_a_text_leaves_behind_changes_no_other(half_bundle):
         lengths = rng.integers(1, 20, int(rng.integers(1, 4)))
         prompts = [rng.integers(0, 97, length).tolist() for length in lengths]
         count = int(rng.integers(1, 30))
-        ours = model.generate(prompts, max_new_tokens=count)
-        expected = usual.generate(prompts, max_new_tokens=count)
+        ours = model.generate_batch(prompts, max_new_tokens=count)
+        expected = usual.generate_batch(prompts, max_new_tokens=count)
         assert [t.token_ids for t in ours] == [t.token_ids for t in expected]
 
 
@@ -274,7 +274,7 @@ def test_a_short_text_beside_a_full_one_goes_on(half_bundle):
         each._defaults = ENDLESS
     # With its padding it has more columns than the context has tokens.
     prompts = [[3] * (model.manifest.context_length - 2), [4, 5]]
-    texts = [each.generate(prompts, max_new_tokens=40) for each in (model, usual)]
+    texts = [each.generate_batch(prompts, max_new_tokens=40) for each in (model, usual)]
     assert [t.token_ids for t in texts[0]] == [t.token_ids for t in texts[1]]
     assert [len(t.token_ids) for t in texts[0]] == [2, 40]
 
@@ -286,7 +286,7 @@ def test_graphs_are_limited_and_states_that_nobody_uses_are_let_go(half_bundle, 
 
     def replays(batch):
         del session.runs[:]
-        model.generate([[3]] * batch, max_new_tokens=8)
+        model.generate_batch([[3]] * batch, max_new_tokens=8)
         return max(session.runs) > 0
 
     assert [replays(batch) for batch in (1, 2, 3)] == [True] * 3
@@ -477,7 +477,7 @@ def test_who_asks_for_a_graph_without_cuda_is_told_what_is_missing(half_bundle, 
 
 def test_memory_that_is_kept_for_later_is_given_up_when_there_is_no_more(half_bundle, monkeypatch):
     model, _ = capturing(half_bundle)
-    model.generate([[3]] * 2, max_new_tokens=2)
+    model.generate_batch([[3]] * 2, max_new_tokens=2)
     free, empty = model._runner._fixed._free, DeviceMemory.empty
     assert free
 
@@ -487,13 +487,13 @@ def test_memory_that_is_kept_for_later_is_given_up_when_there_is_no_more(half_bu
         return empty(memory, shape, dtype)
 
     monkeypatch.setattr(DeviceMemory, "empty", scarce)
-    ours = model.generate([[3]] * 3, max_new_tokens=9)
-    usual = doge_onnx.load(half_bundle, device="cpu").generate([[3]] * 3, max_new_tokens=9)
+    ours = model.generate_batch([[3]] * 3, max_new_tokens=9)
+    usual = doge_onnx.load(half_bundle, device="cpu").generate_batch([[3]] * 3, max_new_tokens=9)
     assert [t.token_ids for t in ours] == [t.token_ids for t in usual]
     monkeypatch.setattr(DeviceMemory, "empty", mock.Mock(side_effect=RuntimeError("no more")))
     model._runner._fixed.let_go()
     with pytest.raises(RuntimeError, match="no more"):
-        model.generate([[3]] * 4, max_new_tokens=2)
+        model.generate_batch([[3]] * 4, max_new_tokens=2)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -516,7 +516,7 @@ def test_whatever_is_done_in_whatever_order_is_what_the_cpu_does(half_bundle, mo
                 prompts = [tokens(n) for n in rng.integers(1, 12, rng.integers(1, 4))]
                 options = [{}, {"temperature": 1.0, "top_k": 5, "seed": 1}, {"logprobs": True}]
                 chosen = {"max_new_tokens": int(rng.integers(1, 40)), **rng.choice(options)}
-                texts = [each.generate(prompts, **chosen) for each in pair]
+                texts = [each.generate_batch(prompts, **chosen) for each in pair]
                 assert texts[0] == [replace_timings(a, b) for a, b in zip(*texts, strict=True)]
             case 1:
                 ids = [tokens(rng.integers(1, 6))]

@@ -11,6 +11,7 @@ from pathlib import Path
 import checkpoints
 import older_checkpoints
 import pytest
+import watching
 from conftest import TINY_CHECKPOINT
 from environments import environment
 
@@ -172,18 +173,18 @@ def any_bundle(request, make):
 
 def continuations(bundle: Path, prompts: list, count: int, **options) -> list[list[int]]:
     model = doge_onnx.load(bundle)
-    completions = model.generate(prompts, max_new_tokens=count, temperature=0, **options)
+    completions = model.generate_batch(prompts, max_new_tokens=count, temperature=0, **options)
     return [completion.token_ids for completion in completions]
 
 
 def test_greedy_text_streamed_is_that_of_the_own_runtime(any_bundle, genai):
     model = doge_onnx.load(any_bundle)
     ours = list(model.stream(PROMPT, max_new_tokens=24))
-    length = len(model._prompt_ids(PROMPT)) + 24
+    length = len(model.tokenizer.encode(PROMPT)) + 24
     theirs = genai.of(any_bundle)("stream", prompt=PROMPT, max_length=length)
     # What ends in half a character comes at the end, or is held back until it is whole.
-    assert "".join(theirs) == "".join(ours)
-    assert [piece for piece in theirs if piece] == [piece for piece in ours if piece]
+    assert "".join(theirs) == "".join(piece.text for piece in ours)
+    assert [piece for piece in theirs if piece] == [piece.text for piece in ours if piece.text]
     assert len(theirs) == 24
 
 
@@ -290,7 +291,7 @@ def test_the_chat_template_gives_the_same_prompt_and_answer(chat_bundle, genai):
         assert prompt == model.apply_chat_template(messages)
         # It adds special tokens only if it is told to; the template has them.
         ids = genai.of(chat_bundle)("encode", texts=[prompt], add_special_tokens=False)[0]
-        assert ids == model._prompt_ids(messages)
+        assert ids == watching.prompt_ids(model, messages)
         theirs = genai.of(chat_bundle)(
             "generate", prompts=[ids], max_length=len(ids) + 40, do_sample=False
         )
@@ -342,7 +343,7 @@ def test_the_configuration_is_that_of_the_checkpoint(chat_bundle, tiny_bundle, g
 def test_sampling_as_the_checkpoint_recommends(chat_bundle, genai):
     run = genai.of(chat_bundle)
     model = doge_onnx.load(chat_bundle)
-    ids = model._prompt_ids("Hello")
+    ids = model.tokenizer.encode("Hello")
     asked = {"prompts": [ids], "max_length": len(ids) + 12}
     texts = [run("generate", **asked, random_seed=seed)[0] for seed in (1, 1, 2, 3)]
     assert texts[0] == texts[1]
@@ -385,7 +386,7 @@ def test_the_examples_in_the_documentation(chat_bundle, tmp_path):
             encoding="utf-8",
             check=True,
         )
-        length = 40 - len(model._prompt_ids(prompt))
+        length = 40 - len(watching.prompt_ids(model, prompt))
         answer = model.generate(prompt, max_new_tokens=length, temperature=0).text
         assert answer
         if printed is None:

@@ -1,20 +1,25 @@
-"""`generate` and `stream`: the loop, its ends, and the options."""
+"""`generate`, `generate_batch` and `stream`: prompts, the loop and its ends."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import pickle
 import threading
 
 import fake_bundle
 import numpy as np
 import pytest
 from fake_bundle import CONTEXT, VOCAB, reference
+from watching import Fault
 
 import doge_onnx
 from doge_onnx.bundle import Bundle
-from doge_onnx.errors import BundleError, InputError
+from doge_onnx.errors import InputError
 from doge_onnx.runtime.engine.runner import DecodeSession
 from doge_onnx.runtime.engine.state import Buffer, State
-from doge_onnx.runtime.generation.config import Defaults
+from doge_onnx.runtime.generation.config import GenerationConfig
+from doge_onnx.runtime.generation.defaults import Defaults
 from doge_onnx.runtime.model import Model
 from doge_onnx.runtime.text.tokenizer import Tokenizer
 
@@ -61,6 +66,10 @@ def scripted(tmp_path):
     return make
 
 
+def text_of(pieces) -> str:
+    return "".join(piece.text for piece in pieces)
+
+
 def _greedily(prompt: list[int], count: int) -> list[int]:
     ids = list(prompt)
     for _ in range(count):
@@ -78,15 +87,17 @@ def test_greedy_tokens_are_those_of_the_model(model):
 
 def test_each_prompt_of_a_batch_gets_what_it_gets_alone(model):
     prompts = [[4, 100, 33], [9], [200, 2, 3, 40, 50, 60, 7], [9]]
-    together = model.generate(prompts, max_new_tokens=25)
+    together = model.generate_batch(prompts, max_new_tokens=25)
     for prompt, out in zip(prompts, together, strict=True):
         assert out.token_ids == model.generate(prompt, max_new_tokens=25).token_ids
     texts = ["the cat", "a much longer prompt than that"]
-    together = model.generate(texts, max_new_tokens=10)
+    together = model.generate_batch(texts, max_new_tokens=10)
     assert [o.text for o in together] == [model.generate(t, max_new_tokens=10).text for t in texts]
-    assert [out.prompt_tokens for out in together] == [
-        len(model._tokenizer.encode(text)) for text in texts
-    ]
+    lengths = [len(model.tokenizer.encode(text)) for text in texts]
+    assert [out.prompt_tokens for out in together] == lengths
+    first, _ = model.generate_batch(np.array([[4, 5], [6, 7]]), max_new_tokens=3)
+    assert first.token_ids == model.generate((4, 5), max_new_tokens=3).token_ids
+    assert model.generate_batch([]) == []
 
 
 def test_rows_that_reach_the_context_do_not_disturb_the_others(model):
@@ -94,7 +105,7 @@ def test_rows_that_reach_the_context_do_not_disturb_the_others(model):
     full = [*long, 5, 6, 7]
     prompts = [long, [9, 8], full]
     alone = model.generate(prompts[1], max_new_tokens=12)
-    ended, other, nothing = model.generate(prompts, max_new_tokens=12)
+    ended, other, nothing = model.generate_batch(prompts, max_new_tokens=12)
     assert other.token_ids == alone.token_ids
     assert (len(ended.token_ids), ended.finish_reason) == (3, "length")
     assert ended.token_ids == model.generate(long).token_ids
@@ -109,7 +120,7 @@ def test_without_a_limit_the_text_goes_on_to_the_end_of_the_context(model):
 
 def test_what_a_finished_row_is_fed_is_padding(scripted):
     model, script = scripted("x", "long text")
-    model.generate(["a", "bb"])
+    model.generate_batch(["a", "bb"])
     masks = [mask for _, mask in script.fed]
     # Left-padded by one; tokens as long as both run; then the first row gets padding.
     assert masks[:2] == [[[0, 1, 1], [1, 1, 1]], None]
@@ -132,7 +143,7 @@ def test_end_of_text_at_the_limit_is_still_end_of_text(scripted):
 
 def test_rows_end_one_by_one(scripted):
     model, _ = scripted("the", "z" * 20, "the dog STOP and more", "y" * 20)
-    outs = model.generate(["a"] * 4, stop="STOP", max_new_tokens=12)
+    outs = model.generate_batch(["a"] * 4, stop="STOP", max_new_tokens=12)
     assert [out.finish_reason for out in outs] == ["eos", "length", "stop", "length"]
     assert [out.text for out in outs[:1] + outs[2:3]] == ["the", "the dog "]
     assert [len(out.token_ids) for out in (outs[1], outs[3])] == [12, 12]
@@ -144,11 +155,11 @@ def test_a_stop_string_that_spans_tokens_ends_the_text_before_it(scripted):
     out = model.generate("x", stop=["End", "e en"])
     assert (out.text, out.finish_reason) == ("the cat. Th", "stop")
     # The tokens of the stop string are there, and the model was not run for more.
-    assert model._tokenizer.decode(out.token_ids).startswith("the cat. The en")
+    assert model.tokenizer.decode(out.token_ids).startswith("the cat. The en")
     assert len(out.token_ids) == len(script.fed) < len(script.tokens[0])
     model, _ = scripted(text)
     pieces = list(model.stream("x", stop=["End", "e en"]))
-    assert "".join(pieces) == out.text
+    assert text_of(pieces) == out.text
     assert pieces[-1].finish_reason == "stop"
 
 
@@ -156,20 +167,20 @@ def test_what_only_begins_like_a_stop_string_is_not_lost(scripted):
     model, _ = scripted("the cat STO")
     out = model.generate("x", stop="STOP")
     assert (out.text, out.finish_reason) == ("the cat STO", "eos")
-    assert "".join(scripted("the cat STO")[0].stream("x", stop="STOP")) == "the cat STO"
+    assert text_of(scripted("the cat STO")[0].stream("x", stop="STOP")) == "the cat STO"
 
 
 def test_streaming_shows_whole_characters_only(scripted):
     text = "naïve 😀 — 猫 end"
     model, _ = scripted(text)
-    pieces = list(model.stream("x"))
+    pieces = [piece.text for piece in model.stream("x")]
     assert "".join(pieces) == text
     assert not any("\ufffd" in piece for piece in pieces)
     assert "😀" in pieces
     model, script = scripted(text)
     cut = next(i for i, piece in enumerate(pieces) if piece == "😀")
     out = model.generate("x", max_new_tokens=cut)
-    assert out.text == model._tokenizer.decode(script.tokens[0][:cut])
+    assert out.text == model.tokenizer.decode(script.tokens[0][:cut])
     assert out.text.endswith("\ufffd")
 
 
@@ -179,7 +190,7 @@ def test_streaming_shows_whole_characters_only(scripted):
 def test_stream_and_generate_agree(model, options):
     out = model.generate("the cat", max_new_tokens=40, logprobs=True, **options)
     pieces = list(model.stream("the cat", max_new_tokens=40, logprobs=True, **options))
-    assert "".join(pieces) == out.text
+    assert text_of(pieces) == out.text
     assert [i for piece in pieces for i in piece.token_ids] == out.token_ids
     assert [value for piece in pieces for value in piece.logprobs] == out.logprobs
     assert [piece.finish_reason for piece in pieces] == [None] * (len(pieces) - 1) + [
@@ -204,15 +215,18 @@ def test_a_seed_fixes_the_text_and_rows_draw_on_their_own(model):
     def sample(prompt, seed):
         return model.generate(prompt, max_new_tokens=15, temperature=40.0, seed=seed)
 
+    def sample_batch(prompts, seed):
+        return model.generate_batch(prompts, max_new_tokens=15, temperature=40.0, seed=seed)
+
     alone = sample([4, 5], 7)
     assert sample([4, 5], 7).token_ids == alone.token_ids
     assert sample([4, 5], 8).token_ids != alone.token_ids
     assert sample([4, 5], None).token_ids != sample([4, 5], None).token_ids
-    first, second = sample([[4, 5], [4, 5]], 7)
+    first, second = sample_batch([[4, 5], [4, 5]], 7)
     assert first.token_ids == alone.token_ids
     assert second.token_ids != first.token_ids
     # What a row draws does not depend on who else is in the batch.
-    assert sample([[9], [4, 5], [2] * 5], 7)[1].token_ids == second.token_ids
+    assert sample_batch([[9], [4, 5], [2] * 5], 7)[1].token_ids == second.token_ids
 
 
 def test_repetition_penalty_counts_prompt_and_text(scripted):
@@ -230,7 +244,8 @@ def test_no_new_tokens_is_an_empty_text(scripted):
     model, script = scripted("the cat")
     out = model.generate("x", max_new_tokens=0, logprobs=True)
     assert (out.text, out.token_ids, out.finish_reason, out.logprobs) == ("", [], "length", [])
-    assert [(p, p.finish_reason) for p in model.stream("x", max_new_tokens=0)] == [("", "length")]
+    (piece,) = model.stream("x", max_new_tokens=0)
+    assert (piece.text, piece.token_ids, piece.finish_reason) == ("", (), "length")
     assert out.timings.decode_tokens_per_second is out.timings.prefill_tokens_per_second is None
     assert script.fed == []
 
@@ -282,29 +297,18 @@ def test_several_threads_may_generate_at_once(model):
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_text_outgrows_its_first_buffer(model, batch):
     prompts = [[4, 100 + row, 33] for row in range(batch)]
-    outs = model.generate(prompts)
+    outs = model.generate_batch(prompts)
     for prompt, out in zip(prompts, outs, strict=True):
         assert len(out.token_ids) == CONTEXT - 3
         last = [*prompt, *out.token_ids][:-1]
         assert out.token_ids[-1] == int(reference(last)[-1].argmax())
 
 
-def test_an_interrupted_text_leaves_the_model_as_it_was(model, monkeypatch):
+def test_an_interrupted_text_leaves_the_model_as_it_was(model):
     expected = model.generate([4, 100, 33], max_new_tokens=10).token_ids
-    session = model._runner._session
-    name = "run_with_iobinding" if model.manifest.state.in_place else "run_with_ort_values"
-    run, steps = getattr(session, name), []
-
-    def interrupted(*args):
-        steps.append(None)
-        if len(steps) == 5:
-            raise KeyboardInterrupt
-        return run(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(session, name, interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            model.generate([4, 100, 33], max_new_tokens=10)
+    fault = Fault(KeyboardInterrupt(), call=5)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate([4, 100, 33], max_new_tokens=10, processors=[fault])
     assert model.generate([4, 100, 33], max_new_tokens=10).token_ids == expected
 
 
@@ -324,11 +328,11 @@ def test_a_bundle_without_a_tokenizer_takes_and_gives_ids(tmp_path):
     [
         ("", "prompt is empty"),
         ([], "prompt is empty"),
-        ([[]], "prompt is empty"),
-        (["a", ""], "prompt is empty"),
+        ([[]], "generate_batch takes those"),
+        (["a", ""], "generate_batch takes those"),
         ([1, VOCAB], f"token id {VOCAB} in row 0, position 1"),
         ([1, -1], "token id -1"),
-        ([[1], [2, 999]], "token id 999"),
+        ([[1], [2, 999]], "generate_batch takes those"),
         ([1.5], "token ids are whole numbers, not float"),
         ([1, "a"], "token ids are whole numbers, not str"),
         (["a", 1], "token ids are whole numbers, not str"),
@@ -336,8 +340,8 @@ def test_a_bundle_without_a_tokenizer_takes_and_gives_ids(tmp_path):
         (np.array([1.0]), "token ids are whole numbers, not float64"),
         (5, "list of messages, not int"),
         (None, "list of messages, not NoneType"),
-        ([[[1]]], "token ids are whole numbers, not list"),
-        (["a", None], "token ids are whole numbers, not str"),
+        (np.array([[1, 2]]), "generate_batch takes those"),
+        ([1, None], "token ids are whole numbers, not NoneType"),
         (b"bytes", "list of messages, not bytes"),
         (np.array(5), "list of messages"),
         ([4] * (CONTEXT + 1), "301 tokens, more than the context length of 300"),
@@ -346,110 +350,59 @@ def test_a_bundle_without_a_tokenizer_takes_and_gives_ids(tmp_path):
 def test_wrong_prompts_are_refused(model, prompt, message):
     with pytest.raises(InputError, match=message):
         model.generate(prompt, max_new_tokens=1)
+    # By the call itself, not by the first piece.
+    with pytest.raises(InputError, match=message):
+        model.stream(prompt, max_new_tokens=1)
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("prompts", "message"),
     [
-        ("max_new_tokens", -1),
-        ("max_new_tokens", 1.5),
-        ("temperature", -0.1),
-        ("temperature", float("nan")),
-        ("temperature", float("inf")),
-        ("temperature", "hot"),
-        ("top_k", 0),
-        ("top_k", 2.0),
-        ("top_p", 0),
-        ("top_p", 1.1),
-        ("min_p", -0.1),
-        ("min_p", 1.1),
-        ("repetition_penalty", 0),
-        ("seed", -1),
-        ("seed", True),
-        ("stop", ""),
-        ("stop", ["a", ""]),
-        ("stop", 5),
-        ("stop", [5]),
+        ("text", "generate takes one"),
+        (None, "generate takes one"),
+        ([1, 2], "^prompt 0: a prompt must be text"),
+        ([{"role": "user", "content": "x"}], "^prompt 0: a prompt must be text"),
+        ([[4, 100], [5, 999_999]], r"^prompt 1: token id 999999 "),
+        ([[4], [5], []], r"^prompt 2: the prompt is empty"),
+        (["a", ""], r"^prompt 1: the prompt is empty"),
+        ([[[1]]], "^prompt 0: this is a list of prompts"),
     ],
 )
-def test_options_out_of_range_are_refused_by_name(model, name, value):
-    # By the call itself, also where the result is an iterator.
+def test_wrong_prompts_of_a_batch_are_named(model, prompts, message):
+    with pytest.raises(InputError, match=message):
+        model.generate_batch(prompts, max_new_tokens=1)
+
+
+def test_what_is_no_option_is_refused(model):
+    with pytest.raises(InputError, match="config must be a GenerationConfig, not int"):
+        model.generate("x", 40)
+    with pytest.raises(TypeError, match="max_tokens"):
+        model.generate("x", max_tokens=40)
     for call in (model.generate, model.stream):
-        with pytest.raises(InputError, match=f"{name} must be .*, not"):
-            call("x", **{name: value})
+        with pytest.raises(InputError, match=r"top_k must be .*, not 0"):
+            call("x", top_k=0)
 
 
-def test_numbers_of_numpy_are_numbers(model):
-    options = {"temperature": np.float32(0.5), "top_k": np.int64(5), "seed": np.uint8(3)}
-    model.generate("x", max_new_tokens=np.int64(2), **options)
-
-
-def test_stream_takes_one_prompt(model):
-    with pytest.raises(InputError, match="one prompt"):
-        model.stream(["a", "b"])
-
-
-def _defaults(tmp_path, generation):
-    return Defaults.read(Bundle.open(fake_bundle.write(tmp_path / "b", generation=generation)))
-
-
-def _resolve(defaults, **given):
-    names = ["max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"]
-    names += ["seed", "stop"]
-    return defaults.resolve(**(dict.fromkeys(names) | {"logprobs": False} | given))
-
-
-def test_without_recommendations_generation_is_greedy(tmp_path):
-    defaults = _defaults(tmp_path, None)
-    assert defaults.eos_token_ids == {1}
-    assert _resolve(defaults).temperature == 0
-    assert _resolve(defaults, seed=1).temperature == 0
-    assert _resolve(defaults, top_p=0.9).temperature == 1
-    assert _resolve(defaults, top_p=0.9, temperature=0).temperature == 0
-
-
-def test_recommendations_of_the_bundle_are_followed(tmp_path):
-    defaults = _defaults(
-        tmp_path,
-        {
-            "do_sample": True,
-            "temperature": 0.7,
-            "top_k": 40,
-            "top_p": 0.9,
-            "repetition_penalty": 1.1,
-            "max_new_tokens": 5,
-            "eos_token_id": [2, 3],
-        },
-    )
-    assert defaults.eos_token_ids == {2, 3}
-    options = _resolve(defaults)
-    assert (options.temperature, options.top_k, options.top_p) == (0.7, 40, 0.9)
-    assert (options.repetition_penalty, options.max_new_tokens) == (1.1, 5)
-    options = _resolve(defaults, temperature=0, top_k=3, max_new_tokens=9)
-    assert (options.temperature, options.top_k, options.max_new_tokens) == (0, 3, 9)
-
-
-def test_sampling_that_is_not_recommended_is_not_done(tmp_path):
-    defaults = _defaults(tmp_path, {"do_sample": False, "temperature": 0.7, "top_k": 0})
-    assert _resolve(defaults).temperature == 0
-    assert _resolve(defaults, min_p=0.1).temperature == 0.7
-    assert _resolve(defaults, temperature=0.3).top_k is None
+def test_an_override_goes_before_the_config(model):
+    config = GenerationConfig(max_new_tokens=4, temperature=40.0, seed=1)
+    alone = model.generate([4, 5], max_new_tokens=6, temperature=40.0, seed=1)
+    assert model.generate([4, 5], config, max_new_tokens=6).token_ids == alone.token_ids
+    assert len(model.generate([4, 5], config, max_new_tokens=None).token_ids) == 4
+    pieces = model.stream([4, 5], config)
+    assert [piece.token_ids for piece in pieces] == [(token,) for token in alone.token_ids[:4]]
 
 
 @pytest.mark.parametrize(
-    ("generation", "message"),
-    [({"top_p": 7}, r"generation_config\.json: top_p must be"), ({"eos_token_id": "x"}, "eos_tok")],
+    "twin", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))]
 )
-def test_recommendations_that_make_no_sense_are_refused(tmp_path, generation, message):
-    with pytest.raises(BundleError, match=message):
-        _defaults(tmp_path, generation)
-
-
-def test_a_bad_prompt_of_a_batch_is_named(model):
-    with pytest.raises(InputError, match=r"^prompt 1: token id 999999 "):
-        model.generate([[4, 100], [5, 999_999]])
-    with pytest.raises(InputError, match=r"^prompt 2: the prompt is empty"):
-        model.generate([[4], [5], []])
+def test_what_is_generated_is_a_plain_value(model, twin):
+    out = model.generate("the cat", max_new_tokens=4, top_logprobs=2)
+    assert twin(out) == out
+    pieces = list(model.stream("the cat", max_new_tokens=4, top_logprobs=2))
+    assert twin(pieces[-1]) == pieces[-1]
+    assert pieces[-1].timings is not None
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        pieces[0].text = "other"
 
 
 def test_a_tiny_temperature_is_greedy_and_quiet(model, recwarn):

@@ -1,4 +1,4 @@
-"""Processors and samplers, against their counterparts in transformers."""
+"""Samplers, against their counterparts in transformers."""
 
 from __future__ import annotations
 
@@ -61,17 +61,6 @@ def test_min_p_keeps_what_transformers_keeps(p):
     assert set(sampling.keep_min_p(scores, p)) == _kept_by(hf.MinPLogitsWarper(p), scores)
 
 
-@pytest.mark.parametrize("penalty", [0.5, 1.3])
-def test_repetition_penalty_is_that_of_transformers(penalty):
-    logits = _logits(4)
-    tokens = np.array([3, 7, 7, 7, 900, 3])
-    processor = hf.RepetitionPenaltyLogitsProcessor(penalty)
-    expected = processor(torch.from_numpy(tokens)[None], torch.from_numpy(logits.copy())[None])[0]
-    result = sampling.repetition_penalty(penalty)(tokens, logits.copy())
-    np.testing.assert_allclose(result, expected.numpy(), rtol=1e-6)
-    assert (result != logits).sum() == 3
-
-
 @settings(max_examples=30, deadline=None)
 @given(
     seed=st.integers(0, 1000),
@@ -129,8 +118,17 @@ def test_greedy_takes_the_first_of_equals():
     assert sampling.greedy(np.array([0, 5, 5, 1], np.float32)) == 1
 
 
-def test_log_probability_is_accurate_for_large_logits():
+def test_log_probabilities_are_accurate_for_large_logits():
     logits = _logits(6) + np.float32(300)
     expected = torch.from_numpy(logits).double().log_softmax(-1).numpy()
-    for token in (0, 17, int(logits.argmax()), int(logits.argmin())):
-        assert sampling.log_probability(logits, token) == pytest.approx(expected[token], rel=1e-9)
+    np.testing.assert_allclose(sampling.log_probabilities(logits), expected, rtol=1e-9)
+
+
+def test_the_largest_are_in_order_and_no_more_than_asked_for():
+    scores = np.array([1.0, 3.0, 2.0, 3.0, 2.0, 0.0])
+    assert [sampling.largest(scores, count).tolist() for count in (1, 3, 6, 9)] == [
+        [1],
+        [1, 3, 2],
+        [1, 3, 2, 4, 0, 5],
+        [1, 3, 2, 4, 0, 5],
+    ]

@@ -290,7 +290,7 @@ def test_generate_and_stream(bundle, long_text):
     assert not any(model.config["eos_token_id"] in truth for truth in truths)
     one = bundle.generate(prompts[0], max_new_tokens=20, temperature=0)
     assert one.token_ids == truths[0]
-    batch = bundle.generate(prompts, max_new_tokens=20, temperature=0)
+    batch = bundle.generate_batch(prompts, max_new_tokens=20, temperature=0)
     assert [completion.token_ids for completion in batch] == truths
     pieces = list(bundle.stream(prompts[2], max_new_tokens=20, temperature=0))
     assert [token for piece in pieces for token in piece.token_ids] == truths[2]

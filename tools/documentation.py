@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import doge_onnx
-from doge_onnx import api, bundle, cli, errors, hub
+from doge_onnx import api, cli, errors, hub, manifest
 from doge_onnx.export import exporter, verify
-from doge_onnx.measure import bench, evaluate
+from doge_onnx.measure import bench, evaluate, start_up, workload
 from doge_onnx.runtime import chat as conversation
 from doge_onnx.runtime import model
 from doge_onnx.runtime.engine import state
@@ -48,12 +48,17 @@ CLASSES: dict[str, tuple[type, ...]] = {
         evaluate.QualityReport,
         bench.BenchReport,
         bench.CellReport,
-        bench.StartReport,
+        start_up.StartReport,
         bench.LeftOut,
-        bench.Spread,
+        workload.Spread,
         hub.PushReport,
     ),
-    "The manifest": (bundle.Manifest, bundle.StateLayout),
+    "The manifest": (
+        manifest.Manifest,
+        manifest.StateLayout,
+        manifest.ClosedRow,
+        manifest.WeightsRead,
+    ),
 }
 # Names without an underscore that only the package itself uses.
 INTERNAL = {"Completion.join", "State.belongs_to", "Manifest.from_json", "Spread.of"}
@@ -198,18 +203,22 @@ def _docstring(entry: Any, types: dict[str, str] | None = None) -> str:
 
 
 def manifest_fields() -> str:
-    """The fields of the manifest and of its state, with the version that brought each."""
+    """The fields of the manifest and of the objects in it."""
     lines = [
         "<!-- Written by `make docs`, too. -->\n",
-        f"This is version {bundle.FORMAT_VERSION} of the format.\n",
+        f"This is version {manifest.FORMAT_VERSION} of the format.\n",
     ]
-    lines += ["| field | type | since | |", "|---|---|---:|---|"]
-    for entry, prefix in ((bundle.Manifest, ""), (bundle.StateLayout, "state.")):
+    lines += ["| field | type | |", "|---|---|---|"]
+    for entry, prefix in (
+        (manifest.Manifest, ""),
+        (manifest.WeightsRead, "weights_read."),
+        (manifest.StateLayout, "state."),
+        (manifest.ClosedRow, "state.closing."),
+    ):
         words = dict(re.findall(r"^- `(\w+)`: (.*)$", _docstring(entry), flags=re.MULTILINE))
         for field in dataclasses.fields(entry):
             kind = str(field.type).replace("|", "\\|")
-            since = field.metadata.get("since", 1)
-            lines.append(f"| `{prefix}{field.name}` | `{kind}` | {since} | {words[field.name]} |")
+            lines.append(f"| `{prefix}{field.name}` | `{kind}` | {words[field.name]} |")
     return "\n".join(lines) + "\n"
 
 

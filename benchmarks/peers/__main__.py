@@ -42,7 +42,7 @@ sys.path += [str(Path(__file__).parent.parent), str(Path(__file__).parents[2] / 
 from checkpoints import SHAPES, random_checkpoint
 from environments import environment
 
-from doge_onnx.measure.bench import read_bandwidth
+from doge_onnx.measure.bandwidth import read_bandwidth
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]

@@ -105,6 +105,10 @@ class Checkpoint:
         own_gates = self.gate_heads == self.config.num_key_value_heads
         return self.native_names and self.qk_norm and own_gates
 
+    def shared(self) -> Checkpoint:
+        """The same tensors in a mapping of its own, which a step may empty; nothing is copied."""
+        return replace(self, tensors=dict(self.tensors))
+
     @property
     def parameters(self) -> int:
         """Number of weights."""

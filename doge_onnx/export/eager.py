@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -49,8 +48,7 @@ class EagerModel:
         dtype: torch.dtype = torch.float32,
         name: str = "the checkpoint",
     ) -> None:
-        # The step removes tensors from the mapping that it is given.
-        checkpoint = replace(checkpoint, tensors=dict(checkpoint.tensors))
+        checkpoint = checkpoint.shared()
         config = checkpoint.config
         self.description = f"{name} in PyTorch, {str(dtype).removeprefix('torch.')}"
         self.vocab_size = config.vocab_size

@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from doge_onnx.bundle import Manifest
 from doge_onnx.config import DogeConfig
+from doge_onnx.manifest import Manifest
 from doge_onnx.runtime.generation.defaults import Defaults
 
 CONFIG_NAME = "genai_config.json"

@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from doge_onnx.bundle import CLOSED_GATE
 from doge_onnx.export.checkpoint import Checkpoint
 from doge_onnx.export.operators import Operators, wider
 from doge_onnx.export.rope import inverse_wavelengths, rotary_tables
-from doge_onnx.export.state_rows import GATE_RANGES, Heads, Int8Rows, Tokens
+from doge_onnx.export.state_rows import CLOSED_GATE, GATE_RANGES, Heads, Int8Rows, Tokens
+from doge_onnx.manifest import ClosedRow
 
 
 class GrowingState(nn.Module):
@@ -78,6 +78,18 @@ class GrowingState(nn.Module):
     def table_size(self) -> int:
         """Number of values that the graph holds beside the weights."""
         return self.cos.numel() + self.sin.numel()
+
+    @property
+    def closing(self) -> ClosedRow:
+        """What closes a row."""
+        gates = self.heads.dim + self.heads.gate_channels
+        if self.dtype == "int8":
+            return ClosedRow((gates,), Int8Rows.closed_code)
+        if self.dtype == "float32":
+            return ClosedRow((gates,), self.closed)
+        # The first channel of each gate; of the second, what it can hold changes nothing.
+        first = range(self.heads.dim, self.heads.dim + self.heads.gates)
+        return ClosedRow(tuple(first), self.closed)
 
     def tokens(
         self, input_ids: Tensor, attention_mask: Tensor, past_lengths: Tensor | None = None

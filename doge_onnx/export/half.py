@@ -21,10 +21,10 @@ from doge_onnx.export.matrices import Linear
 from doge_onnx.export.operators import STANDARD
 from doge_onnx.export.state_rows import GATE_RANGES
 from doge_onnx.export.step import CDMoE, Layer, RecurrentStep
+from doge_onnx.manifest import DEVICES
 
 # Element types of weights and activations.
 HALVES = {"fp16": "float16", "bf16": "bfloat16"}
-DEVICES = ("cpu", "cuda")
 _LARGEST = torch.finfo(torch.float16).max
 # Other texts may reach larger values than the one that is read here.
 _HEADROOM = 2.0
@@ -50,6 +50,11 @@ def activation_type(precision: str, device: str) -> str:
     if precision in HALVES:
         return HALVES[precision]
     return "float16" if device == "cuda" and precision != "fp32" else "float32"
+
+
+def made_for(activations: str, device: str) -> str:
+    """What an export is for, "cpu" or "cuda", if `device` was asked for: bf16 is for CUDA only."""
+    return "cuda" if activations == "bfloat16" else device
 
 
 def check_weights(checkpoint: Checkpoint) -> None:
@@ -103,7 +108,7 @@ def check_activations(
         return normed, total
 
     operators = replace(STANDARD, rotary_embedding=rotary_embedding, skip_rms_norm=skip_rms_norm)
-    own = replace(checkpoint, tensors=dict(checkpoint.tensors))
+    own = checkpoint.shared()
     state = GrowingState(own, text.shape[1], operators)
     step = RecurrentStep(own, state, operators).eval()
     _attach(watch, step)

@@ -12,7 +12,7 @@ from pathlib import Path
 import onnxruntime as ort
 
 from doge_onnx.errors import BundleError, DogeOnnxError
-from doge_onnx.runtime.engine.ort_file import ORT_SUFFIX
+from doge_onnx.manifest import ORT_SUFFIX
 
 OPERATORS_NAME = "required_operators.config"
 # Offsets in a flatbuffer have 31 bits, and the format has no external weights.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from doge_onnx.bundle import Bundle
 from doge_onnx.export import checkpoint as checkpoints
 from doge_onnx.export.checkpoint import Checkpoint
 from doge_onnx.export.eager import EagerModel
@@ -52,7 +53,7 @@ def open_checkpoint(
 
 
 def measure(
-    directory: Path,
+    bundle: str | Path | Bundle,
     checkpoint: Checkpoint,
     *,
     max_seconds: float = MAX_SECONDS,
@@ -61,10 +62,10 @@ def measure(
     """Compare a bundle with its checkpoint on a text that the checkpoint writes.
 
     Args:
-        directory: The bundle.
-        checkpoint: With all its tensors; it is not changed.
-        max_seconds: About how long sampling and reading may take, in seconds. Larger models get
-            less text, but enough to tell a good export from a bad one.
+        bundle: A bundle, or a draft of one.
+        checkpoint: With all its tensors, which it keeps.
+        max_seconds: About how long reading and writing may take. Larger models get less text, but
+            enough to tell a good export from a bad one.
         progress: Called with a few words whenever a step begins.
 
     Raises:
@@ -73,7 +74,7 @@ def measure(
     """
     tokens = round(_WORK / checkpoint.parameters)
     return evaluate(
-        BundleScorer(directory),
+        BundleScorer(bundle),
         EagerModel(checkpoint, SAMPLE_WINDOW),
         max_tokens=min(max(tokens, _MIN_TOKENS), DEFAULT_TOKENS),
         max_seconds=max_seconds,

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from doge_onnx.bundle import CLOSED_GATE
 from doge_onnx.config import DogeConfig
 from doge_onnx.errors import DogeOnnxError
 from doge_onnx.export import rounding
@@ -207,7 +206,8 @@ class _Walk:
         positions = torch.arange(ids.shape[1]).expand_as(ids)
         key = torch.zeros(len(ids), heads.num_keys, ids.shape[1], heads.row)
         value = torch.zeros_like(key)
-        key[..., heads.dim] = CLOSED_GATE
+        closing = step.state.closing
+        key[..., closing.channels] = closing.value
         return [step.embedding(ids), None, step.state.tokens(ids, mask, positions), key, value]
 
     def through(self, layer: Layer) -> None:

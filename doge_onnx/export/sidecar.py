@@ -13,11 +13,11 @@ from pathlib import Path
 
 import tokenizers
 
-from doge_onnx.bundle import Manifest
 from doge_onnx.config import DogeConfig
 from doge_onnx.errors import BundleError, CheckpointError
 from doge_onnx.export import genai
 from doge_onnx.export.checkpoint import SIDE_FILES, Source
+from doge_onnx.manifest import Manifest
 from doge_onnx.runtime.generation.defaults import GENERATION_CONFIG_NAME, Defaults
 
 TOKENIZER_NAME = "tokenizer.json"

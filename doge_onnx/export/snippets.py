@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from doge_onnx.bundle import Manifest
+from doge_onnx.manifest import Manifest
 
 # Stands for the bundle's directory; readers and tests replace it.
 PLACE = "path/to/this/directory"
@@ -141,8 +141,8 @@ def _javascript(manifest: Manifest, conversational: bool) -> str | None:
     # transformers.js feeds a growing state, in the type that the graph asks for.
     if dtype is None or state.kind != "growing":
         return None
-    # A graph with quantized weights and activations in half precision is for accelerators.
-    if manifest.activations != "float32" and manifest.precision != "fp16":
+    # Quantized weights that are made for CUDA meet activations in half precision.
+    if dtype in ("q8", "q4") and manifest.device != "cpu":
         return None
     if not {"tokenizer.json", "tokenizer_config.json"} <= manifest.files.keys():
         return None

@@ -12,9 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from doge_onnx.bundle import CLOSED_GATE
 from doge_onnx.config import DogeConfig
 
+# What closes a key that must never be attended to (padding, a free row): its gate, or a summand
+# of it. exp() of it is 0 beside any real score, and no real gate makes up for it. Finite, because
+# a row whose keys are all closed would else be NaN.
+CLOSED_GATE = -1e30
 # How much larger than the largest gate of the calibration text a gate may be in int8 rows.
 _GATE_HEADROOM = 8
 # Element types of a state. The attention kernel takes head sizes that are multiples of 8; with
@@ -166,7 +169,12 @@ class Int8Rows(nn.Module):
     Args:
         heads: Layout of the state.
         closed: What closes a key.
+
+    Attributes:
+        closed_code: The same as it is stored.
     """
+
+    closed_code = -127
 
     def __init__(self, heads: Heads, closed: float) -> None:
         super().__init__()
@@ -206,7 +214,7 @@ class Int8Rows(nn.Module):
         self._set_gate_step(max(_GATE_HEADROOM * gate, 1.0) / 127)
         step = float(self.step[-1, 0])
         gates = torch.tensor([step, step / 2 / 127]).repeat_interleave(self.heads.gates)
-        closed = torch.tensor([-self.closed / 127])
+        closed = torch.tensor([self.closed / self.closed_code])
         unused = torch.ones(self.heads.rest - 1)
         behind = torch.cat([gates, closed, unused]).expand(self.heads.num_keys, -1)
         self.key_scale = nn.Buffer(torch.cat([_steps(key), behind], dim=-1)[None, :, None])

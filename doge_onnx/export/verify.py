@@ -21,13 +21,13 @@ import transformers
 from numpy.typing import NDArray
 from torch import Tensor
 
-from doge_onnx import bundle
-from doge_onnx.bundle import Manifest
+from doge_onnx.bundle import Bundle, write_parity
 from doge_onnx.config import DogeConfig, RopeConfig
 from doge_onnx.errors import BundleError, CheckpointError, ParityError
 from doge_onnx.export import checkpoint as checkpoints
-from doge_onnx.export.checkpoint import Checkpoint
+from doge_onnx.export.checkpoint import Checkpoint, Source
 from doge_onnx.export.eager import EagerModel, Past
+from doge_onnx.manifest import Manifest
 from doge_onnx.runtime.model import Model, load
 
 # Relative to the largest logit. fp32 kernels differ from the reference in the order of their sums:
@@ -133,24 +133,28 @@ def verify(
         DeviceError: It cannot be run on the device.
         CheckpointError: The checkpoint cannot be read, or is not of the bundle's shape.
     """
-    manifest = bundle.read_manifest(Path(bundle_path))
-    if manifest.quantized:
+    opened = Bundle.open(bundle_path)
+    if opened.manifest.quantized:
         raise BundleError(
             f"{bundle_path} is quantized, and so differs from its checkpoint; evaluate it with "
             f"{reference} as the reference, which measures by how much"
         )
     source = checkpoints.find(reference, revision)
-    report = compare(Path(bundle_path), source.directory, progress or (lambda _: None), device)
-    compared = {"checkpoint": source.model, "revision": source.revision}
-    bundle.write_parity(Path(bundle_path), report.as_dict() | compared)
+    report = compare(opened, source.directory, progress or (lambda _: None), device)
+    write_parity(opened, parity_figures(report, source))
     return report
 
 
+def parity_figures(report: ParityReport, source: Source) -> dict[str, Any]:
+    """What a manifest says of a comparison with the checkpoint `source`."""
+    return report.as_dict() | {"checkpoint": source.model, "revision": source.revision}
+
+
 def compare(
-    directory: Path, checkpoint: Path, progress: Callable[[str], None], device: str = "auto"
+    bundle: Bundle, checkpoint: Path, progress: Callable[[str], None], device: str = "auto"
 ) -> ParityReport:
-    """Compare the bundle in `directory` with the checkpoint; see `verify`."""
-    model = load(directory, device)
+    """Compare a bundle, or a draft of one, with the checkpoint in a directory; see `verify`."""
+    model = load(bundle, device)
     progress("loading the reference")
     reference, config, room = _open_reference(checkpoint, model.manifest)
     progress("running the reference")

@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from doge_onnx.bundle import CLOSED_GATE
 from doge_onnx.export.checkpoint import Checkpoint
 from doge_onnx.export.rope import inverse_wavelengths
-from doge_onnx.export.state_rows import Heads, Int8Rows, Tokens
+from doge_onnx.export.state_rows import CLOSED_GATE, Heads, Int8Rows, Tokens
+from doge_onnx.manifest import ClosedRow
 
 # The upper bound of gates that are not closed: none.
 _OPEN = torch.finfo(torch.float32).max
@@ -57,6 +57,11 @@ class WindowState(nn.Module):
     def table_size(self) -> int:
         """Number of values that the graph holds beside the weights: it computes rotations."""
         return 0
+
+    @property
+    def closing(self) -> ClosedRow:
+        """What closes a row, and so makes it free."""
+        return ClosedRow((self.heads.dim,), CLOSED_GATE)
 
     def tokens(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tokens:
         """Positions and padding of a step's tokens.

@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, StoppingCriteria, StoppingCriteriaLis
 from transformers.utils.hub import cached_file
 
 import doge_onnx
-from doge_onnx.bundle import CLOSED_GATE, MANIFEST_NAME, Manifest, is_bundle
+from doge_onnx.bundle import MANIFEST_NAME, Manifest, is_bundle
 from doge_onnx.errors import BundleError, InputError
 from doge_onnx.optimum.command import export_options
 from doge_onnx.runtime.engine.input_checks import check_room
@@ -28,6 +28,8 @@ from doge_onnx.runtime.engine.threads import usable_cores
 
 Past = tuple[tuple[Tensor, Tensor], ...]
 _ERROR = 3
+# Of a free row of a window state. A manifest says so, too, but `save_pretrained` writes none.
+_CLOSED_GATE = -1e30
 
 
 class _EndOfContext(StoppingCriteria):
@@ -184,7 +186,7 @@ class ORTDogeForCausalLM(ORTModelForCausalLM):  # type: ignore[misc]
         key = value.clone()
         heads = self.config.num_attention_heads
         gate = getattr(self.config, "head_dim", None) or self.config.hidden_size // heads
-        key[..., gate] = CLOSED_GATE
+        key[..., gate] = _CLOSED_GATE
         if past is None:
             layers: int = self.config.num_hidden_layers
             return ((key, value),) * layers

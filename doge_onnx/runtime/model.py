@@ -39,15 +39,15 @@ _ANSWER_SHARE = 25
 
 
 def load(
-    bundle: str | Path,
+    bundle: str | Path | Bundle,
     device: str = AUTO,
     threads: int | None = None,
     prefill_chunk: int | None = None,
     verbose: bool = False,
     cuda_graph: bool | None = None,
 ) -> Model:
-    """Load a bundle. See `doge_onnx.load`."""
-    opened = Bundle.open(bundle)
+    """Load a bundle, or one that is open. See `doge_onnx.load`."""
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     defaults = Defaults.read(opened)
     path = opened.file("tokenizer.json")
     tokenizer = None if path is None else Tokenizer(path)
@@ -337,7 +337,9 @@ class Model:
         ids: Any
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt) if prompt else []
-        elif not isinstance(prompt, list | tuple | np.ndarray) or np.shape(prompt) == ():
+        elif not isinstance(prompt, list | tuple | np.ndarray) or (
+            isinstance(prompt, np.ndarray) and prompt.ndim == 0
+        ):
             raise InputError(
                 "a prompt must be text, a list of token ids or a list of messages, not "
                 f"{type(prompt).__name__}"

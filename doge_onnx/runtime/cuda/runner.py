@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from doge_onnx.bundle import CLOSED_GATE, Manifest
+from doge_onnx.manifest import Manifest
 from doge_onnx.runtime.cuda.device_memory import DeviceMemory, Tensor, TopFinder
 from doge_onnx.runtime.cuda.graph_replay import FixedStep, FixedSteps
 from doge_onnx.runtime.cuda.lock import DeviceLock
@@ -393,7 +393,7 @@ class CudaWindowRunner(WindowRunner):
     def _new_tensors(self, state: PaddedState | None, batch: int, capacity: int) -> list[Any]:
         zero = self._on_device.zero
         closed = zero.copy()
-        closed[self._gate] = CLOSED_GATE
+        closed[list(self._closing.channels)] = self._closing.value
         past = [self._on_device.no_rows(batch)] * len(self._names)
         if state is not None:
             past = list(state.buffer.tensors)

@@ -82,7 +82,7 @@ def reason_for_cpu(manifest: Manifest) -> str | None:
 
     One would where the bundle is made for CUDA, or where onnxruntime-gpu is installed.
     """
-    if manifest.activations == "float32" and CUDA_PROVIDER not in ort.get_available_providers():
+    if manifest.device == CPU and CUDA_PROVIDER not in ort.get_available_providers():
         return None
     return why_not_cuda(manifest)
 

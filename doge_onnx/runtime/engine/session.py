@@ -24,7 +24,6 @@ from doge_onnx.runtime.engine.io_names import (
     past_names,
     present_names,
 )
-from doge_onnx.runtime.engine.ort_file import is_ort_format
 from doge_onnx.runtime.engine.threads import attention_by_heads, usable_cores
 
 _WARNING, _ERROR, _FATAL = 2, 3, 4
@@ -106,7 +105,7 @@ def open_session(
         threads = usable_cores()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    if is_ort_format(graph):
+    if bundle.manifest.ort_format:
         # Else the file is read whole and then copied: two and a half times its size at the peak.
         options.add_session_config_entry("session.use_memory_mapped_ort_model", "1")
         options.add_session_config_entry("session.use_ort_model_bytes_for_initializers", "1")

@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from doge_onnx.bundle import CLOSED_GATE, Manifest
+from doge_onnx.bundle import Manifest
 from doge_onnx.errors import InputError
 from doge_onnx.runtime.engine.binding import Binding, Bindings, InPlaceBinding
 from doge_onnx.runtime.engine.io_names import ATTENTION_MASK, INPUT_IDS, POSITION_IDS
@@ -38,7 +38,7 @@ class WindowRunner(PaddedRunner):
         assert window is not None
         super().__init__(session, manifest, min(chunk, window))
         self._window = self._most_rows = window
-        self._gate = manifest.state.head_dim
+        self._closing = manifest.state.closing
         self._bindings = Bindings(self.bind)
 
     def bind(self, tensors: Sequence[Any]) -> Binding:
@@ -92,7 +92,7 @@ class WindowRunner(PaddedRunner):
         rows = 0 if state is None else state.buffer.capacity
         tensors = [np.zeros((batch, heads, capacity, row_size), self._dtype) for _ in self._names]
         for key in tensors[::2]:
-            key[:, :, rows:, self._gate] = CLOSED_GATE
+            key[:, :, rows:, self._closing.channels] = self._closing.value
         if state is not None:
             for target, source in zip(tensors, state.buffer.tensors, strict=True):
                 target[:, :, :rows] = source
