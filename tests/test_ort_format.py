@@ -26,6 +26,8 @@ from doge_onnx.runtime.engine.external_data import external_files
 from doge_onnx.runtime.engine.ort_file import read_graph
 from doge_onnx.runtime.engine.weights import read_weights
 
+pytestmark = pytest.mark.slow
+
 MOE = {"is_moe": True, "num_experts": 49, "num_experts_per_tok": 5, "num_hidden_layers": 1}
 NEAREST = {"rounding": "nearest"}
 # Config of the checkpoint, options of the export.
@@ -135,6 +137,7 @@ def test_the_card_and_genai_name_the_file(shipped):
     assert config["model"]["decoder"]["filename"] == "model.ort"
 
 
+@pytest.mark.external
 def test_onnxruntime_genai_runs_it(shipped):
     prompt = random_ids(12, 97)
     expected = doge_onnx.load(shipped).generate(prompt, max_new_tokens=20)
