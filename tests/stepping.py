@@ -15,7 +15,6 @@ from doge_onnx.export import checkpoint as checkpoint_reader
 from doge_onnx.export.checkpoint import Checkpoint
 from doge_onnx.export.growing_state import GrowingState
 from doge_onnx.export.operators import FUSED, STANDARD
-from doge_onnx.export.state_rows import CLOSED_GATE
 from doge_onnx.export.step import RecurrentStep, State
 from doge_onnx.export.window_state import WindowState
 
