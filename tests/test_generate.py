@@ -17,7 +17,7 @@ import doge_onnx
 from doge_onnx.bundle import Bundle
 from doge_onnx.errors import InputError
 from doge_onnx.runtime.engine.runner import DecodeSession
-from doge_onnx.runtime.engine.state import Buffer, State
+from doge_onnx.runtime.engine.state import State
 from doge_onnx.runtime.generation.config import GenerationConfig
 from doge_onnx.runtime.generation.defaults import Defaults
 from doge_onnx.runtime.model import Model
@@ -39,18 +39,41 @@ class Script:
         self.tokens = [
             tokenizer.encode(text)[1:] if isinstance(text, str) else list(text) for text in texts
         ]
-        self.fed: list[tuple[list, list | None]] = []
+        # What each step after the prompts was fed, by row.
+        self.fed: list[dict[int, int]] = []
 
-    def step(self, input_ids, mask, state, last_only, consume=False, follow=None):
-        step = len(self.fed)
-        self.fed.append((input_ids.tolist(), None if mask is None else mask.tolist()))
-        logits = np.ones((len(input_ids), 1, VOCAB), np.float32)
-        for row, tokens in enumerate(self.tokens):
-            logits[row, 0, tokens[step] if step < len(tokens) else EOS] = 10
-        return logits, State(Buffer([], np.zeros((len(input_ids), 0), np.int64)), 0, self)
+    def feed(self, tokens, state, last_only, consume=False, most_tokens=None):
+        self.prompts = [row.tolist() for row in tokens]
+        lengths = np.array([len(row) for row in tokens])
+        rows = range(len(tokens))
+        return [self.say(row, 0)[np.newaxis] for row in rows], State(None, lengths, self)
 
-    def decoder(self, state):
-        return DecodeSession(self, state)
+    def decode(self, state):
+        return Reading(self, state.batch_size)
+
+    def say(self, row: int, step: int) -> np.ndarray:
+        tokens = self.tokens[row]
+        logits = np.ones(VOCAB, np.float32)
+        logits[tokens[step] if step < len(tokens) else EOS] = 10
+        return logits
+
+
+class Reading(DecodeSession):
+    """Goes on with a script; notes which rows are fed what."""
+
+    def __init__(self, script: Script, batch: int) -> None:
+        self.rows = list(range(batch))
+        self.script = script
+
+    def step(self, token_ids, top=None):
+        self.script.fed.append(dict(zip(self.rows, token_ids, strict=True)))
+        return [self.script.say(row, len(self.script.fed)) for row in self.rows]
+
+    def remove(self, rows):
+        self.rows = [row for row in self.rows if row not in rows]
+
+    def end(self):
+        raise NotImplementedError
 
 
 @pytest.fixture
@@ -118,13 +141,13 @@ def test_without_a_limit_the_text_goes_on_to_the_end_of_the_context(model):
     assert out.finish_reason == "length"
 
 
-def test_what_a_finished_row_is_fed_is_padding(scripted):
+def test_a_row_that_has_ended_leaves_the_batch(scripted):
     model, script = scripted("x", "long text")
     model.generate_batch(["a", "bb"])
-    masks = [mask for _, mask in script.fed]
-    # Left-padded by one; tokens as long as both run; then the first row gets padding.
-    assert masks[:2] == [[[0, 1, 1], [1, 1, 1]], None]
-    assert masks[2:] == [[[0], [1]]] * (len(script.tokens[1]) - 1)
+    short, long = script.tokens
+    # Together as long as both run, the end of text of the first included; then the other alone.
+    assert script.fed[0] == {0: short[0], 1: long[0]}
+    assert script.fed[1:] == [{1: token} for token in long[1:]]
 
 
 def test_end_of_text_ends_a_text(scripted):
@@ -132,7 +155,7 @@ def test_end_of_text_ends_a_text(scripted):
     out = model.generate("x")
     assert (out.text, out.finish_reason) == ("the cat", "eos")
     assert out.token_ids == [*script.tokens[0], EOS]
-    assert len(script.fed) == len(out.token_ids)
+    assert len(script.fed) == len(out.token_ids) - 1
 
 
 def test_end_of_text_at_the_limit_is_still_end_of_text(scripted):
@@ -156,7 +179,7 @@ def test_a_stop_string_that_spans_tokens_ends_the_text_before_it(scripted):
     assert (out.text, out.finish_reason) == ("the cat. Th", "stop")
     # The tokens of the stop string are there, and the model was not run for more.
     assert model.tokenizer.decode(out.token_ids).startswith("the cat. The en")
-    assert len(out.token_ids) == len(script.fed) < len(script.tokens[0])
+    assert len(out.token_ids) == len(script.fed) + 1 < len(script.tokens[0])
     model, _ = scripted(text)
     pieces = list(model.stream("x", stop=["End", "e en"]))
     assert text_of(pieces) == out.text
