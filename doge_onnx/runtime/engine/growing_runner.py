@@ -115,10 +115,10 @@ class InPlaceRunner(Runner):
         logits: list[NDArray[np.float32]] = []
         for rows in self._groups(tokens, lengths):
             group, past = tokens[rows], lengths[rows]
-            whole = len(group) == len(tokens)
-            binding = (
-                self._bindings.of(buffer, self.bind) if whole else self._bind_rows(buffer, rows)
-            )
+            if len(group) == len(tokens):
+                binding = self._bindings.of(buffer, self.bind)
+            else:
+                binding = self.bind([tensor[rows] for tensor in buffer.tensors])
             if len(group) == 1:
                 logits.append(self._one(binding, group[0], int(past[0]), last_only))
             else:
