@@ -1,12 +1,21 @@
-# `make demo` and `make test` do all their own set-up; both can be run again at any time.
+# `make demo`, `make check` and `make test` do all their own set-up; each can be run again at any
+# time. On Windows they need a POSIX shell, such as Git Bash.
 
-PYTHON ?= python3
 VENV := .venv
+ifeq ($(OS),Windows_NT)
+PYTHON ?= python
+BIN := $(VENV)/Scripts
+else
+PYTHON ?= python3
 BIN := $(VENV)/bin
+endif
+CONSTRAINTS ?= constraints.txt
 STAMP := $(VENV)/.installed
 DEMO := build/demo
+# Two processes, and each file in one of them: what a file's tests share is made once.
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile
 
-.PHONY: demo test lint types tests environments docs bench peers precisions edge clean
+.PHONY: demo check test lint types quick tests environments docs bench peers precisions edge clean
 
 demo: $(STAMP)
 	@mkdir -p build
@@ -14,6 +23,10 @@ demo: $(STAMP)
 	$(BIN)/doge-onnx generate $(DEMO) "It was a dark and stormy night" \
 		--max-new-tokens 80 --temperature 0.8 --top-p 0.95 --seed 7 --stats
 
+# While one works: about two minutes.
+check: lint types quick
+
+# Before one hands in: everything.
 test: lint types tests
 
 lint: $(STAMP)
@@ -23,8 +36,11 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
+quick: $(STAMP)
+	$(PYTEST) -m "not slow and not external"
+
 tests: $(STAMP) environments
-	$(BIN)/pytest
+	$(PYTEST) --cov
 
 # For tests with packages that cannot share an environment with the others, and for those in
 # JavaScript. What cannot be had here is told, and its tests are skipped.
@@ -46,16 +62,16 @@ peers: $(STAMP)
 	$(BIN)/python benchmarks/peers
 
 precisions: $(STAMP)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev,docs]'
 	$(BIN)/python benchmarks/precisions.py --write
 
 edge: $(STAMP)
 	$(BIN)/python benchmarks/edge.py --write
 
 # torch is pinned in constraints.txt: an unpinned one may bring gigabytes of CUDA packages.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
 	@touch $@
 
 clean:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import transformers
 
-# Of the released models: hidden size, MLP size, layers, query heads, key/value heads, experts,
-# experts per token.
+# Shapes of the released models: hidden size, MLP size, layers, query heads, key/value heads,
+# experts, experts per token.
 SHAPES = {
     "20M": (256, 512, 8, 2, 1, 0, 0),
     "60M": (512, 1024, 16, 4, 2, 0, 0),
@@ -23,8 +23,7 @@ SHAPES = {
 def random_checkpoint(directory: Path, shape: str, **overrides: Any) -> Path:
     """Write a checkpoint of one of `SHAPES` into `directory` and return its path.
 
-    Gates are randomised: with the initial A = 0 they would all be equal. They stay below what
-    float16 holds.
+    Gates are random: with the initial A = 0 they would all be equal. They stay within float16.
     """
     hidden, middle, layers, heads, kv_heads, experts, per_token = SHAPES[shape]
     settings: dict[str, Any] = {

@@ -1,11 +1,11 @@
-"""What small machines want to know of each released shape: the table in docs/edge.md.
+"""Size, memory and speed of each released shape on small machines: the table in docs/edge.md.
 
     python benchmarks/edge.py [--shapes 20M 60M 160M 320M] [--write]
 
-Size, memory and speed of random weights, since codes do not change them; quality is what
-benchmarks/precisions.py measures. Peak memory and the time to the first token are those of fresh
-processes. All shapes take about eleven minutes on two quiet cores, and 5 GB of disk. With --write
-the table is replaced. The last line is one JSON object.
+Weights are random: size, memory and speed do not depend on their values. Quality is measured by
+benchmarks/precisions.py. Peak memory and the time to the first token are those of fresh
+processes. All shapes take about eleven minutes on two quiet cores, and 5 GB of disk. --write
+replaces the table. The last line of the output is one JSON object.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from checkpoints import SHAPES, random_checkpoint
@@ -27,7 +26,7 @@ from rich.progress import Progress
 from tables import replace_table
 
 import doge_onnx
-from doge_onnx.bundle import WEIGHTS_NAME, StateLayout, read_manifest, seal
+from doge_onnx.bundle import WEIGHTS_NAME, read_manifest, seal
 from doge_onnx.export import exporter, ort_format, rounding
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "edge.md"
@@ -53,8 +52,8 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="replace the table")
     arguments = parser.parse_args()
     transformers.logging.disable_progress_bar()
-    # What rounding does well, random weights have no use for: a text that the model writes, for the
-    # steps of an int8 state, and the search for scales. Speed is the same without.
+    # Saves time: random weights need neither a text that the model writes, for the steps of an int8
+    # state, nor the search for good scales. Speed does not depend on them.
     exporter._calibration_text = lambda *_: torch.arange(16).unsqueeze(0)
     rounding._TRIED = dict.fromkeys(rounding._TRIED, torch.ones(1))
 
@@ -81,7 +80,7 @@ def measure(
     """One row of the table."""
     weights, kv_cache, graph_format = choice
     bundle = checkpoint.parent / "bundle"
-    # The same weights in another format need no second export: the row before has them.
+    # The row before has exported the same weights; only the format differs.
     if graph_format == "ort":
         convert(bundle)
     else:
@@ -100,7 +99,7 @@ def measure(
         "format": graph_format,
         "file_bytes": report.file_bytes,
         "peak_memory_bytes": None if peak is None else peak.median,
-        "state_bytes": state_bytes(read_manifest(bundle).state),
+        "state_bytes": read_manifest(bundle).state.token_bytes * TOKENS,
         "decode": {cell.context: cell.decode_tokens_per_second.median for cell in (short, long)},
         "prefill": long.prefill_tokens_per_second.median,
         "read_bytes_per_token": long.bytes_per_token,
@@ -111,21 +110,15 @@ def measure(
 
 
 def convert(bundle: Path) -> None:
-    """Bring a bundle into the ORT format, as an export does it."""
+    """Convert a bundle to the ORT format, as an export does."""
     manifest = read_manifest(bundle)
     graph = ort_format.convert(bundle / manifest.graph)
     (bundle / WEIGHTS_NAME).unlink(missing_ok=True)
     seal(bundle, replace(manifest, graph=graph.name))
 
 
-def state_bytes(state: StateLayout) -> int:
-    """Bytes of the keys and values of `TOKENS` tokens."""
-    row = state.row_size * np.dtype(state.dtype).itemsize
-    return 2 * state.num_layers * state.num_heads * row * TOKENS
-
-
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """The rows as Markdown, and what they were measured on."""
+    """The rows as Markdown, and the machine that they were measured on."""
     short, long = CONTEXTS
     yield ""
     yield (

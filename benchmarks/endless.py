@@ -2,8 +2,8 @@
 
     python benchmarks/endless.py [--tokens 20000] [--window 256] [--shape 20M]
 
-Generates that many tokens with a random checkpoint of the shape, and prints for each tenth
-of the run the median time per token and the process's peak memory. The last line is one JSON
+Generates the tokens with a random checkpoint of the shape. For each tenth of the run, prints the
+median time per token and the process's peak memory. The last line of the output is one JSON
 object.
 """
 

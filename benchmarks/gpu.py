@@ -1,20 +1,21 @@
-"""Decode and prefill on an NVIDIA GPU against transformers there, in one run.
+"""Decode and prefill on an NVIDIA GPU against transformers on the same GPU, in one run.
 
     python benchmarks/gpu.py [--shapes 20M 160M] [--contexts 16 512 1900] [--batches 1 8 64]
 
-Needs onnxruntime-gpu and a PyTorch with CUDA. First checks that fp16 on the GPU writes what the
-CPU would write, on examples/doge-tiny for 64 tokens, and names near-ties with the gap between the
-two best tokens. Then measures random weights of the released shapes in fp16: this package, with
-decode steps that CUDA replays and, as "launches", without; transformers with its `sdpa` attention
-through `generate`; and transformers compiled by `torch.compile` with a static cache. Prints a
-table, and as its last line one JSON object; before, each row as soon as it is there, on the
-standard error. Where CUDA cannot capture a step, it says why and goes on without.
+Needs onnxruntime-gpu and a PyTorch with CUDA. First compares 64 greedy tokens of
+examples/doge-tiny in fp16 on the GPU with the CPU's, and prints near-ties with the gap between
+the two best tokens. Then measures random weights of the released shapes in fp16: this package
+with captured steps and, as "launches", without; transformers with its `sdpa` attention through
+`generate`; and transformers compiled by `torch.compile` with a static cache. Each row is printed
+to standard error as soon as it is measured; at the end come a table and, as the last line, one
+JSON object. If CUDA cannot capture a step, the benchmark says why and goes on without captured
+steps.
 
 Each cell is timed `--rounds` times with all competitors in turn, and medians are compared. MBU
-(memory-bandwidth utilisation) is what a decode step must read, weights and state, divided by its
-time and by what a copy on the same GPU reads and writes per second.
+(memory-bandwidth utilisation) is the bytes that a decode step must read, weights and state,
+divided by its time and by the bytes that a copy on the same GPU reads and writes per second.
 
-Not called cuda.py: PyTorch would take it for the package `cuda`, which it imports.
+The name is not cuda.py, because PyTorch imports a package named `cuda`.
 """
 
 from __future__ import annotations
@@ -39,10 +40,11 @@ from rich.table import Table
 
 import doge_onnx
 from doge_onnx.errors import DogeOnnxError
-from doge_onnx.measure.bench import Cell, copy_bandwidth, random_prompts, step_bytes
+from doge_onnx.measure.bandwidth import copy_bandwidth
+from doge_onnx.measure.bench import step_bytes
+from doge_onnx.measure.workload import Cell, random_prompts
 from doge_onnx.runtime.cuda.device_memory import DeviceMemory
 from doge_onnx.runtime.engine.device import CUDA, missing_for_cuda
-from doge_onnx.runtime.engine.weights import read_weights
 from doge_onnx.runtime.model import Model
 
 TINY = Path(__file__).parent.parent / "examples" / "doge-tiny"
@@ -52,7 +54,7 @@ PROMPT = "It was a dark and stormy night"
 
 
 def main() -> None:
-    """Check, measure, and print what was measured."""
+    """Check, measure, and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", nargs="+", default=["20M", "160M"], choices=SHAPES)
     parser.add_argument("--contexts", nargs="+", type=int, default=[16, 512, 1900])
@@ -76,7 +78,7 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Everything that is printed."""
+    """Measure everything, as the JSON object that is printed."""
     with tempfile.TemporaryDirectory() as scratch:
         greedy = compare_greedy(Path(scratch))
         bandwidth = copy_bandwidth(DeviceMemory(CUDA))
@@ -97,7 +99,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def compare_greedy(scratch: Path, device: str = CUDA) -> dict[str, Any]:
-    """Let a device generate, and look where the CPU in fp32 would have chosen otherwise."""
+    """Generate on a device, and find the tokens that fp32 on the CPU would not have chosen."""
     exact = doge_onnx.export(TINY, scratch / "tiny-fp32", verify=False).path
     half = doge_onnx.export(TINY, scratch / "tiny-fp16", device=CUDA, verify=False).path
     cpu, gpu = doge_onnx.load(exact, device="cpu"), doge_onnx.load(half, device=device)
@@ -131,17 +133,15 @@ def measure_shape(
         print(f"{shape}: {problem}", file=sys.stderr)
     if not arguments.no_compile:
         competitors["compile"] = Theirs(checkpoint, compiled=True)
-    weights = read_weights(bundle / model.manifest.graph)
-    config = json.loads((bundle / "config.json").read_text(encoding="utf-8"))
     rows = []
     for context in arguments.contexts:
         for batch in arguments.batches:
             cell = Cell(context, batch)
             prompts = random_prompts(cell, model.manifest.vocab_size)
-            # It compiles so many shapes and no more, and goes on without.
+            # torch.compile stops compiling after a number of shapes.
             torch.compiler.reset()
             prefill, decode, failed = time_cell(competitors, prompts, arguments.rounds)
-            read = step_bytes(weights, model.manifest, config, cell, DECODED)
+            read = step_bytes(model.manifest, cell, DECODED)
             rows.append(
                 {
                     "shape": shape,
@@ -154,13 +154,13 @@ def measure_shape(
                     "failed": failed,
                 }
             )
-            # What is measured stays if the rest is cut off.
+            # If the benchmark is stopped, the rows so far are not lost.
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     return rows
 
 
 def load_replaying(bundle: Path) -> tuple[Model, str | None]:
-    """A model with captured decode steps, or one without and why it is that."""
+    """A model with captured steps, or else one without, and the reason."""
     try:
         return doge_onnx.load(bundle, device=CUDA, cuda_graph=True), None
     except DogeOnnxError as error:
@@ -207,12 +207,12 @@ class Theirs:
 def time_cell(
     competitors: dict[str, Any], prompts: list[list[int]], rounds: int
 ) -> tuple[dict[str, float], dict[str, float], dict[str, str]]:
-    """Seconds of a prefill and of a decode step, by competitor; and who could not, and why."""
+    """Seconds of a prefill and of a decode step by competitor, and the reasons of failed ones."""
     failed = {}
     for name, competitor in competitors.items():
         try:
             competitor.run(prompts, 1 + DECODED)
-        # Out of memory, or what a compiler does not take: the others are measured all the same.
+        # Out of memory, or a shape that cannot be compiled: the others are still measured.
         except Exception as error:
             if name == "doge-onnx":
                 raise
@@ -233,7 +233,7 @@ def time_cell(
 
 
 def seconds(function: Callable[[], object]) -> float:
-    """Wall time of one call, with all that it left to the GPU."""
+    """Seconds of one call, until the GPU has finished its work."""
     torch.cuda.synchronize()
     started = time.perf_counter()
     function()

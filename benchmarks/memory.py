@@ -2,8 +2,9 @@
 
     python benchmarks/memory.py [--shape 160M] [--tokens 2000] [--chunks 2000 512 256 128]
 
-Each row is a process of its own, which loads the bundle, notes its memory, and takes the prompt.
-The last line is one JSON object. Reads its memory from /proc, so it is for Linux.
+Each row is measured in a process of its own, which loads the bundle, notes its memory, and reads
+the prompt. The last line of the output is one JSON object. Runs on Linux only, because it reads
+the memory from /proc.
 """
 
 from __future__ import annotations
@@ -64,11 +65,11 @@ def main() -> None:
 
 
 def measure(bundle: str, chunk: str, tokens: str) -> dict[str, Any]:
-    """Take a prompt of `tokens` tokens in this process."""
+    """Read a prompt of `tokens` tokens in this process."""
     model = doge_onnx.load(bundle, prefill_chunk=int(chunk))
     prompt = list(range(1, int(tokens) + 1))
     model.forward([prompt[:1]])
-    # Loading needs more memory than it leaves in use: forget that peak.
+    # Reset the peak: loading needs more memory than stays in use afterwards.
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     loaded = peak_mb()
     model.forward([prompt])
@@ -87,7 +88,7 @@ def measure(bundle: str, chunk: str, tokens: str) -> dict[str, Any]:
 
 
 def peak_mb() -> float:
-    """The most memory that this process had in use since the peak was last forgotten."""
+    """The most memory that this process used since the peak was last reset, in MiB."""
     status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     line = next(line for line in status if line.startswith("VmHWM:"))
     return int(line.split()[1]) / 1024

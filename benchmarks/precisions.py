@@ -1,11 +1,11 @@
-"""What each precision costs and gives: the table in the README and the plot in docs/.
+"""Size, speed and loss of each precision: the table in the README and the plot in docs/.
 
     python benchmarks/precisions.py [--shape 20M] [--text FILE] [--write]
 
-Quality is that of examples/doge-tiny, against its own fp32, on a text that it writes itself or
-on one from a file; size and speed are those of a random checkpoint of the shape, since codes do
-not change the speed. With --write that table and docs/precisions.svg are replaced. The
-last line is one JSON object.
+The loss is that of examples/doge-tiny against its own fp32, on a text that the model writes or on
+a text from a file. Size and speed are measured with random weights of the shape, since the speed
+does not depend on the codes. --write replaces the table and docs/precisions.svg. The last line of
+the output is one JSON object.
 """
 
 from __future__ import annotations
@@ -125,11 +125,11 @@ def table(rows: list[dict[str, Any]], shape: str) -> Iterator[str]:
 
 
 def plot(rows: list[dict[str, Any]], shape: str) -> None:
-    """Loss against speed, and the size of each bundle as the area of its dot."""
+    """Plot loss against speed, with the size of each bundle as the area of its dot."""
     import matplotlib
 
     matplotlib.use("svg")
-    # The same figures give the same file.
+    # Without a fixed salt, the same figures would give a different file each time.
     matplotlib.rcParams["svg.hashsalt"] = "precisions"
     from matplotlib import pyplot
 

@@ -2,11 +2,11 @@
 
     python benchmarks/speed.py [--shapes 20M 160M] [--contexts 16 512 1900] [--rounds 5]
 
-Prints a table, and as its last line one JSON object. Both models have the same random
-weights in float32; transformers runs its own default attention through `generate`. Rounds
-alternate between the two, and medians are compared, because machines drift. MBU (memory
-bandwidth utilisation) is the bytes that one decode step must read, weights and state,
-divided by its time and by the machine's read bandwidth, measured in the same run.
+Prints a table and, as the last line, one JSON object. Both models have the same random weights in
+float32; transformers runs its default attention through `generate`. Rounds alternate between the
+two and medians are compared, because a machine's speed changes with time. MBU (memory-bandwidth
+utilisation) is the bytes that one decode step must read, weights and state, divided by its time
+and by the machine's read bandwidth, which is measured in the same run.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 import doge_onnx
-from doge_onnx.measure.bench import default_threads, read_bandwidth
+from doge_onnx.measure.bandwidth import default_threads, read_bandwidth
 
 PREFILL = 512
 DECODED = 32
@@ -88,7 +88,7 @@ class Ours:
         self.weight_bytes = 4 * self.model.manifest.parameters
         state = self.model.manifest.state
         self.row_bytes = 8 * state.num_layers * state.num_heads * state.row_size
-        # Time inside of ONNX Runtime, so that what Python adds can be told from it.
+        # Seconds inside ONNX Runtime; the rest of a step's time is Python's.
         self.inside = 0.0
         session: Any = self.model._runner._session
         run = session.run_with_iobinding
@@ -101,7 +101,7 @@ class Ours:
         session.run_with_iobinding = timed
 
     def prefill(self, ids: list[int]) -> None:
-        """Take a prompt."""
+        """Read a prompt."""
         self.model.forward([ids])
 
     def generate(self, ids: list[int], count: int) -> None:
@@ -118,7 +118,7 @@ class Theirs:
 
     @torch.no_grad()
     def prefill(self, ids: list[int]) -> None:
-        """Take a prompt, computing the last logits only."""
+        """Read a prompt, and compute only the last logits."""
         self.model(torch.tensor([ids]), logits_to_keep=1)
 
     @torch.no_grad()
@@ -140,7 +140,7 @@ def compare_decode(
     arguments: argparse.Namespace,
     bandwidth: float,
 ) -> dict[str, Any]:
-    """Time per generated token after a prompt of `context` tokens."""
+    """Compare the time per generated token after a prompt of `context` tokens."""
     ids = prompt(context)
     their_times, our_times, python_times = [], [], []
     for _ in range(arguments.rounds):
@@ -170,7 +170,7 @@ def compare_decode(
 def compare_prefill(
     shape: str, ours: Ours, theirs: Theirs, arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    """Time for a prompt of `PREFILL` tokens."""
+    """Compare the time to read a prompt of `PREFILL` tokens."""
     ids = prompt(PREFILL)
     times: dict[str, list[float]] = {"transformers": [], "doge_onnx": []}
     for _ in range(arguments.rounds):
@@ -181,7 +181,7 @@ def compare_prefill(
 
 
 def per_token(generate: Callable[[int], None]) -> float:
-    """Seconds for one decode step: a run with steps less one without, so without prefill."""
+    """Seconds of one decode step: a long run minus a run of one token, so without prefill."""
     short = seconds(lambda: generate(1))
     return (seconds(lambda: generate(1 + DECODED)) - short) / DECODED
 

@@ -1,4 +1,4 @@
-"""Tables in Markdown files that a benchmark writes anew."""
+"""Replaces tables in Markdown files with new figures."""
 
 from __future__ import annotations
 

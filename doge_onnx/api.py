@@ -212,7 +212,7 @@ def evaluate(
     begin = progress or (lambda _: None)
     local = reference is None or is_bundle(reference)
     if revision is not None and local:
-        raise InputError("--revision is for a reference on the Hub")
+        raise InputError("only a reference on the Hub has a revision")
     scorer = evaluator.BundleScorer(bundle, device)
     other: Scorer | None = None
     if reference is not None:

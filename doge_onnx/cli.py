@@ -398,7 +398,8 @@ def _end(number: int, _frame: FrameType | None) -> NoReturn:
 
 def main() -> None:
     """Run the command line; the entry point of the `doge-onnx` script."""
-    for name in ("SIGTERM", "SIGHUP"):
+    # SIGBREAK is Windows' own, for Ctrl-Break and for a console that is closed.
+    for name in ("SIGTERM", "SIGHUP", "SIGBREAK"):
         number = getattr(signal, name, None)
         # As an exception, so that clean-up runs. What `nohup` ignores stays ignored.
         if number is not None and signal.getsignal(number) is signal.SIG_DFL:

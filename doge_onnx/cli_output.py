@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from doge_onnx.export.exporter import ExportReport
     from doge_onnx.export.verify import ParityReport
     from doge_onnx.hub import PushReport
-    from doge_onnx.measure.bench import BenchReport, Spread
+    from doge_onnx.measure.bench import BenchReport
     from doge_onnx.measure.evaluate import QualityReport
+    from doge_onnx.measure.workload import Spread
     from doge_onnx.runtime.generation.output import Completion, Timings
 
 _stdout = Console(highlight=False, markup=False)
@@ -39,16 +40,19 @@ _NOTABLE_KL = 0.05
 
 
 def prepare_streams() -> None:
-    """Make pipes and files UTF-8 whatever the locale; a terminal keeps its own encoding."""
+    """Make pipes and files UTF-8 with plain newlines on every system.
+
+    A terminal keeps its own encoding and newlines.
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         # Whoever starts a command may close its streams.
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - open until the end
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            encoding = None if stream.isatty() else "utf-8"
+            encoding, newline = (None, None) if stream.isatty() else ("utf-8", "\n")
             # File names can hold bytes that are no text, and a terminal can lack a character.
-            stream.reconfigure(encoding=encoding, errors="backslashreplace")
+            stream.reconfigure(encoding=encoding, newline=newline, errors="backslashreplace")
 
 
 def drop_unwritable() -> None:
@@ -199,6 +203,7 @@ def manifest(shown: Manifest, ignored: Sequence[str]) -> None:
         {
             "file": shown.graph,
             "target": shown.target,
+            "made for": shown.device,
             "precision": shown.precision,
             "activations": shown.activations,
             "state": f"{state.kind}, {state.num_layers} layers, {state.dtype}",

@@ -1,9 +1,9 @@
 """The checkpoint's config.json, read into one validated form.
 
 Knows the field names of both generations of checkpoints (transformers-native and the
-older remote-code layout) and which values make sense. Does not look at tensors: whether
-there is a q/k norm, or to which heads the gates belong, is decided by the tensors
-themselves in `export.checkpoint`.
+older remote-code layout) and which values make sense. Does not look at tensors:
+`export.checkpoint` tells from them whether there is a q/k norm, and to which heads the gates
+belong.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class _Reader:
             raise self._error(
                 "num_key_value_heads", f"does not divide num_attention_heads ({heads})"
             )
-        # The remote-code layout has one switch for what later became two.
+        # The remote-code layout has one switch for both biases.
         hidden_bias = self._flag("hidden_bias", default=False)
         is_moe = self._flag("is_moe", default=False)
         vocab_size = self._positive_int("vocab_size")
@@ -169,7 +169,7 @@ class _Reader:
             raise self._error("dynamic_mask_ratio", "is not supported: it must be 0")
 
     def _keep_window_size(self) -> int | None:
-        # The first checkpoints had dynamic_mask_ratio instead, and with 0 drop no key at all.
+        # The first checkpoints have dynamic_mask_ratio instead; at 0, they drop no key.
         if "keep_window_size" not in self._raw and "dynamic_mask_ratio" in self._raw:
             return None
         return self._positive_int("keep_window_size", default=DEFAULT_WINDOW)
@@ -198,8 +198,8 @@ class _Reader:
         return ACTIVATIONS[name]
 
     def _rope(self) -> RopeConfig:
-        # transformers 5 writes rope_parameters; before, there was rope_scaling beside rope_theta.
-        # Where a config has both, transformers takes the older one, unless it is empty.
+        # transformers 5 writes rope_parameters; older versions wrote rope_scaling and rope_theta.
+        # If a config has both, transformers takes the older one, unless it is empty.
         field = "rope_scaling" if self._raw.get("rope_scaling") else "rope_parameters"
         scaling = self._raw.get(field)
         if scaling is None:
@@ -271,7 +271,7 @@ class _Reader:
         return value
 
     def _get(self, field: str, default: Any) -> Any:
-        # Checkpoints write null where a field keeps its default.
+        # In a checkpoint, null means the default.
         value = self._raw.get(field)
         if value is None:
             value = default

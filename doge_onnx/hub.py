@@ -1,8 +1,8 @@
 """`push`: upload a bundle to the Hugging Face Hub.
 
-Knows which files of a directory are the bundle's, and what the Hub's answers mean to a user. How
-files travel is huggingface_hub's business: it is all that this module needs beside the standard
-library. Fetching checkpoints is `export.checkpoint`'s.
+Knows which files of a directory belong to the bundle, and what the Hub's answers mean to a user.
+huggingface_hub transfers the files; beside it, this module needs only the standard library.
+`export.checkpoint` fetches checkpoints.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def push(
         ) from None
     report("checking the files")
     opened = Bundle.open(bundle)
-    # Exactly these: what else lies in the directory was never checked, and may be private.
+    # Only these: other files in the directory were never checked, and may be private.
     files = {name: opened.path / name for name in (*sorted(opened.manifest.files), MANIFEST_NAME)}
     sizes = {name: path.stat().st_size for name, path in files.items()}
     branch = revision or constants.DEFAULT_REVISION
@@ -110,13 +110,13 @@ def _message(manifest: Manifest) -> str:
 
 
 def _prepare(api: HfApi, repo: str, branch: str, private: bool) -> None:
-    """Make sure that the branch is there, and that nothing becomes public that should not."""
+    """Create the branch if need be, and refuse a private upload to a public repository."""
     try:
         info = api.model_info(repo, revision=branch)
     except RevisionNotFoundError:
         api.create_branch(repo, branch=branch, exist_ok=True)
         info = api.model_info(repo, revision=branch)
-    # Of a repository that was there before, `private` changes nothing.
+    # `private` has no effect on a repository that exists.
     if private and not info.private:
         raise HubError(
             f"{repo} exists and is public: make it private on the Hub first, or choose another name"
@@ -131,20 +131,18 @@ def _errors(repo: str, branch: str) -> Iterator[None]:
     except DogeOnnxError:
         raise
     except OfflineModeIsEnabled:
-        raise HubError(
-            "offline mode (HF_HUB_OFFLINE) is on, so that nothing can be uploaded"
-        ) from None
+        raise HubError("offline mode (HF_HUB_OFFLINE) is on, so nothing can be uploaded") from None
     except Exception as error:
         chain: list[BaseException] = [error]
         while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
             chain.append(cause)
-        # The file, not the network: the command line knows what to do with it.
+        # A file could not be read; the network is not to blame. The command line reports it.
         if isinstance(error, OSError) and not isinstance(error, ConnectionError | HfHubHTTPError):
             raise
         for link in chain:
             if isinstance(link, HfHubHTTPError):
                 raise _refusal(repo, branch, link) from None
-        # The HTTP library's own errors are none of the system's, but come of them.
+        # The HTTP library's errors are not OSErrors, but an OSError caused them.
         if isinstance(chain[-1], OSError):
             raise HubError(
                 f"the Hub at {constants.ENDPOINT} cannot be reached ({chain[-1]}); check the "
@@ -155,7 +153,7 @@ def _errors(repo: str, branch: str) -> Iterator[None]:
 
 
 def _refusal(repo: str, branch: str, error: HfHubHTTPError) -> HubError:
-    """What an answer of the Hub means."""
+    """The error for an upload that the Hub refused."""
     status = error.response.status_code
     if status == 401 and not isinstance(error, RepositoryNotFoundError):
         return HubError(

@@ -17,7 +17,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from doge_onnx.bundle import GRAPH_NAME, Manifest, StateLayout, seal
+from doge_onnx.bundle import GRAPH_NAME, seal
+from doge_onnx.manifest import ClosedRow, Manifest, StateLayout, WeightsRead
 
 HEADS, ROW, HEAD_DIM, LAYERS = 1, 16, 8, 2
 WIDTH = 8
@@ -25,9 +26,12 @@ CONTEXT = 300
 CLOSED = -1e4
 # Of the rows of an int8 state, which so hold numbers up to 25.
 INT8_STEP = 0.2
+# What the manifest says, whatever the graph has.
+WEIGHTS_READ = WeightsRead(whole=1000, per_token=8)
 BOS, EOS = "<s>", "</s>"
 _MS = "com.microsoft"
 _HUGE = np.iinfo(np.int64).max
+_NO_LENGTH = 2**31 - 1
 
 
 def tokenizer() -> Tokenizer:
@@ -114,11 +118,22 @@ def model(in_place: bool = True, keep: bool = True, dtype: str = "float32") -> o
     g.add("Shape", ["input_ids"], "new", start=1, end=2)
     g.add("Shape", ["attention_mask"], "total", start=1, end=2)
     g.add("Sub", ["total", "new"], "past")
+    # Where the new tokens of each row stand: behind its own past, or else at the mask's end.
+    if in_place:
+        g.constants["past_lengths"] = i64(_NO_LENGTH)
+        g.add("Min", ["past", "past_lengths"], "past_each")
+    else:
+        g.add("Identity", ["past"], "past_each")
+    g.add("Expand", ["past_each", "batch"], "past_rows")
+    g.add("Unsqueeze", ["past_rows", i64(1)], "past_column")
+    g.add("Squeeze", ["new"], "new0")
+    g.add("Range", [np.array(0, np.int64), "new0", np.array(1, np.int64)], "numbers")
+    g.add("Add", ["past_column", "numbers"], "columns")
     g.add("CumSum", ["attention_mask", np.array(1, np.int64)], "count")
-    g.add("Slice", ["count", "past", "total", i64(1)], "count_new")
+    g.add("GatherElements", ["count", "columns"], "count_new", axis=1)
     g.add("Sub", ["count_new", i64(1)], "before")
     g.add("Max", ["before", i64(0)], "positions")
-    g.add("Slice", ["attention_mask", "past", "total", i64(1)], "mask_new")
+    g.add("GatherElements", ["attention_mask", "columns"], "mask_new", axis=1)
     g.add("Sub", [i64(1), "mask_new"], "padding")
     g.add("Cast", ["padding"], "padding_f", to=TensorProto.FLOAT)
     g.add("Mul", ["padding_f", np.array(CLOSED, np.float32)], "gate0")
@@ -135,8 +150,9 @@ def model(in_place: bool = True, keep: bool = True, dtype: str = "float32") -> o
     g.add("Add", ["no_gate", np.array(1, np.float32)], "one")
     g.add("Squeeze", ["total"], "total0")
     g.add("Cast", ["total0"], "total32", to=TensorProto.INT32)
-    g.add("Sub", ["total32", np.array(1, np.int32)], "last32")
-    g.add("Expand", ["last32", "batch"], "seqlens_k")
+    g.add("Add", ["past_rows", "new"], "ends")
+    g.add("Sub", ["ends", i64(1)], "last")
+    g.add("Cast", ["last"], "seqlens_k", to=TensorProto.INT32)
     for layer in range(LAYERS):
         for name, extra in (("q", ["one", "rest"]), ("k", ["gate", "rest"]), ("v", ["pad"])):
             g.add("MatMul", [x, f"{name}{layer}"], f"{name}{layer}_raw")
@@ -178,6 +194,8 @@ def model(in_place: bool = True, keep: bool = True, dtype: str = "float32") -> o
     for name in cache:
         shape = ["batch_size", HEADS, "past_sequence_length", ROW]
         inputs.append(value(f"past_key_values.{name}", row_type, shape))
+    if in_place:
+        inputs.append(value("past_lengths", TensorProto.INT64, ["past_lengths_size"]))
     if keep:
         inputs.append(value("logits_to_keep", TensorProto.INT64, [1]))
     outputs = [value("logits", TensorProto.FLOAT, ["batch_size", "positions", VOCAB])]
@@ -231,16 +249,22 @@ def manifest(in_place: bool = True, **changes) -> Manifest:
         "in_place": in_place,
     }
     state |= {name: changes.pop(name) for name in list(changes) if name in state}
+    closed = -127 if state["dtype"] == "int8" else CLOSED
     values = {
         "target": "ort" if in_place else "portable",
+        "device": "cpu",
         "precision": "fp32",
+        "activations": "float32",
         "context_length": CONTEXT,
         "vocab_size": VOCAB,
         "parameters": 0,
+        "weights_read": WEIGHTS_READ,
+        "graph": GRAPH_NAME,
         "source": {"model": "fake", "revision": None},
         "versions": {},
     }
-    return Manifest(state=StateLayout(**state), **(values | changes))
+    layout = StateLayout(**state, closing=ClosedRow((HEAD_DIM,), closed))
+    return Manifest(state=layout, **(values | changes))
 
 
 def write(

@@ -22,7 +22,7 @@ from environments import environment
 from tokenizers import Tokenizer
 
 import doge_onnx
-from doge_onnx.bundle import Bundle, read_manifest, seal
+from doge_onnx.bundle import Bundle, read_manifest
 from doge_onnx.config import DogeConfig
 from doge_onnx.export import card, metadata
 from doge_onnx.export.checkpoint import Source
@@ -359,9 +359,9 @@ def test_the_snippets_of_a_conversational_model_send_a_message(conversational):
 def test_a_template_that_cannot_be_used_is_none_to_the_card(tmp_path, tiny_bundle):
     copy = shutil.copytree(tiny_bundle, tmp_path / "copy")
     (copy / "tokenizer_config.json").write_text('{"chat_template": 1}', encoding="utf-8")
-    seal(copy, read_manifest(copy))
+    draft = Bundle.draft(copy, read_manifest(copy))
     config = DogeConfig.from_file(TINY_CHECKPOINT / "config.json")
-    card.write(Source(TINY_CHECKPOINT, "tiny", None), config, {}, copy)
+    card.write(Source(TINY_CHECKPOINT, "tiny", None), config, {}, draft)
     assert "conversational" not in read_block(copy)["tags"]
 
 
@@ -443,7 +443,7 @@ def test_the_snippet_for_transformers_js_is_shown_where_it_finds_the_graph(
     ("graph", "state", "change"),
     [
         ("onnx/model.onnx", {"kind": "window"}, {}),
-        ("onnx/model_quantized.onnx", {"dtype": "float16"}, {"activations": "float16"}),
+        ("onnx/model_quantized.onnx", {"dtype": "float16"}, {"device": "cuda"}),
     ],
 )
 def test_what_transformers_js_cannot_run_has_no_snippet_for_it(tiny_bundle, graph, state, change):

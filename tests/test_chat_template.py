@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from datetime import datetime
 
 import fake_bundle
@@ -15,7 +14,6 @@ from chat_templates import CONVERSATIONS, PLAIN, TEMPLATES, tokenizer_files
 import doge_onnx
 from doge_onnx.bundle import Bundle, seal
 from doge_onnx.errors import BundleError, InputError
-from doge_onnx.runtime.text import chat_template as chats
 from doge_onnx.runtime.text.chat_template import ChatTemplate
 
 
@@ -98,10 +96,13 @@ def test_the_date_is_today(tmp_path):
         ("{{ messages[0].content.x.y }}", "refuses this"),
         ("{{ raise_exception('only users') }}", "refuses this: only users"),
         ("{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}", "fails with these messages"),
-        ("{{ messages.append(1) }}", "refuses this"),
-        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "refuses this"),
-        ("{{ strftime_now.__globals__ }}{{ x.y }}", "refuses this"),
+        ("{{ raise_exception('in two\nlines') }}", "refuses this: in two lines"),
+        ("{{ messages.append(1) }}", "sandbox stops"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "sandbox stops"),
+        ("{{ strftime_now.__globals__.x }}", "sandbox stops"),
         ("{% if 1 %}" * 2000, "nested too deeply"),
+        ("{% for m in messages %}" * 25 + "{% endfor %}" * 25, "cannot compile"),
+        ("{{ " + "9" * 5000 + " }}", "cannot compile"),
         ("{{ messages[0].content.ljust(2 ** 62) }}", "MemoryError"),
     ],
 )
@@ -110,28 +111,30 @@ def test_a_template_that_fails_is_a_line(source, words, tmp_path):
         ChatTemplate(source, {}, tmp_path).render(CONVERSATIONS[0])
     assert words in str(caught.value)
     assert str(tmp_path) in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize(
-    "source",
+    ("source", "words"),
     [
-        "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}",
-        "{% macro f(n) %}{% if n %}{{ f(n - 1) + f(n - 1) }}{% endif %}{% endmacro %}{{ f(50) }}",
-        "{% for a in range(9999) %}{{ 'x' * 9999 }}{% endfor %}",
-        "{{ 9 ** (9 ** 9) }}",
-        "{% set n = namespace(x=7) %}{% for i in range(40) %}{% set n.x = n.x * n.x %}{% endfor %}",
+        ("{% for a in range(99999999) %}{% endfor %}", "Range too big"),
+        ("{% for a in messages recursive %}{{ loop(messages) }}{% endfor %}", "recursion"),
+        ("{% for a in range(99999) %}{{ 'x' * 9999 }}{% endfor %}", "writes more than"),
+        ("{{ 9 ** (9 ** 9) }}", "a number of more than 10000 bits"),
+        (
+            "{% set n = namespace(x=7) %}"
+            "{% for i in range(40) %}{% set n.x = n.x * n.x %}{% endfor %}",
+            "a number of more than 10000 bits",
+        ),
     ],
 )
-def test_a_template_without_an_end_is_stopped(source, monkeypatch, tmp_path):
-    monkeypatch.setattr(chats, "_MAX_STEPS", 100_000)
-    monkeypatch.setattr(chats, "_MAX_SIZE", 1_000_000)
-    before = sys.gettrace()
-    with pytest.raises(BundleError, match="does not come to an end"):
+def test_a_template_that_asks_for_too_much_is_stopped(source, words, tmp_path):
+    with pytest.raises((InputError, BundleError), match=words) as caught:
         ChatTemplate(source, {}, tmp_path).render(CONVERSATIONS[0])
-    assert sys.gettrace() is before
+    assert len(str(caught.value).splitlines()) == 1
 
 
-def test_a_long_conversation_is_no_endless_one(tmp_path):
+def test_a_long_conversation_is_not_stopped(tmp_path):
     template = ChatTemplate(TEMPLATES["Llama 3"], {"bos_token": "<s>"}, tmp_path)
     assert template.render(CONVERSATIONS[0] * 3000).count("Hello") == 3000
 

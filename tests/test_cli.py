@@ -385,7 +385,7 @@ def test_no_prompt_on_a_terminal_is_wrong_usage(tiny_bundle):
         (["-"], b"caf\xe9", ["standard input", "UTF-8"]),
         (["word " * 3000], None, ["2048", "tokens"]),
         (["x", "--logit-bias", "99999=1"], None, ["logit_bias", "99999"]),
-        (["x", "--device", "cuda"], None, ["fp32", "half precision only", "--device cuda"]),
+        (["x", "--device", "cuda"], None, ["fp32", "half precision only", "for the device cuda"]),
     ],
 )
 def test_generate_says_what_it_cannot_take(tiny_bundle, arguments, piped, words):

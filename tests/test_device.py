@@ -28,9 +28,9 @@ from doge_onnx.runtime.engine import device as devices
 from doge_onnx.runtime.engine.runner import Best
 
 FP32 = fake_bundle.manifest()
-FP16 = replace(FP32, precision="fp16", activations="float16")
-BF16 = replace(FP32, precision="bf16", activations="bfloat16")
-INT4 = replace(FP32, precision="int4", activations="float16")
+FP16 = replace(FP32, precision="fp16", activations="float16", device="cuda")
+BF16 = replace(FP32, precision="bf16", activations="bfloat16", device="cuda")
+INT4 = replace(FP32, precision="int4", activations="float16", device="cuda")
 PORTABLE = fake_bundle.manifest(in_place=False)
 
 
@@ -92,7 +92,7 @@ def test_a_bundle_for_the_cpu_stays_there_and_the_cpu_can_be_insisted_on(machine
     machine()
     assert devices.choose_device("auto", FP32) == "cpu"
     assert devices.choose_device("cpu", FP16) == "cpu"
-    with pytest.raises(DeviceError, match=r"computes in fp32 .*; export with --device cuda"):
+    with pytest.raises(DeviceError, match=r"fp32 .*; export it again for the device cuda"):
         devices.choose_device("cuda", FP32)
 
 

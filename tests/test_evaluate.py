@@ -430,7 +430,7 @@ def test_references_that_do_not_fit(tiny_bundle, tmp_path):
     with pytest.raises(BundleError, match="does not have the size"):
         doge_onnx.evaluate(tiny_bundle, other)
     for reference in (None, tiny_bundle):
-        with pytest.raises(InputError, match="--revision is for"):
+        with pytest.raises(InputError, match="only a reference on the Hub has a revision"):
             doge_onnx.evaluate(tiny_bundle, reference, revision="main")
 
 
@@ -485,8 +485,10 @@ def test_the_card_and_the_manifest_show_the_figures(tiny_bundle, checkpoint, tmp
     assert "Quality" not in before
     assert "Quality" not in invoke("info", copy).stdout
     report = evaluate(BundleScorer(copy), EagerModel(checkpoint, 64), max_tokens=TOKENS)
-    bundles.write_quality(copy, report.as_dict())
-    card.write(checkpoints.find(TINY_CHECKPOINT), checkpoint.config, {}, copy)
+    manifest = replace(Bundle.open(copy).manifest, quality=report.as_dict())
+    draft = Bundle.draft(copy, manifest)
+    card.write(checkpoints.find(TINY_CHECKPOINT), checkpoint.config, {}, draft)
+    bundles.seal(copy, manifest)
     opened = Bundle.open(copy)
     assert opened.manifest.quality == report.as_dict()
     shown = (copy / "README.md").read_text(encoding="utf-8")

@@ -357,7 +357,7 @@ def test_an_export_can_be_repeated_bit_by_bit(one_layer, tmp_path):
         ({"context_length": -5}, "context length -5"),
         ({"context_length": 10**9}, "context length 1000000000 is more than"),
         ({"state": "frozen"}, "state 'frozen' is not known; choose from growing, window"),
-        ({"revision": "main"}, "--revision is for models of the Hub"),
+        ({"revision": "main"}, "only models of the Hub have a revision"),
     ],
 )
 def test_options_that_make_no_sense(options, message, one_layer, tmp_path):
@@ -398,7 +398,7 @@ def test_a_broken_side_file_is_found_before_tracing(name, one_layer, tmp_path, m
 def test_a_destination_is_checked_before_the_checkpoint_is_read(tmp_path):
     (tmp_path / "bundle").mkdir()
     (tmp_path / "bundle" / "precious").write_text("content")
-    for force, message in ((False, "exists"), (True, "--force replaces bundles only")):
+    for force, message in ((False, "exists"), (True, "force replaces bundles only")):
         with pytest.raises(BundleError, match=message):
             export(tmp_path / "no checkpoint", tmp_path / "bundle", force=force)
     assert (tmp_path / "bundle" / "precious").read_text() == "content"

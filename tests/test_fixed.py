@@ -407,7 +407,7 @@ def test_bundles_that_cannot_be_captured_are_not_tried(
     checkpoint = checkpoints.make(tmp_path / "checkpoint", keep_window_size=16)
     narrow = make_bundle(checkpoint, device="cuda", verify=False).path
     plain = make_bundle(half_checkpoint, target="portable", verify=False).path
-    for path, reason in ((narrow, "in its window"), (plain, "export with --device cuda")):
+    for path, reason in ((narrow, "in its window"), (plain, "export it again for the device cuda")):
         del made[:]
         with pytest.raises(DeviceError, match=reason):
             doge_onnx.load(path, device="cuda", cuda_graph=True)

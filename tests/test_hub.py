@@ -195,4 +195,4 @@ def test_a_directory_comes_before_the_hub(hub, original, tmp_path, monkeypatch):
 
 
 def test_a_directory_has_no_revisions(original):
-    assert "--revision is for models of the Hub" in hub_refusal(str(original), "main")
+    assert "only models of the Hub have a revision" in hub_refusal(str(original), "main")

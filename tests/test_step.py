@@ -18,8 +18,8 @@ from stepping import OPERATORS, Growing, row
 from torch import Tensor
 
 from doge_onnx.export import checkpoint as checkpoint_reader
+from doge_onnx.export.growing_state import GrowingState
 from doge_onnx.export.operators import STANDARD
-from doge_onnx.export.state import GrowingState
 from doge_onnx.export.step import RecurrentStep
 
 CONTEXT = 64

@@ -1,9 +1,9 @@
-"""An aarch64 system that runs under emulation: Debian's Python, the wheels of PyPI and ours.
+"""An emulated aarch64 system: Debian's Python, wheels from PyPI and the wheel of this package.
 
-Knows how it is put together, in build/aarch64 and nowhere else, and how a program is run in it.
-Packages come from Debian's archive through apt with a state of its own, so neither root nor a
-foreign architecture on this machine is needed; QEMU's user mode emulator comes the same way where
-it is not installed. It shows that something runs, never how fast.
+Knows how to build it in build/aarch64, and how to run a program in it. apt fetches the packages
+from Debian's archive into a state directory of its own, so this machine needs neither root nor a
+foreign architecture; QEMU's user mode emulator is fetched in the same way if it is not installed.
+It shows that a program runs, never how fast.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from environments import ROOT
 DIRECTORY = ROOT / "build" / "aarch64"
 SYSTEM, PACKAGES = DIRECTORY / "root", DIRECTORY / "site-packages"
 QEMU = "qemu-aarch64-static"
-# Of the C library that each of these is good for, pip wants to be told all.
+# pip accepts only wheels for the platforms that it is given, so all must be named.
 _PLATFORMS = ("manylinux2014", "manylinux_2_17", "manylinux_2_27", "manylinux_2_28")
 _PROCESSORS = 2
-# What is read there of an x86 machine makes ONNX Runtime crash as it is imported: its library
-# for this takes the processors that it finds for Arm's and finds no core in them.
+# The emulated /proc/cpuinfo. With that of an x86 machine, ONNX Runtime crashes when it is
+# imported: its library for processor detection finds no Arm core in it.
 _CPUINFO = """processor\t: {}
 BogoMIPS\t: 108.00
 Features\t: fp asimd evtstrm crc32 cpuid
@@ -38,21 +38,21 @@ CPU revision\t: 3
 
 
 def unavailable() -> str | None:
-    """Why this machine cannot have it, or None."""
+    """Why the system cannot be made on this machine, or None if it can."""
     if platform.machine() == "aarch64":
-        return "this machine is an aarch64 one: what the other tests show is shown for it"
+        return "this machine is aarch64, so the other tests already run on aarch64"
     try:
         distribution = platform.freedesktop_os_release()["ID"]
     except OSError:
         distribution = platform.system()
-    # Others that have apt keep their arm64 packages elsewhere.
+    # Other distributions with apt keep their arm64 packages elsewhere.
     if distribution != "debian" or not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
         return f"Debian's apt-get and dpkg-deb make the aarch64 system; this is {distribution}"
     return None
 
 
 def make() -> None:
-    """Put the system together, or bring it up to date."""
+    """Make the system, or bring it up to date."""
     if not (DIRECTORY / "system.txt").exists():
         print(f"making an aarch64 system in {DIRECTORY}", file=sys.stderr)
         shutil.rmtree(DIRECTORY, ignore_errors=True)
@@ -74,15 +74,15 @@ def make() -> None:
 
 
 def run(cpu: str, *arguments: str | Path, timeout: float = 300) -> str:
-    """What Python prints when it is run with `arguments` on an emulated processor.
+    """Run Python with `arguments` on an emulated processor, and return its output.
 
     Args:
-        cpu: As QEMU's `-cpu` takes it.
-        arguments: Of the interpreter.
-        timeout: Seconds after which it is given up.
+        cpu: The processor, by QEMU's name for `-cpu`.
+        arguments: Arguments of the interpreter.
+        timeout: Seconds after which the process is ended.
 
     Raises:
-        subprocess.CalledProcessError: It failed; the error has what it wrote.
+        subprocess.CalledProcessError: Python failed; the error has its output.
     """
     emulator = shutil.which(QEMU) or DIRECTORY / "usr" / "bin" / QEMU
     python = SYSTEM / "usr" / "bin" / f"python{_version()}"
@@ -106,21 +106,21 @@ def _make_system() -> None:
         else:
             _extract(package, SYSTEM)
     shutil.rmtree(DIRECTORY / "apt")
-    # Debian 13 has the loader in /usr/lib, and a link to it in a package that is not needed.
+    # Debian 13 has the loader in /usr/lib; the link to it is in a package that is not installed.
     if not (SYSTEM / "lib").exists():
         (SYSTEM / "lib").symlink_to("usr/lib")
-    # QEMU looks for every file here before it takes the one of this machine.
+    # QEMU looks for every file in the system before it takes this machine's own.
     _write("proc/cpuinfo", "".join(_CPUINFO.format(i) for i in range(_PROCESSORS)))
     for name in ("possible", "present"):
         _write(f"sys/devices/system/cpu/{name}", f"0-{_PROCESSORS - 1}\n")
     if _version() == f"{sys.version_info.major}.{sys.version_info.minor}":
-        # Byte code is the same everywhere, and slow to make under emulation.
+        # Byte code does not depend on the processor, and compiling it under emulation is slow.
         library = SYSTEM / "usr" / "lib" / f"python{_version()}"
         subprocess.run([sys.executable, "-m", "compileall", "-q", library], check=True)
 
 
 def _download(packages: list[str]) -> list[Path]:
-    """Fetch packages of arm64 and all that they need, as if nothing were installed."""
+    """Fetch arm64 packages and all their dependencies, whatever is installed here."""
     apt = DIRECTORY / "apt"
     for name in ("state/lists/partial", "cache/archives/partial"):
         (apt / name).mkdir(parents=True)
@@ -133,7 +133,7 @@ def _download(packages: list[str]) -> list[Path]:
         "Dir::State": apt / "state",
         "Dir::State::status": apt / "status",
         "Dir::Cache": apt / "cache",
-        # Not as the user _apt, who may not write here.
+        # apt's own user, _apt, may not write here.
         "APT::Sandbox::User": "",
         "Debug::NoLocking": "1",
     }
@@ -165,7 +165,7 @@ def _write(name: str, text: str) -> None:
 
 
 def _version() -> str:
-    """Of the Python in it, such as 3.11."""
+    """Version of the system's Python, such as 3.11."""
     (library,) = (SYSTEM / "usr" / "lib").glob("python3.*")
     return library.name.removeprefix("python")
 

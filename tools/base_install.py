@@ -1,7 +1,7 @@
-"""The wheel, and an environment with nothing but the wheel and what it asks for.
+"""The wheel, and an environment with only the wheel and its dependencies.
 
-Knows how both are made, and when they have to be made anew. What must be in them is said by
-tests/test_wheel.py.
+Knows how to make both, and when to make them again. tests/test_wheel.py says what must be in
+them.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from environments import ROOT
+from environments import ROOT, interpreter
 
 CONSTRAINTS = ROOT / "constraints.txt"
 DIRECTORY = ROOT / "build" / "base-install"
-# What the wheel is made of.
-_SOURCES = ("pyproject.toml", "README.md", "doge_onnx", "optimum")
+# The files and directories that the wheel is built from.
+_SOURCES = ("pyproject.toml", "README.md", "LICENSE", "doge_onnx", "optimum")
 
 
 def wheel() -> Path:
@@ -37,8 +37,8 @@ def wheel() -> Path:
     directory = DIRECTORY / "wheel" / digest.hexdigest()[:16]
     if not directory.is_dir():
         shutil.rmtree(directory.parent, ignore_errors=True)
-        # Not where the sources are: setuptools would leave a build directory there, and put
-        # files into the wheel that an earlier build left in it.
+        # Built from a copy: among the sources, setuptools would leave a build directory, and a
+        # later build would put old files from it into the wheel.
         with tempfile.TemporaryDirectory() as scratch:
             for path in files:
                 copy = Path(scratch) / path.relative_to(ROOT)
@@ -53,9 +53,9 @@ def wheel() -> Path:
 
 
 def environment() -> Path:
-    """The interpreter of an environment with the base install alone, without pip."""
+    """The interpreter of an environment that has only the base install, not even pip."""
     path = DIRECTORY / "environment"
-    python = path / "bin" / "python"
+    python = interpreter(path)
     made = wheel()
     if is_new(path, made.parent.name):
         print(f"installing the wheel into {path}", file=sys.stderr)
@@ -66,13 +66,13 @@ def environment() -> Path:
 
 
 def is_new(path: Path, version: str) -> bool:
-    """Whether what is at `path` was made of something else than this version of the sources."""
+    """Whether `path` is missing, or was made from another version of the sources."""
     stamp = path / "installed.txt"
     return not stamp.exists() or stamp.read_text(encoding="utf-8") != version + _constraints()
 
 
 def mark(path: Path, version: str) -> None:
-    """Write down what the finished directory `path` was made of."""
+    """Note in the finished directory `path` from which version of the sources it was made."""
     (path / "installed.txt").write_text(version + _constraints(), encoding="utf-8")
 
 
@@ -87,7 +87,7 @@ def pip(*arguments: str | Path) -> None:
 
 
 def variables() -> dict[str, str]:
-    """This process's environment variables, but for the one that leads to other packages."""
+    """This process's environment variables without PYTHONPATH, which would add other packages."""
     return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 

@@ -1,4 +1,4 @@
-"""A Chromium for the tests of the page: finds one, or installs Debian's where that is allowed."""
+"""A Chromium for the tests of the web page: finds one, or installs Debian's if it may."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def find() -> str | None:
 
 
 def install() -> None:
-    """Install Debian's Chromium if there is none, and if this is Debian and its root.
+    """Install Debian's Chromium if there is none; needs apt and root.
 
-    A failure is told and no more: the tests that need it then say that they are skipped.
+    A failure is only printed: the tests that need Chromium are then skipped.
     """
     if find() is not None:
         return

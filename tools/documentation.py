@@ -1,9 +1,9 @@
-"""Write what docs/ takes from the code: the commands' help, the API, the manifest's fields.
+"""Write the generated parts of docs/: the help of all commands, the API, the manifest's fields.
 
     python tools/documentation.py
 
-Knows how docstrings and help become Markdown. What they say is said in the code; a test compares
-the pages with it.
+Knows how docstrings and help become Markdown. Their text is in the code; a test checks that the
+pages are up to date.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import doge_onnx
-from doge_onnx import api, bundle, cli, errors, hub
+from doge_onnx import api, cli, errors, hub, manifest
 from doge_onnx.export import exporter, verify
-from doge_onnx.measure import bench, evaluate
+from doge_onnx.measure import bench, evaluate, start_up, workload
 from doge_onnx.runtime import chat as conversation
 from doge_onnx.runtime import model
 from doge_onnx.runtime.engine import state
@@ -56,12 +56,17 @@ CLASSES: dict[str, tuple[type, ...]] = {
         evaluate.QualityReport,
         bench.BenchReport,
         bench.CellReport,
-        bench.StartReport,
+        start_up.StartReport,
         bench.LeftOut,
-        bench.Spread,
+        workload.Spread,
         hub.PushReport,
     ),
-    "The manifest": (bundle.Manifest, bundle.StateLayout),
+    "The manifest": (
+        manifest.Manifest,
+        manifest.StateLayout,
+        manifest.ClosedRow,
+        manifest.WeightsRead,
+    ),
 }
 # Names for annotations, which have no docstring.
 TYPES = {
@@ -69,7 +74,7 @@ TYPES = {
     "GenerationOptions": "the fields of `GenerationConfig` as keyword arguments, a `TypedDict`.",
     "FinishReason": 'why a text ended: "eos", "stop" or "length".',
 }
-# Public in Python's sense, but for the package's own use.
+# Names without an underscore that only the package itself uses.
 INTERNAL = {
     "Completion.join",
     "GenerationConfig.given",
@@ -83,7 +88,7 @@ _TITLES = {"Args": "Arguments", "Attributes": "Attributes", "Raises": "Raises"}
 
 
 def pages() -> dict[Path, str]:
-    """The pages, or what they should be."""
+    """The text that each page should have, by its path."""
     formats = DOCS / "formats.md"
     before, rest = formats.read_text(encoding="utf-8").split(BEGIN)
     after = rest.split(END)[1]
@@ -95,7 +100,7 @@ def pages() -> dict[Path, str]:
 
 
 def commands() -> str:
-    """The help of each command, as it is printed."""
+    """The page with the help of each command, as `--help` prints it."""
     from typer.main import get_command
 
     group: Any = get_command(cli.app)
@@ -117,7 +122,7 @@ def _help(title: str, command: Any, context: Any) -> str:
 
 
 def library() -> str:
-    """The Python API, out of its docstrings."""
+    """The page of the Python API, made from docstrings."""
     summary, _, example = (doge_onnx.__doc__ or "").partition("\n\nExample:\n")
     code = "\n".join(line.strip().removeprefix(">>> ") for line in example.strip().splitlines())
     parts = [
@@ -184,7 +189,7 @@ def _capitalized(words: str) -> str:
 
 
 def _signature(name: str, function: Any) -> str:
-    """The parameters on one line, or one on each where they are long."""
+    """The signature on one line or, if that is too long, with one parameter per line."""
     signature = inspect.signature(function)
     shown, keyword_only = [], False
     for parameter in signature.parameters.values():
@@ -240,25 +245,29 @@ def _docstring(entry: Any, types: dict[str, str] | None = None) -> str:
 
 
 def manifest_fields() -> str:
-    """The fields of the manifest and of its state, with the version that brought each."""
+    """The fields of the manifest and of the objects in it."""
     lines = [
         "<!-- Written by `make docs`, too. -->\n",
-        f"This is version {bundle.FORMAT_VERSION} of the format.\n",
+        f"This is version {manifest.FORMAT_VERSION} of the format.\n",
     ]
-    lines += ["| field | type | since | |", "|---|---|---:|---|"]
-    for entry, prefix in ((bundle.Manifest, ""), (bundle.StateLayout, "state.")):
+    lines += ["| field | type | |", "|---|---|---|"]
+    for entry, prefix in (
+        (manifest.Manifest, ""),
+        (manifest.WeightsRead, "weights_read."),
+        (manifest.StateLayout, "state."),
+        (manifest.ClosedRow, "state.closing."),
+    ):
         words = dict(re.findall(r"^- `(\w+)`: (.*)$", _docstring(entry), flags=re.MULTILINE))
         for field in dataclasses.fields(entry):
             kind = str(field.type).replace("|", "\\|")
-            since = field.metadata.get("since", 1)
-            lines.append(f"| `{prefix}{field.name}` | `{kind}` | {since} | {words[field.name]} |")
+            lines.append(f"| `{prefix}{field.name}` | `{kind}` | {words[field.name]} |")
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     """Write the pages."""
     for path, text in pages().items():
-        path.write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8", newline="\n")
         print(path)
 
 

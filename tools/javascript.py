@@ -1,7 +1,7 @@
-"""JavaScript packages of the examples and of the tests, as their lock files have them.
+"""JavaScript packages of the examples and of the tests, in the versions of their lock files.
 
-Knows when `npm ci` has to run, and with which options. What is in which is said by the
-`package.json` of each directory.
+Knows when `npm ci` has to run, and with which options. The `package.json` of each directory lists
+the packages.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-# What transformers.js asks for.
+# The oldest major version that transformers.js supports.
 _NODE_VERSION = 20
 
 
@@ -30,17 +30,19 @@ def packages(directory: Path) -> None:
     """Install what a directory's `package-lock.json` lists, unless it is there already.
 
     Raises:
-        subprocess.CalledProcessError: npm cannot do it; it has said why.
+        subprocess.CalledProcessError: npm failed; it has printed the reason.
     """
     wanted = (directory / "package-lock.json").read_text(encoding="utf-8")
-    # In there, so that it goes when the packages go.
+    # Among the packages, so that it is deleted with them.
     stamp = directory / "node_modules" / ".installed.json"
     if stamp.exists() and stamp.read_text(encoding="utf-8") == wanted:
         return
     print(f"installing the packages of {directory}", file=sys.stderr)
-    # Without scripts: that of onnxruntime-node fetches the libraries of CUDA.
+    # Without install scripts: that of onnxruntime-node downloads the libraries of CUDA.
     options = ("--ignore-scripts", "--no-audit", "--no-fund", "--no-update-notifier")
-    subprocess.run(["npm", "ci", "--loglevel=error", *options], check=True, cwd=directory)
+    # Its path, since Windows starts npm.cmd only by the whole name.
+    npm = shutil.which("npm") or "npm"
+    subprocess.run([npm, "ci", "--loglevel=error", *options], check=True, cwd=directory)
     stamp.write_text(wanted, encoding="utf-8")
 
 

@@ -3,17 +3,18 @@
     python benchmarks/peers [--shapes 20M 160M] [--precisions fp32 int8] [--rounds 5]
 
 doge-onnx and transformers run a Doge with random weights, llama.cpp and onnxruntime-genai,
-which do not know Doge, a Qwen3 of the same shape. Prints a table, what it averages to, and as
-its last line one JSON object. Everything runs with batch 1, greedily, and with the same prompts.
+which do not know Doge, a Qwen3 of the same shape. Prints a table, its averages and, as the last
+line, one JSON object. All models run with batch 1, greedily, and with the same prompts.
 
 Each model runs in a process of its own, in the environment of its runtime; environments
 are made under build/peers once. All models of a shape are loaded together, and each round
-measures all of them, because machines drift. Medians are compared; the round before the first
-is not counted. What fails is missing in the table, and the reason is on standard error.
+measures all of them, because a machine's speed changes with time. Medians are compared; a warm-up
+round before the first is not counted. A model that fails is missing from the table, and the
+reason is on standard error.
 
-MBU is memory-bandwidth utilisation, as in benchmarks/speed.py; a processor with room for all
-weights in its cache goes past 100 %. The default run takes about an hour, and wants a machine
-with nothing else to do: figures mean little where the spread that the notes name is wide.
+MBU is memory-bandwidth utilisation, as in benchmarks/speed.py; it exceeds 100 % on a processor
+whose cache holds all weights. The default run takes about an hour and needs an idle machine: if
+the notes name a wide spread, the figures mean little.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ sys.path += [str(Path(__file__).parent.parent), str(Path(__file__).parents[2] / 
 from checkpoints import SHAPES, random_checkpoint
 from environments import environment
 
-from doge_onnx.measure.bench import read_bandwidth
+from doge_onnx.measure.bandwidth import read_bandwidth
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]

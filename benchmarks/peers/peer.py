@@ -1,6 +1,6 @@
-"""What the comparison and its workers share: what is to be run, and what a runtime can do.
+"""Types that the comparison and its workers share: jobs, and the interface of a runtime.
 
-Imported in every environment, so it needs nothing but the standard library.
+Imported in every environment, so it needs only the standard library.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-# Of all models here, as of the released ones.
+# The same for all models of the comparison, and as in the released ones.
 VOCABULARY = 32768
 HEAD_DIM = 128
 CONTEXT_LENGTH = 2048
@@ -35,7 +35,7 @@ class Job:
     Attributes:
         name: Differs between all jobs of a shape.
         shape: Of the model.
-        checkpoint: A Doge checkpoint of that shape, for those who can read it.
+        checkpoint: A Doge checkpoint of that shape, for runtimes that can read it.
         directory: Where models are written; all jobs of the shape share it.
         options: What the runtime's module needs to know about the precision.
         threads: Threads to run with.

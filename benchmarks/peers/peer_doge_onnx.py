@@ -5,12 +5,9 @@ from __future__ import annotations
 import time
 from importlib.metadata import version
 
-import numpy as np
 from peer import About, Job
 
 import doge_onnx
-from doge_onnx.bundle import read_manifest
-from doge_onnx.runtime.engine.weights import read_weights
 
 
 def build(job: Job) -> None:
@@ -32,13 +29,12 @@ class Bundle:
 
     def about(self) -> About:
         """What there is to know of it."""
-        state = self.model.manifest.state
-        row = 2 * state.num_layers * state.num_heads * state.row_size
+        manifest = self.model.manifest
         return About(
             {name: version(name) for name in ("doge-onnx", "onnxruntime", "numpy")},
-            f"its KV cache is in {state.dtype}",
-            read_weights(self.job.model / read_manifest(self.job.model).graph).step_bytes(1),
-            row * np.dtype(state.dtype).itemsize,
+            f"its KV cache is in {manifest.state.dtype}",
+            manifest.weights_read.step_bytes(1),
+            manifest.state.token_bytes,
         )
 
     def decode(self, prompt: list[int], tokens: int) -> float:

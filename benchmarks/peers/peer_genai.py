@@ -22,7 +22,7 @@ def build(job: Job) -> None:
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
     command += ["-i", str(checkpoint), "-o", str(job.model), "-c", str(job.directory / "cache")]
     command += ["-p", job.options["precision"], "-e", "cpu"]
-    # Else it computes logits for every token of a prompt, which nobody else here does.
+    # Without this, it computes logits for every token of a prompt, as no other runtime here does.
     command += ["--extra_options", "prune_lm_head=true"]
     subprocess.run(command, check=True)
 
@@ -48,7 +48,7 @@ def random_qwen3(path: Path, job: Job) -> None:
         eos_token_id=1,
         pad_token_id=1,
     )
-    # Prompts are ids, but the builder wants a tokenizer.
+    # Prompts are token ids, but the builder needs a tokenizer.
     words = tokenizers.models.WordLevel({f"<{i}>": i for i in range(VOCABULARY)}, unk_token="<0>")
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizers.Tokenizer(words)

@@ -35,7 +35,7 @@ def build(job: Job) -> None:
         writer.add_rope_freq_base(10000.0)
         writer.add_layer_norm_rms_eps(1e-6)
         writer.add_vocab_size(VOCABULARY)
-        # Prompts are ids, but no file loads without a tokenizer.
+        # Prompts are token ids, but a file without a tokenizer does not load.
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre("qwen2")
         writer.add_token_list([f"<t{i}>" for i in range(VOCABULARY)])

@@ -1,4 +1,4 @@
-"""The comparison's end of a worker."""
+"""Starts worker processes, and talks to them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from peer import About, Job
 
 WORKER = Path(__file__).parent / "worker.py"
-# No measurement takes nearly as long; one that hangs must not take the others with it.
+# Far more than a measurement takes; a worker that hangs must not stop the whole comparison.
 PATIENCE_S = 900
 
 

@@ -1,7 +1,7 @@
-"""Turns checkpoints into bundles: needs torch, onnx and what else the extra "export" brings.
+"""Turns checkpoints into bundles; its modules need the extra "export" (torch, onnx and others).
 
-Imports none of that itself. Can be called like the function `doge_onnx.export`, whose place
-in the package it takes when it is imported.
+Imports none of these itself. When this package is imported, it replaces the function
+`doge_onnx.export` as an attribute of `doge_onnx`; it can be called like that function.
 """
 
 import sys

@@ -1,23 +1,15 @@
 """The model card of a bundle: what it is, how to run it, what was measured, and its interface.
 
-Knows how a manifest reads to a person. Which tools run a bundle, and with which code, is
-`snippets`'s business; what the card says to programs is `metadata`'s.
+Knows how to describe a manifest to a person. `snippets` has the code for each tool that runs
+the bundle, and `metadata` the block that programs read.
 """
 
 from __future__ import annotations
 
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
-from doge_onnx.bundle import (
-    CLOSED_GATE,
-    MANIFEST_NAME,
-    Bundle,
-    Manifest,
-    StateLayout,
-    read_manifest,
-    replace_file,
-)
+from doge_onnx.bundle import MANIFEST_NAME, Bundle
 from doge_onnx.config import DogeConfig
 from doge_onnx.errors import BundleError
 from doge_onnx.export import metadata
@@ -25,33 +17,28 @@ from doge_onnx.export.checkpoint import CARD_NAME, Source
 from doge_onnx.export.metadata import Metadata
 from doge_onnx.export.ort_format import OPERATORS_NAME
 from doge_onnx.export.snippets import Snippet, snippets
-from doge_onnx.runtime.engine.ort_file import is_ort_format
+from doge_onnx.manifest import Manifest, StateLayout
 from doge_onnx.runtime.text.chat_template import ChatTemplate
 
 
-def write(source: Source, config: DogeConfig, taken_over: Metadata, directory: Path) -> None:
-    """Write the card of a sealed bundle, with the figures that are in its manifest by now.
+def write(source: Source, config: DogeConfig, taken_over: Metadata, draft: Bundle) -> None:
+    """Write the card of a bundle that has everything else, figures included.
 
     Args:
         source: Where the checkpoint came from.
         config: Its config.
         taken_over: What its own card says that is true of the bundle too.
-        directory: The bundle; nobody may be reading it yet.
-
-    Raises:
-        BundleError: There is no readable manifest, or the card cannot be written.
+        draft: The bundle, before it is sealed.
     """
-    manifest = read_manifest(directory)
-    conversational = _is_conversational(Bundle(directory, manifest))
-    text = render(source, config, taken_over, manifest, conversational)
-    replace_file(directory, CARD_NAME, text)
+    text = render(source, config, taken_over, draft.manifest, _is_conversational(draft))
+    (draft.path / CARD_NAME).write_text(text, encoding="utf-8")
 
 
 def _is_conversational(bundle: Bundle) -> bool:
     """Whether a bundle has a chat template, in a file of its own or in the tokenizer's config."""
     try:
         return ChatTemplate.read(bundle) is not None
-    # One that cannot be used is none, and no reason to have no bundle.
+    # A template that cannot be used counts as none; the export goes on.
     except BundleError:
         return False
 
@@ -67,7 +54,7 @@ def render(
     shown = snippets(manifest, conversational)
     tags = [snippet.tag for snippet in shown if snippet.tag]
     block = metadata.compose(source, config, manifest, tags, taken_over, conversational)
-    # The name of a directory may hold anything.
+    # The name of a directory may hold line breaks and backquotes.
     name = " ".join(source.model.replace("`", "'").split())
     at = f" at revision `{source.revision}`" if source.revision else ""
     engine = "ONNX Runtime" if manifest.target == "ort" else "any engine that runs standard ONNX"
@@ -98,9 +85,8 @@ def _shown(snippet: Snippet) -> str:
 
 def _sizes(manifest: Manifest) -> str:
     state = manifest.state
-    row = 2 * state.num_layers * state.num_heads * state.row_size * state.item_size
     directory = PurePosixPath(manifest.graph).parent
-    # The graph's directory holds its weights; where that is the bundle's own, other files too.
+    # The graph's directory holds its weights. In the flat layout it holds other files as well.
     weights = sum(
         int(entry["size"])
         for name, entry in manifest.files.items()
@@ -111,11 +97,11 @@ def _sizes(manifest: Manifest) -> str:
         "weights": manifest.precision,
         "graph and weights": f"{weights / 1e6:.1f} MB",
         "context length": f"{manifest.context_length:,} tokens",
-        "state": f"{state.dtype}, {row:,} bytes per token",
+        "state": f"{state.dtype}, {state.token_bytes:,} bytes per token",
     }
     if state.kind == "window":
         assert state.keep_window_size is not None
-        total = row * state.keep_window_size
+        total = state.token_bytes * state.keep_window_size
         rows["context length"] = "no end"
         rows["state"] = (
             f"{state.dtype}, at most {state.keep_window_size} rows, {total / 1e6:.1f} MB, however "
@@ -135,7 +121,7 @@ def _number(figures: dict[str, Any], name: str, form: str) -> str:
 
 
 def _parity(manifest: Manifest) -> str:
-    """The section on how exactly the bundle computes what its checkpoint means, if known."""
+    """The section on how far the bundle's logits are from its checkpoint's, if that is known."""
     figures = manifest.parity
     if figures is None:
         return ""
@@ -155,7 +141,7 @@ def _parity(manifest: Manifest) -> str:
 
 
 def _quality(manifest: Manifest) -> str:
-    """The section on what the bundle loses against its reference, if that is known."""
+    """The section on the loss of quality against the reference, if that is known."""
     figures = manifest.quality
     if figures is None:
         return ""
@@ -177,7 +163,7 @@ def _quality(manifest: Manifest) -> str:
 
 
 def _graph(config: DogeConfig, manifest: Manifest) -> str:
-    """The section on inputs and outputs, for whoever feeds the graph without this package."""
+    """The section on inputs and outputs, for readers who run the graph without this package."""
     state = manifest.state
     if state.kind == "window":
         past = present = "past_sequence_length"
@@ -213,7 +199,7 @@ channels of a key are the key itself; {_channels(state)}
 
 def _file_format(manifest: Manifest) -> str:
     """The card's words on the file of the graph, where it is not ONNX."""
-    if not is_ort_format(Path(manifest.graph)):
+    if not manifest.ort_format:
         return ""
     return (
         f", in ONNX Runtime's own format (`{OPERATORS_NAME}` lists the operators and types that a "
@@ -227,7 +213,7 @@ def _channels(state: StateLayout) -> str:
         return (
             "the next holds its gate, which Dynamic Mask Attention adds to the key's score, "
             "and the one after that its position plus one. A free row is zero but for a gate of "
-            f"{CLOSED_GATE:g}. There must be a row for each token of a step that is free, or "
+            f"{state.closing.value:g}. There must be a free row for each token of a step, or "
             f"{state.keep_window_size} rows."
         )
     words = (

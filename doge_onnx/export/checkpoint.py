@@ -1,9 +1,9 @@
 """Find a checkpoint, on disk or on the Hub, and read its tensors under canonical names.
 
 Knows both generations of checkpoints (transformers-native and the older remote-code
-layout) and decides between them by the tensors that are there, never by a version
-string. Only safetensors are read: nothing of a checkpoint is executed or unpickled.
-Does not know what the tensors are used for.
+layout), and tells them apart by their tensors, never by a version string. Reads only
+safetensors: nothing of a checkpoint is executed or unpickled. Does not know what the tensors
+are used for.
 """
 
 from __future__ import annotations
@@ -59,14 +59,14 @@ _OLDER_NAMES = (
     (r"\.post_residual\.weight$", ".post_attention_residual"),
     (r"\.feed_forward\.", ".mlp."),
 )
-# Tensors without a meaning here: a buffer that some checkpoints saved, and a router bias
-# that the training code's own conversion to the native layout drops too.
+# Tensors that have no effect: a buffer that some checkpoints saved, and a router bias that the
+# authors' own conversion to the native layout drops as well.
 _IGNORED_NAMES = re.compile(r"rotary_emb\.|\.mlp\.router_gate\.bias$")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a checkpoint is, and what to call it.
+    """A checkpoint's directory, name and revision.
 
     Attributes:
         directory: The files.
@@ -87,9 +87,9 @@ class Checkpoint:
         config: The validated config.
         tensors: float32, by canonical name: that of the transformers-native layout without
             the leading "model.". No "lm_head.weight" where it is tied to the embedding.
-        gate_heads: To how many heads the gates belong: all key/value heads, or, in older
-            checkpoints, all query heads.
-        qk_norm: Whether queries and keys are normalised; older checkpoints do not.
+        gate_heads: Number of heads that have a gate: the key/value heads or, in older
+            checkpoints, the query heads.
+        qk_norm: Whether queries and keys are normalised; in older checkpoints they are not.
         native_names: Whether the tensors have their transformers-native names.
     """
 
@@ -101,9 +101,13 @@ class Checkpoint:
 
     @property
     def is_native(self) -> bool:
-        """Whether this is the model that transformers knows by the name of Doge."""
+        """Whether this is the architecture that transformers calls Doge."""
         own_gates = self.gate_heads == self.config.num_key_value_heads
         return self.native_names and self.qk_norm and own_gates
+
+    def shared(self) -> Checkpoint:
+        """The same tensors in a mapping of its own, which a step may empty; nothing is copied."""
+        return replace(self, tensors=dict(self.tensors))
 
     @property
     def parameters(self) -> int:
@@ -126,7 +130,7 @@ def find(model: str | Path, revision: str | None = None) -> Source:
     path = Path(model)
     if _is_dir(path):
         if revision is not None:
-            raise CheckpointError(f"{path} is a directory: --revision is for models of the Hub")
+            raise CheckpointError(f"{path} is a directory: only models of the Hub have a revision")
         return Source(path, path.resolve().name, None)
     if not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", str(model)) or path.is_file():
         raise CheckpointError(f"{model} is neither a directory nor the id of a model on the Hub")
@@ -144,7 +148,7 @@ def find(model: str | Path, revision: str | None = None) -> Source:
 def _is_dir(path: Path) -> bool:
     try:
         return path.is_dir()
-    # A name that the system does not take, for its length or its characters.
+    # The system does not accept the name, because of its length or its characters.
     except (OSError, ValueError):
         return False
 
@@ -167,7 +171,7 @@ def _hub_errors(model: str, revision: str | None) -> Iterator[None]:
     except RevisionNotFoundError:
         raise CheckpointError(f"{model} has no revision {revision} on the Hub") from None
     except LocalEntryNotFoundError as error:
-        # The Hub's client falls back to its cache, whatever the Hub's answer was.
+        # The Hub's client falls back to its cache after every kind of refusal.
         if isinstance(error.__cause__, HfHubHTTPError):
             raise _refusal(model + at, error.__cause__) from None
         if constants.is_offline_mode():
@@ -182,7 +186,7 @@ def _hub_errors(model: str, revision: str | None) -> Iterator[None]:
         raise CheckpointError(f"{model} cannot be the id of a model: {error}") from None
     except HfHubHTTPError as error:
         raise _refusal(model + at, error) from None
-    # The Hub's client raises its HTTP library's errors as they are, and those are not OSErrors.
+    # The Hub's client passes on the errors of its HTTP library, which are not OSErrors.
     except Exception as error:
         raise CheckpointError(
             f"cannot fetch {model}{at} from the Hub: {type(error).__name__}: {error}"
@@ -247,7 +251,7 @@ def read(directory: Path, progress: Callable[[str], None] = lambda _: None) -> C
         header.name.removeprefix("model.") == name for name, header in entries.items()
     )
     if native_names and config.keep_window_size is None:
-        # A field of the older layout that was left over; transformers knows the window only.
+        # dynamic_mask_ratio was left over from the older layout; transformers ignores it.
         config = replace(config, keep_window_size=DEFAULT_WINDOW)
     return Checkpoint(config, tensors, gate_heads, qk_norm, native_names)
 
@@ -265,7 +269,7 @@ def _expected_shapes(
 ) -> Iterator[tuple[str, list[int]]]:
     """Canonical name and shape of every tensor of a checkpoint.
 
-    One after another, so that a config of a billion layers fails at the first missing one.
+    An iterator, so that a config that asks for a billion layers fails at the first missing tensor.
     """
     hidden, middle, dim = config.hidden_size, config.intermediate_size, config.head_dim
     queries, keys = config.num_attention_heads * dim, config.num_key_value_heads * dim
@@ -305,7 +309,7 @@ def _expected_shapes(
 
 @dataclass(frozen=True)
 class _Header:
-    """What a safetensors file says of one of its tensors."""
+    """One tensor's entry in a safetensors file."""
 
     path: Path
     name: str

@@ -1,6 +1,6 @@
-"""A checkpoint as PyTorch runs it, without any graph: a reference to compare bundles with.
+"""A checkpoint run by PyTorch, without a graph: a reference to compare bundles with.
 
-Knows how to feed the recurrent step and to let it write texts. Does not know what is
+Knows how to run the recurrent step and how to sample texts with it. Does not know what is
 compared (`verify`, `quality`).
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -16,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from doge_onnx.export.checkpoint import Checkpoint
+from doge_onnx.export.growing_state import GrowingState
 from doge_onnx.export.operators import STANDARD
-from doge_onnx.export.state import GrowingState
 from doge_onnx.export.step import RecurrentStep
 from doge_onnx.measure.evaluate import sample_text
 
@@ -31,13 +30,13 @@ class EagerModel:
     """The recurrent step of a checkpoint, with a growing state.
 
     Args:
-        checkpoint: Keeps its tensors, which this model shares where it needs no others.
+        checkpoint: Keeps its tensors; this model shares them if it needs them as they are.
         context_length: Most tokens that a text may have.
         dtype: Of weights and state.
         name: Of the model in `description`.
 
     Attributes:
-        description: What it is, for a person.
+        description: Name, engine and element type, for a person.
         vocab_size: Token ids are in `range(vocab_size)`.
         context_length: As given.
     """
@@ -49,8 +48,7 @@ class EagerModel:
         dtype: torch.dtype = torch.float32,
         name: str = "the checkpoint",
     ) -> None:
-        # The step takes tensors out of the mapping that it is given.
-        checkpoint = replace(checkpoint, tensors=dict(checkpoint.tensors))
+        checkpoint = checkpoint.shared()
         config = checkpoint.config
         self.description = f"{name} in PyTorch, {str(dtype).removeprefix('torch.')}"
         self.vocab_size = config.vocab_size
@@ -71,10 +69,10 @@ class EagerModel:
 
         Args:
             ids: int64 `[B, S]`.
-            past: What an earlier call returned, or None at the start.
+            past: The state that an earlier call returned, or None at the start.
 
         Returns:
-            Logits `[B, S, V]`, and the past of what comes next.
+            Logits `[B, S, V]`, and the next state.
         """
         batch, length = ids.shape
         if past is None:
@@ -105,10 +103,10 @@ class EagerModel:
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Let PyTorch use one thread for steps of a token.
+    """Let PyTorch use one thread, for steps of one token.
 
-    Their operators are so small that a second one saves little, and where the machine has
-    other work to do, each waits for the other, for ten times as long in all.
+    Their operators are so small that a second thread saves little. On a busy machine the two
+    threads wait for each other, and a step takes ten times as long.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

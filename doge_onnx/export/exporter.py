@@ -19,7 +19,7 @@ import onnx_ir as ir
 import torch
 
 from doge_onnx import bundle
-from doge_onnx.bundle import Manifest, StateLayout
+from doge_onnx.bundle import Bundle
 from doge_onnx.config import DogeConfig
 from doge_onnx.errors import BundleError, DeviceError, DogeOnnxError
 from doge_onnx.export import card, half, metadata, ort_format, quality, sidecar
@@ -27,12 +27,15 @@ from doge_onnx.export import checkpoint as checkpoints
 from doge_onnx.export.checkpoint import Checkpoint
 from doge_onnx.export.eager import EagerModel
 from doge_onnx.export.graph import trace
+from doge_onnx.export.growing_state import GrowingState
 from doge_onnx.export.lowering import Target, for_web, require_kernels
 from doge_onnx.export.lowering import target as find_target
 from doge_onnx.export.quantize import RECIPES, Recipe, check_choices, quantize, recipe_for
-from doge_onnx.export.state import GrowingState, WindowState
 from doge_onnx.export.step import RecurrentStep, State
-from doge_onnx.export.verify import ParityReport, compare
+from doge_onnx.export.step_bytes import weights_read
+from doge_onnx.export.verify import ParityReport, compare, parity_figures
+from doge_onnx.export.window_state import WindowState
+from doge_onnx.manifest import Manifest, StateLayout, WeightsRead
 from doge_onnx.measure.evaluate import QualityReport
 from doge_onnx.runtime.engine.device import missing_for_cuda
 
@@ -173,27 +176,16 @@ def export(
     # For a moment, the graph is there in both formats.
     copies = 2 if format == "ort" else 1
     bundle.check_free_space(out.parent, copies * size + _SMALL_FILES_BYTES)
-    manifest = Manifest(
-        target=target,
-        precision=precision,
-        context_length=length,
-        vocab_size=checkpoint.config.vocab_size,
-        parameters=checkpoint.parameters,
-        state=_state_layout(built, checkpoint.config, chosen),
-        source={"model": source.model, "revision": source.revision},
-        versions=_versions(),
-        graph=graph,
-        activations=activations,
-    )
     parity, lost, unchecked = None, None, None
+    parameters = checkpoint.parameters
     with bundle.writing(out, force) as directory:
         # The step takes the tensors, so that there are never two copies of a large model; but
         # what a quantized one is compared with has to stay.
-        own = replace(checkpoint, tensors=dict(checkpoint.tensors)) if quantized else checkpoint
+        own = checkpoint.shared() if quantized else checkpoint
         calibrates = kv_cache == "int8" or (recipe is not None and recipe.rounding == "gptq")
         text = None
         if calibrates or activations == "float16":
-            rows = _CALIBRATION_ROWS[checkpoint.parameters >= _LARGE]
+            rows = _CALIBRATION_ROWS[parameters >= _LARGE]
             rows = rows if calibrates else _RANGE_ROWS
             text = _calibration_text(checkpoint, length, rows, report)
         if text is not None and activations == "float16":
@@ -204,20 +196,35 @@ def export(
             quantize(step, recipe, text if calibrates else None, report)
         if activations != "float32":
             step.halve()
-        _write_graph(step, chosen, directory / graph, size <= MAX_EMBEDDED_BYTES, report)
+        path = directory / graph
+        read = _write_graph(step, chosen, path, size <= MAX_EMBEDDED_BYTES, report)
+        # What comes next needs the memory.
+        del step
         if format == "ort":
             report("writing the ORT format")
-            graph = ort_format.convert(directory / graph).name
+            path = ort_format.convert(path)
             (directory / bundle.WEIGHTS_NAME).unlink(missing_ok=True)
-            manifest = replace(manifest, graph=graph)
+        manifest = Manifest(
+            target=target,
+            device=half.made_for(activations, device),
+            precision=precision,
+            activations=activations,
+            context_length=length,
+            vocab_size=checkpoint.config.vocab_size,
+            parameters=parameters,
+            weights_read=read,
+            state=_state_layout(built, checkpoint.config, chosen),
+            graph=path.relative_to(directory).as_posix(),
+            source={"model": source.model, "revision": source.revision},
+            versions=_versions(),
+        )
         sidecar.write(source, checkpoint.config, manifest, directory)
-        bundle.seal(directory, manifest)
+        draft = Bundle.draft(directory, manifest)
         try:
             if verify and quantized:
-                del step
-                lost = quality.measure(directory, checkpoint, progress=report)
+                lost = quality.measure(draft, checkpoint, progress=report)
             elif verify:
-                parity = compare(directory, source.directory, report)
+                parity = compare(draft, source.directory, report)
         except DeviceError as error:
             if max_kl is not None:
                 raise
@@ -225,14 +232,12 @@ def export(
         if lost is not None:
             # Without a limit it still has to be a number.
             lost.require(math.inf if max_kl is None else max_kl, str(out))
-            bundle.write_quality(directory, lost.as_dict())
+            manifest = replace(manifest, quality=lost.as_dict())
         if parity is not None:
             parity.require(str(out))
-            compared = {"checkpoint": source.model, "revision": source.revision}
-            bundle.write_parity(directory, parity.as_dict() | compared)
-        # Last, for it shows what was measured.
-        card.write(source, checkpoint.config, taken_over, directory)
-        manifest = bundle.read_manifest(directory)
+            manifest = replace(manifest, parity=parity_figures(parity, source))
+        card.write(source, checkpoint.config, taken_over, Bundle.draft(directory, manifest))
+        manifest = bundle.seal(directory, manifest)
         size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
     seconds = time.perf_counter() - started
     return ExportReport(out, manifest, parity, lost, size, seconds, unchecked)
@@ -361,6 +366,7 @@ def _state_layout(state: State, config: DogeConfig, target: Target) -> StateLayo
         keep_window_size=config.keep_window_size,
         # A window only overwrites rows, which standard operators do in place as well.
         in_place=target.in_place or isinstance(state, WindowState),
+        closing=state.closing,
     )
 
 
@@ -370,9 +376,11 @@ def _write_graph(
     path: Path,
     embedded: bool,
     report: Callable[[str], None],
-) -> None:
+) -> WeightsRead:
+    """Trace a step into a file, and say which of its weights a step reads."""
     report("tracing the graph")
     model = trace(step, target)
+    read = weights_read(model)
     model.producer_name = "doge-onnx"
     model.producer_version = importlib.metadata.version("doge-onnx")
     report("writing the graph")
@@ -384,6 +392,7 @@ def _write_graph(
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise BundleError(f"the exported graph is not valid ONNX: {error}") from error
+    return read
 
 
 def _versions() -> dict[str, str]:

@@ -1,7 +1,7 @@
-"""The configuration by which onnxruntime-genai runs a bundle.
+"""genai_config.json, with which onnxruntime-genai runs a bundle.
 
-Knows its format, and what of it can be told from a checkpoint. See docs/genai.md for what works
-there and what does not.
+Knows the format of that file, and which of its fields come from the checkpoint. docs/genai.md
+says what works with onnxruntime-genai and what does not.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from doge_onnx.bundle import Manifest
 from doge_onnx.config import DogeConfig
+from doge_onnx.manifest import Manifest
 from doge_onnx.runtime.generation.defaults import Defaults
 
 CONFIG_NAME = "genai_config.json"
@@ -19,8 +19,8 @@ CONFIG_NAME = "genai_config.json"
 def supported(manifest: Manifest) -> bool:
     """Whether onnxruntime-genai can run the bundle.
 
-    It feeds a state that grows with the text, and position_ids that it counts itself: to a state
-    of constant size it would give neither the rows nor the mask that the graph expects.
+    onnxruntime-genai feeds a state that grows with the text, and position_ids that it counts
+    itself. A graph with a state of constant size expects other rows and another mask.
     """
     return manifest.state.kind == "growing"
 
@@ -30,14 +30,14 @@ def genai_config(
 ) -> dict[str, Any]:
     """The content of genai_config.json.
 
-    It rejects keys that it does not know, and models of type "doge"; "decoder" is its name
-    for any decoder that has the usual inputs and outputs.
+    onnxruntime-genai rejects keys that it does not know, and the model type "doge"; the type
+    "decoder" is for any decoder that has the usual inputs and outputs.
 
     Args:
         config: The checkpoint's.
         manifest: The bundle's.
-        generation: The content of generation_config.json, which goes before config.json.
-        origin: Directory of the checkpoint, for messages.
+        generation: The content of generation_config.json; its values win over config.json's.
+        origin: Directory of the checkpoint, for error messages.
     """
     state = manifest.state
     return {
@@ -52,7 +52,7 @@ def genai_config(
                 "num_attention_heads": config.num_attention_heads,
                 "num_hidden_layers": state.num_layers,
                 "num_key_value_heads": state.num_heads,
-                # It sizes the state by this, so it is the row and not the head itself.
+                # onnxruntime-genai computes the size of the state from this: a whole row.
                 "head_size": state.row_size,
                 "hidden_size": config.hidden_size,
                 "inputs": {
@@ -79,7 +79,8 @@ def genai_config(
 def _token_ids(config: DogeConfig, generation: dict[str, Any], origin: Path) -> dict[str, Any]:
     """The ids of special tokens; those that the vocabulary lacks are left out.
 
-    It refuses an end-of-text id outside of the vocabulary, and feeds the padding id.
+    onnxruntime-genai refuses an end-of-text id outside of the vocabulary, and feeds the padding
+    id to the graph.
     """
 
     def known(value: Any) -> bool:
@@ -97,20 +98,21 @@ def _token_ids(config: DogeConfig, generation: dict[str, Any], origin: Path) -> 
             ids[name] = given
         elif value is not None:
             ids[name] = value
-    # It takes the last tokens of a row that have this id for padding, and without any pads with 0.
+    # onnxruntime-genai takes trailing tokens with this id for padding. Without an id, it pads
+    # with 0.
     if "pad_token_id" not in ids and eos:
         ids["pad_token_id"] = eos[0]
     return ids
 
 
 def _search(config: DogeConfig, generation: dict[str, Any], origin: Path) -> dict[str, Any]:
-    """How tokens are chosen, as far as it knows how; its own defaults would be others."""
+    """The sampling options that onnxruntime-genai has; its own defaults differ from the model's."""
     defaults = Defaults.parse(generation, {}, origin)
     options = defaults.recommended.given()
     return {
         "do_sample": defaults.sample,
         "temperature": options.get("temperature", 1.0),
-        # 0 is no limit, and it takes no number above the size of the vocabulary.
+        # 0 is no limit; a number above the size of the vocabulary is refused.
         "top_k": min(options.get("top_k") or 0, config.vocab_size),
         "top_p": options.get("top_p", 1.0),
         "repetition_penalty": options.get("repetition_penalty", 1.0),

@@ -23,13 +23,16 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch.export import Dim
 
+from doge_onnx.export.growing_state import GrowingState
 from doge_onnx.export.lowering import MICROSOFT, Target
-from doge_onnx.export.state import GrowingState
 from doge_onnx.export.step import RecurrentStep
 
 # ONNX Runtime and most other engines read this version of the file format.
 IR_VERSION = 10
 TOTAL_LENGTH = "total_sequence_length"
+PAST_LENGTHS = "past_lengths"
+# Its default, above any length: then the tokens of all sequences end with the mask.
+NO_LENGTH = 2**31 - 1
 # Any lengths will do, as all axes stay dynamic, but 0 and 1 would be taken for constants; and
 # a window must have rows for the new tokens.
 _BATCH, _LENGTH, _PAST = 2, 3, 5
@@ -45,7 +48,7 @@ def trace(step: RecurrentStep, target: Target) -> ir.Model:
     Returns:
         A model with inputs `input_ids`, `attention_mask`, for a window state `position_ids`,
         and `past_key_values.{i}.key|value`, and outputs `logits` and `present.{i}.key|value`.
-        `logits_to_keep` and `past_length`, where the target and the state have them, are
+        `logits_to_keep` and `past_lengths`, where the target and the state have them, are
         initializers that a caller may override.
     """
     layers = range(len(step.layers))
@@ -56,8 +59,11 @@ def trace(step: RecurrentStep, target: Target) -> ir.Model:
     if isinstance(step.state, GrowingState):
         mask = torch.ones(_BATCH, _PAST + _LENGTH, dtype=torch.int64)
         inputs["attention_mask"] = (mask, {0: batch, 1: Dim(TOTAL_LENGTH)})
-        if step.state.takes_past_length and target.in_place:
-            inputs["past_length"] = (torch.full((1,), -1), {})
+        if target.in_place:
+            # An axis of its own, since the default has one element and serves any batch: under the
+            # name of the batch, ONNX Runtime would take both for equally large and share memory.
+            past_lengths = torch.full((_BATCH,), _PAST)
+            inputs[PAST_LENGTHS] = (past_lengths, {0: Dim("past_lengths_size")})
     else:
         inputs["attention_mask"] = (torch.ones_like(tokens), token_axes)
         # One tensor for two inputs would become one input.
@@ -99,8 +105,8 @@ def trace(step: RecurrentStep, target: Target) -> ir.Model:
             _rename_axis(output, 2, TOTAL_LENGTH)
     if target.logits_to_keep:
         _make_default(model, "logits_to_keep", np.zeros(1, np.int64))
-    if "past_length" in inputs:
-        _make_default(model, "past_length", np.full(1, -1))
+    if PAST_LENGTHS in inputs:
+        _make_default(model, PAST_LENGTHS, np.full(1, NO_LENGTH))
     _drop_training_statistics(model)
     _fix_shapes(model)
     if isinstance(step.state, GrowingState) and step.state.frequencies is not None:

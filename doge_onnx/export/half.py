@@ -1,8 +1,8 @@
 """Half precisions: which export gets one, and whether a checkpoint fits into float16.
 
-float16 has the finer numbers and ends at 65504; bfloat16 has the range of float32 and an eighth
-of the steps. Knows what of a model is rounded to half precision, and how large it becomes on a
-text. What that does to the layout of a state is `state`'s.
+float16 has finer steps, and its largest number is 65504; bfloat16 has the range of float32, and
+steps eight times as coarse. Knows which values of a model are rounded to half precision, and how
+large they become on a text. `state` knows how a half-precision state is laid out.
 """
 
 from __future__ import annotations
@@ -16,25 +16,26 @@ from torch import Tensor, nn
 
 from doge_onnx.errors import CheckpointError, DogeOnnxError
 from doge_onnx.export.checkpoint import Checkpoint
+from doge_onnx.export.growing_state import GrowingState
 from doge_onnx.export.matrices import Linear
 from doge_onnx.export.operators import STANDARD
-from doge_onnx.export.state import GATE_RANGES, GrowingState
+from doge_onnx.export.state_rows import GATE_RANGES
 from doge_onnx.export.step import CDMoE, Layer, RecurrentStep
+from doge_onnx.manifest import DEVICES
 
 # Element types of weights and activations.
 HALVES = {"fp16": "float16", "bf16": "bfloat16"}
-DEVICES = ("cpu", "cuda")
 _LARGEST = torch.finfo(torch.float16).max
-# Other texts reach further than the one that is read here.
+# Other texts may reach larger values than the one that is read here.
 _HEADROOM = 2.0
-# Weights that stay float32, by the end of their names.
+# Weights that stay float32: the ends of their names.
 _WIDE = (".A", ".dt_proj.weight", ".dt_proj.bias", ".router_gate.weight")
 # Sequences of the text that go through the model at once.
 _BATCH = 4
 
 
 def default_precision(device: str) -> str:
-    """What suits a device.
+    """The precision for a device when none is chosen.
 
     Raises:
         DogeOnnxError: The device is not known.
@@ -51,11 +52,16 @@ def activation_type(precision: str, device: str) -> str:
     return "float16" if device == "cuda" and precision != "fp32" else "float32"
 
 
+def made_for(activations: str, device: str) -> str:
+    """What an export is for, "cpu" or "cuda", if `device` was asked for: bf16 is for CUDA only."""
+    return "cuda" if activations == "bfloat16" else device
+
+
 def check_weights(checkpoint: Checkpoint) -> None:
-    """Check that all weights that become float16 fit.
+    """Check that all weights that become float16 are within its range.
 
     Raises:
-        CheckpointError: One does not; it is named.
+        CheckpointError: A weight is not; the message names it.
     """
     for name, tensor in checkpoint.tensors.items():
         largest = float(tensor.abs().max())
@@ -70,7 +76,7 @@ def check_weights(checkpoint: Checkpoint) -> None:
 def check_activations(
     checkpoint: Checkpoint, text: Tensor, progress: Callable[[str], None] = lambda _: None
 ) -> None:
-    """Check that everything a model computes for a text fits into float16, with room to spare.
+    """Check that all values a model computes for a text fit into float16, with room to spare.
 
     Args:
         checkpoint: Keeps its tensors.
@@ -78,7 +84,7 @@ def check_activations(
         progress: Called with a few words.
 
     Raises:
-        CheckpointError: Something does not fit; the first such thing is named.
+        CheckpointError: A value is too large; the message names the first one.
     """
     progress("looking for values that float16 cannot hold")
     watch = _Watch()
@@ -102,7 +108,7 @@ def check_activations(
         return normed, total
 
     operators = replace(STANDARD, rotary_embedding=rotary_embedding, skip_rms_norm=skip_rms_norm)
-    own = replace(checkpoint, tensors=dict(checkpoint.tensors))
+    own = checkpoint.shared()
     state = GrowingState(own, text.shape[1], operators)
     step = RecurrentStep(own, state, operators).eval()
     _attach(watch, step)
@@ -115,7 +121,7 @@ def check_activations(
 
 
 def _attach(watch: _Watch, step: RecurrentStep) -> None:
-    """Show a watch what the layers of a step take and return."""
+    """Let a watch see the inputs and outputs of a step's layers."""
 
     def enter(number: int) -> Callable[..., None]:
         def hook(*_: object) -> None:
@@ -131,7 +137,7 @@ def _attach(watch: _Watch, step: RecurrentStep) -> None:
         return hook
 
     def neurons(module: CDMoE) -> None:
-        """What an expert's activation takes is no module's output."""
+        """Watch the input of the experts' activation, which no module returns."""
         entered: list[Tensor] = []
 
         def enter(_: nn.Module, inputs: tuple[Tensor]) -> None:
@@ -147,7 +153,7 @@ def _attach(watch: _Watch, step: RecurrentStep) -> None:
         assert isinstance(layer, Layer)
         layer.register_forward_pre_hook(enter(number))
         for name, module in layer.named_modules():
-            # What W_dt returns is not rounded, nor is a router's score.
+            # Gates and the scores of routers are not rounded.
             if isinstance(module, Linear) and not name.endswith((".gate", ".router")):
                 module.register_forward_hook(matrix(name))
             if isinstance(module, CDMoE):
@@ -156,19 +162,19 @@ def _attach(watch: _Watch, step: RecurrentStep) -> None:
 
 
 class _Watch:
-    """Looks at values, and raises at the first that is too large."""
+    """Raises an error at the first value that is too large."""
 
     def __init__(self) -> None:
         self.where = ""
 
     def see(self, what: str, values: Tensor, limit: float = _LARGEST / _HEADROOM) -> None:
-        """Check `values`, which are called `what`.
+        """Check `values`; `what` is their name in the message.
 
         Raises:
-            CheckpointError: One is larger than `limit`, or no number.
+            CheckpointError: A value is larger than `limit`, or not a number.
         """
         largest = float(values.abs().max())
-        # Not `>`, which is false of NaN.
+        # `largest > limit` would be false for NaN.
         if not largest <= limit:
             size = f"{largest:.4g}" if math.isfinite(largest) else "a value that is no number"
             raise CheckpointError(

@@ -223,16 +223,18 @@ def _lower_causal_attention(
 
 
 def _lower_all_gates(
-    past_key: Any, key: Any, total_length: Any, total: Any, first: int, count: int
+    past_key: Any, key: Any, columns: Any, total_length: Any, total: Any, first: int, count: int
 ) -> Any:
-    # Only the rows before the new ones are valid; behind them may be room for more.
     _, heads, _, row = past_key.shape
-    end = op.Constant(value_ints=[first + count])
-    length = op.Shape(key, start=1, end=2)
-    past_length = op.Sub(op.Cast(op.Unsqueeze(total_length, [0]), to=7), length)
-    past = op.Slice(past_key, [0, first], op.Concat(past_length, end, axis=0), [2, 3])
-    new = op.Slice(op.Reshape(key, [0, 0, heads, row]), [first], end, [3])
-    gates = op.Concat(past, op.Transpose(new, perm=[0, 2, 1, 3]), axis=2)
+    start, end = [first], op.Constant(value_ints=[first + count])
+    # Behind the rows of the past may be room for more.
+    past = op.Slice(past_key, start, end, [3])
+    new = op.Slice(op.Reshape(key, [0, 0, heads, row]), start, end, [3])
+    new = op.Transpose(new, perm=[0, 2, 1, 3])
+    length = op.Cast(op.Unsqueeze(total_length, [0]), to=onnx.TensorProto.INT64)
+    gates = op.Slice(op.Concat(past, new, axis=2), [0], length, [2])
+    index = op.Expand(op.Unsqueeze(columns, [1, 3]), op.Shape(new))
+    gates = op.ScatterElements(gates, index, new, axis=2)
     return op.Reshape(op.Transpose(gates, perm=[0, 1, 3, 2]), [0, heads * count, -1])
 
 
@@ -263,41 +265,44 @@ def _lower_keep_last(x: Any, count: Any) -> Any:
 
 
 def _lower_new_columns(
-    mask: Any, input_ids: Any, past_length: Any = None, numbers: Any = None
+    mask: Any, input_ids: Any, past_lengths: Any, numbers: Any, on_device: bool = False
 ) -> Any:
-    axis = op.Constant(value_ints=[1])
-    end = op.Shape(mask, start=1, end=2)
-    start = op.Sub(end, op.Shape(input_ids, start=1, end=2))
+    axis, zero = op.Constant(value_ints=[1]), op.Constant(value_ints=[0])
+    end, length = op.Shape(mask, start=1, end=2), op.Shape(input_ids, start=1, end=2)
+    start = op.Sub(end, length)
+    batch, shape = op.Shape(mask, start=0, end=1), op.Shape(input_ids)
     total = op.Cast(end, to=onnx.TensorProto.INT32)
-    batch = op.Shape(mask, start=0, end=1)
-    if past_length is None:
+    steps = op.Slice(numbers, zero, length, zero)
+    if not on_device:
+        past = op.Expand(op.Min(start, past_lengths), batch)
+        columns = op.Add(op.Unsqueeze(past, axis), steps)
         before = op.CumSum(mask, op.Constant(value_int=1), exclusive=1)
-        one = op.Constant(value=onnx.helper.make_tensor("one", onnx.TensorProto.INT32, [1], [1]))
+        newest = op.Sub(op.Add(past, length), axis)
         return (
-            op.Slice(before, start, end, axis),
-            op.Slice(mask, start, end, axis),
-            op.Expand(op.Sub(total, one), batch),
+            op.GatherElements(before, columns, axis=1),
+            op.GatherElements(mask, columns, axis=1),
+            columns,
+            op.Cast(newest, to=onnx.TensorProto.INT32),
             op.Squeeze(total),
         )
     # Whatever the GPU computes with must be there: a number from the host would be copied at each
     # step, and a step with such a copy cannot be captured. So columns are cut out of a table.
-    zero = op.Constant(value_ints=[0])
     last = op.Slice(numbers, start, end, zero)
-    given = op.Add(op.Slice(numbers, zero, op.Sub(end, start), zero), past_length)
-    columns = op.Where(op.Less(past_length, zero), last, given)
-    is_token = op.Gather(mask, columns, axis=1)
+    columns = op.Min(op.Add(op.Unsqueeze(past_lengths, axis), steps), last)
+    columns = op.Expand(columns, shape)
+    is_token = op.GatherElements(mask, columns, axis=1)
     # CumSum on CUDA, in some versions, adds up each of its results from the beginning: only the
     # new columns are left to it. Sums of float32 need no cuDNN, those of int64 do.
-    first = op.Slice(columns, zero, axis, zero)
+    first = op.Slice(columns, zero, axis, axis)
     earlier = op.Where(op.Less(op.Slice(numbers, zero, end, zero), first), mask, zero)
     count = op.ReduceSum(op.Cast(earlier, to=onnx.TensorProto.FLOAT), axis, keepdims=1)
     before = op.Add(
         op.Cast(count, to=onnx.TensorProto.INT64),
         op.CumSum(is_token, op.Constant(value_int=1), exclusive=1),
     )
-    newest = op.Slice(columns, op.Constant(value_ints=[-1]), op.Constant(value_ints=[2**62]), zero)
-    lengths = op.Expand(op.Cast(newest, to=onnx.TensorProto.INT32), batch)
-    return before, is_token, lengths, op.Squeeze(total)
+    newest = op.Slice(columns, op.Constant(value_ints=[-1]), op.Constant(value_ints=[2**62]), axis)
+    lengths = op.Reshape(op.Cast(newest, to=onnx.TensorProto.INT32), op.Constant(value_ints=[-1]))
+    return before, is_token, columns, lengths, op.Squeeze(total)
 
 
 def _lower_quantized_linear(

@@ -1,8 +1,8 @@
 """The matrices of a step: a linear map, a table of rows, and an embedding that is a head too.
 
-Each exists in float32 and in blocks of few bits, and the two of a pair can stand in for each
-other. Knows how they are stored and which operators multiply them; not how codes are chosen
-(`rounding`), nor which matrix gets which form (`quantize`).
+Each exists in float32 and in quantized blocks, and both forms have the same interface. Knows how
+matrices are stored and which operators multiply them. Does not know how codes are chosen
+(`rounding`), or which matrix gets which form (`quantize`).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Rows(nn.Module):
 
 
 class Embedding(Rows):
-    """The vectors of all tokens, and where the head is tied to it, their product with x."""
+    """The embedding of all tokens, which is also the head if the two are tied."""
 
     def __init__(self, weight: Tensor, operators: Operators) -> None:
         super().__init__(weight)
@@ -116,10 +116,11 @@ class QuantizedEmbedding(QuantizedRows):
 
 
 def pack(values: Tensor, bits: int) -> Tensor:
-    """Signed values to codes.
+    """Pack signed values into codes.
 
     Args:
-        values: `[rows, blocks, block_size]`, whole numbers from -2^(bits - 1) on.
+        values: `[rows, blocks, block_size]`, whole numbers from -2^(bits - 1) to
+            2^(bits - 1) - 1.
         bits: 4 or 8.
 
     Returns:

@@ -1,8 +1,8 @@
 """The YAML block at the top of a model card, which tells the Hub what a model is.
 
-Knows what a bundle takes over from its checkpoint's own card, and which fields are its own. The
-checkpoint's card is a stranger's file: its YAML is parsed but never turned into objects, and
-only fields of known names whose values are plain text of the right form are taken.
+Knows which fields a bundle takes over from its checkpoint's own card, and which it writes itself.
+The checkpoint's card is an untrusted file: its YAML is parsed but never turned into objects, and
+a field is taken only if its name is known and its value is plain text of the right form.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCardData
 
-from doge_onnx.bundle import Manifest
 from doge_onnx.config import DogeConfig
 from doge_onnx.export.checkpoint import CARD_NAME, Source
+from doge_onnx.manifest import Manifest
 
-# The block comes first, and the longest ones have some ten kilobytes.
+# The block stands at the beginning of a card; the longest ones have some ten kilobytes.
 _MAX_BYTES = 128 * 2**10
 _MAX_ITEMS = 200
 _STRING_TAG = "tag:yaml.org,2002:str"
 _WEB_ADDRESS = r"https?://[^\s<>\"]{1,500}"
-# Fields that are true of the bundle as well, and what one of their values looks like.
+# Fields that hold for the bundle as well, and the pattern of a value.
 _INHERITED = {
     "license": r"[A-Za-z][\w.+-]{0,99}",
     "license_name": r"[A-Za-z0-9][\w.+-]{0,99}",
@@ -31,16 +31,16 @@ _INHERITED = {
     "language": r"[A-Za-z]{2,12}(-[A-Za-z0-9]{2,8})*",
     "datasets": r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?",
 }
-# Of these the Hub takes one value, of the others also a list.
+# The Hub accepts one value for these, and also a list for the others.
 _SINGLE = ("license_name", "license_link")
 
 Metadata = dict[str, str | list[str]]
 
 
 def inherited(source: Source, progress: Callable[[str], None] = lambda _: None) -> Metadata:
-    """What a checkpoint's own card says that is true of a bundle too: license, language, datasets.
+    """The fields of a checkpoint's own card that hold for a bundle: license, language, datasets.
 
-    Never fails: a card that cannot be read says nothing, and `progress` is told why.
+    Never fails: if the card cannot be read, the result is empty and `progress` gets the reason.
     """
     path = source.directory / CARD_NAME
     if not path.is_file():
@@ -56,7 +56,7 @@ def inherited(source: Source, progress: Callable[[str], None] = lambda _: None) 
         return {}
     link = fields.get("license_link")
     if isinstance(link, str) and not re.fullmatch(_WEB_ADDRESS, link):
-        # A file beside the checkpoint's card, which does not come along.
+        # A file beside the checkpoint's card, which the bundle does not have.
         del fields["license_link"]
         if source.revision is not None:
             root = f"https://huggingface.co/{source.model}"
@@ -65,10 +65,10 @@ def inherited(source: Source, progress: Callable[[str], None] = lambda _: None) 
 
 
 def _block(text: str) -> str:
-    """The lines between the first two `---`, or nothing where a text does not begin with one.
+    """The lines between the first two `---`, or "" if the text does not begin with `---`.
 
     Raises:
-        ValueError: The block has no end, within the bytes that are read.
+        ValueError: The block does not end within the bytes that were read.
     """
     lines = text.lstrip().splitlines()
     if not lines or lines[0].rstrip() != "---":
@@ -82,8 +82,7 @@ def _block(text: str) -> str:
 def _text_fields(block: str) -> Iterator[tuple[str, str | list[str]]]:
     """Known fields of a YAML mapping that hold text, or lists of texts, of the right form.
 
-    Looks at YAML's nodes: no tag makes an object of any kind, and a node that is named a million
-    times is still one node.
+    Reads YAML's nodes: tags create no objects, and aliases do not multiply nodes.
     """
     root = yaml.compose(block, yaml.SafeLoader)
     if not isinstance(root, yaml.MappingNode):
@@ -97,7 +96,7 @@ def _text_fields(block: str) -> Iterator[tuple[str, str | list[str]]]:
             item.value
             for item in items[:_MAX_ITEMS]
             if isinstance(item, yaml.ScalarNode)
-            # `no` is Norwegian to a card, and a boolean to YAML.
+            # In a card `no` is the Norwegian language; in YAML it is a boolean.
             and (item.tag == _STRING_TAG or (name, item.value) == ("language", "no"))
             and re.fullmatch(_INHERITED[name], item.value)
         ]
@@ -121,8 +120,8 @@ def compose(
         source: Where the checkpoint came from.
         config: Its config.
         manifest: The bundle's, with its list of files.
-        tools: Others that load the bundle, by the tags that the Hub has for them.
-        taken_over: What `inherited` found.
+        tools: The Hub's tags of other tools that load the bundle.
+        taken_over: The fields that `inherited` found.
         conversational: Whether the model has a chat template.
     """
     tags = ["onnx", "onnxruntime", "doge", *tools, manifest.precision]
@@ -131,12 +130,12 @@ def compose(
     if conversational:
         tags.append("conversational")
     fields: dict[str, Any] = dict(taken_over)
-    # A directory's name is no id that the Hub would know.
+    # The name of a local directory is no id of the Hub.
     if source.revision is not None:
         fields["base_model"] = source.model
         if manifest.quantized:
             fields["base_model_relation"] = "quantized"
-    # The Hub shows how to load models of libraries that it knows.
+    # The Hub shows code for models of libraries that it knows.
     fields["library_name"] = "transformers.js" if "transformers.js" in tools else "doge-onnx"
     fields["pipeline_tag"] = "text-generation"
     fields["tags"] = tags

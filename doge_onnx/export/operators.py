@@ -151,25 +151,35 @@ def wider(dtype: torch.dtype) -> torch.dtype:
 
 
 def _all_gates(
-    past_key: Tensor, key: Tensor, total_length: Tensor, total: int, first: int, count: int
+    past_key: Tensor,
+    key: Tensor,
+    columns: Tensor | None,
+    total_length: Tensor,
+    total: int,
+    first: int,
+    count: int,
 ) -> Tensor:
-    """The gates of all keys, past and new.
+    """The gates of all keys, past and new, each in the column of its token.
 
     Args:
-        past_key: `[B, num_kv_heads, P, W]`; as a fused operator, with spare rows as in
-            `causal_attention`.
+        past_key: `[B, num_kv_heads, P, W]`; may have spare rows as in `causal_attention`.
         key: `[B, S, num_kv_heads * W]`.
-        total_length: int32 scalar, P + S.
-        total: P + S.
+        columns: int64 `[B, S]`, where the new tokens stand; None for the last S columns.
+        total_length: int32 scalar, T.
+        total: The same as a number, T.
         first: The first gate channel.
         count: Number of gate channels.
 
     Returns:
-        `[B, num_kv_heads * count, P + S]`.
+        `[B, num_kv_heads * count, T]`; columns that no token has yet hold anything.
     """
     channels = slice(first, first + count)
     new = _split_heads(key, past_key.shape[1])[..., channels]
-    return torch.cat([past_key[..., channels], new], dim=2).transpose(2, 3).flatten(1, 2)
+    every = torch.cat([past_key[..., channels], new], dim=2)
+    if columns is not None:
+        index = columns[:, None, :, None].expand(new.shape)
+        every = every[:, :, :total].scatter(2, index, new)
+    return every.transpose(2, 3).flatten(1, 2)
 
 
 def _to_int8(x: Tensor, scale: Tensor) -> Tensor:
@@ -213,33 +223,43 @@ def _keep_last(x: Tensor, count: Tensor) -> Tensor:
 def _new_columns(
     mask: Tensor,
     input_ids: Tensor,
-    past_length: Tensor | None = None,
+    past_lengths: Tensor | None = None,
     numbers: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the mask of all tokens says of the new ones, and lengths as attention takes them.
+    on_device: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Where the new tokens of each sequence stand, and lengths as attention takes them.
 
     Args:
         mask: int64 `[B, T]`, 1 for a token, 0 for padding.
-        input_ids: int64 `[B, S]`; only its length matters.
-        past_length: int64 `[1]`, P: the new tokens are the S columns of the mask from there, and
-            those behind them mean nothing yet. None or -1: they are its last ones, P = T - S.
-        numbers: int64 `[N]`, N >= T, the numbers from 0 on; beside `past_length` only, for a
-            device that has no other way to count.
+        input_ids: int64 `[B, S]`; only its shape matters.
+        past_lengths: int64 `[B]` or `[1]`, P: the new tokens are the S columns of the mask from
+            there, and those behind them mean nothing yet. None, or a number above T - S: they are
+            its last ones, P = T - S.
+        numbers: int64 `[N]`, N >= T, the numbers from 0 on; beside `past_lengths` only.
+        on_device: Whether the fused operator must not bring any number from the host to a GPU,
+            so that CUDA can capture it.
 
     Returns:
-        Number of tokens before each new one, and the mask of the new ones, int64 `[B, S]`;
-        P + S - 1 for each sequence, int32 `[B]`; and T, an int32 scalar.
+        Number of tokens before each new one, whether it is a token, and its column, int64
+        `[B, S]` (columns `[1, S]` without `past_lengths`); P + S - 1 of each sequence, int32
+        `[B]`; and T, an int32 scalar.
     """
-    total, length = mask.shape[1], input_ids.shape[1]
-    past = torch.full((1,), total - length, device=mask.device)
-    if past_length is not None:
-        past = torch.where(past_length < 0, past, past_length)
-    columns = torch.arange(length, device=mask.device) + past
+    batch, total = mask.shape
+    length = input_ids.shape[1]
     before = mask.cumsum(dim=1) - mask
+    last = torch.arange(length, device=mask.device) + (total - length)
+    if past_lengths is None:
+        columns = last.unsqueeze(0)
+        before, is_token = (x.index_select(1, last) for x in (before, mask))
+    else:
+        given = past_lengths.unsqueeze(1) + torch.arange(length, device=mask.device)
+        columns = torch.minimum(given, last).expand(batch, length).contiguous()
+        before, is_token = (x.gather(1, columns) for x in (before, mask))
     return (
-        before.index_select(1, columns),
-        mask.index_select(1, columns),
-        columns[-1:].to(torch.int32).repeat(mask.shape[0]),
+        before,
+        is_token,
+        columns,
+        columns[:, -1].to(torch.int32).expand(batch).clone(),
         torch.full((), total, dtype=torch.int32, device=mask.device),
     )
 
@@ -305,12 +325,10 @@ class Operators:
     skip_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     rotary_embedding: Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
     causal_attention: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    all_gates: Callable[[Tensor, Tensor, Tensor, int, int, int], Tensor]
+    all_gates: Callable[[Tensor, Tensor, Tensor | None, Tensor, int, int, int], Tensor]
     project_to_vocabulary: Callable[[Tensor, Tensor], Tensor]
     keep_last: Callable[[Tensor, Tensor], Tensor]
-    new_columns: Callable[
-        [Tensor, Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor, Tensor, Tensor]
-    ]
+    new_columns: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
     quantized_linear: Callable[[Tensor, Tensor, Tensor, Tensor | None, int, int], Tensor]
     quantized_rows: Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
@@ -359,7 +377,7 @@ FUSED = Operators(
     all_gates=_opaque(
         "all_gates",
         _all_gates,
-        lambda past_key, key, total_length, total, first, count: key.new_empty(
+        lambda past_key, key, columns, total_length, total, first, count: key.new_empty(
             key.shape[0], past_key.shape[1] * count, total
         ),
     ),
@@ -373,7 +391,8 @@ FUSED = Operators(
     new_columns=_opaque(
         "new_columns",
         _new_columns,
-        lambda mask, ids, past_length=None, numbers=None: (
+        lambda mask, ids, *_: (
+            torch.empty_like(ids),
             torch.empty_like(ids),
             torch.empty_like(ids),
             mask.new_empty(mask.shape[0], dtype=torch.int32),

@@ -1,7 +1,7 @@
-"""From an ONNX file to ONNX Runtime's own format, and to what a reduced build of it must have.
+"""Convert an ONNX file to ONNX Runtime's own format, and list the operators that it needs.
 
-Knows how ONNX Runtime is made to write that format, and what may not go into the file. Does not
-know what is in the graph.
+Knows how to make ONNX Runtime write that format without anything that depends on this machine.
+Does not know what is in the graph.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from pathlib import Path
 import onnxruntime as ort
 
 from doge_onnx.errors import BundleError, DogeOnnxError
-from doge_onnx.runtime.engine.ort_file import ORT_SUFFIX
+from doge_onnx.manifest import ORT_SUFFIX
 
 OPERATORS_NAME = "required_operators.config"
-# Offsets in a flatbuffer have 31 bits, and no file beside it takes the weights.
+# Offsets in a flatbuffer have 31 bits, and the format has no external weights.
 MAX_BYTES = 2**31 - 1
 _ERROR = 3
 
@@ -30,13 +30,13 @@ def check_size(size: int) -> None:
 
 
 def convert(graph: Path) -> Path:
-    """Replace an ONNX file by one of ONNX Runtime's own format, which has all weights inside.
+    """Replace an ONNX file with one in ONNX Runtime's own format, which has all weights inside.
 
-    The operators of the result, and the types that they are used with, are listed beside it, in
-    the form that ONNX Runtime's build takes.
+    Also writes a list of the operators and their element types beside it, in the form that ONNX
+    Runtime's build script reads.
 
     Args:
-        graph: The ONNX file. It goes, and its external weights are read no more.
+        graph: The ONNX file. It is deleted; its external weights are no longer needed.
 
     Returns:
         The new file, in the same directory.
@@ -48,12 +48,12 @@ def convert(graph: Path) -> Path:
     options = ort.SessionOptions()
     options.log_severity_level = _ERROR
     options.optimized_model_filepath = str(out)
-    # The next level chooses layouts for the processor that it runs on; what is fused up to this
-    # one, every CPU has kernels for. ONNX Runtime's "runtime" style, which saves fusions for
-    # later, is for accelerators that compile nodes, and has to be switched on by who loads it.
+    # The next level chooses memory layouts for this machine's processor. All CPUs have kernels for
+    # the nodes that this level fuses. ONNX Runtime's "runtime" style, which leaves fusions to the
+    # loading session, is for accelerators that compile nodes, and the loader has to enable it.
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.add_session_config_entry("session.save_model_format", "ORT")
-    # Weights in the order that this processor likes are not part of the file: leave that out.
+    # Packing weights for this machine's kernels would not be part of the file anyway.
     options.add_session_config_entry("session.disable_prepacking", "1")
     try:
         ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
@@ -69,8 +69,8 @@ def convert(graph: Path) -> Path:
 
 
 def _list_operators(graph: Path) -> None:
-    # The import sets up logging for the whole process, unless somebody has done so, and then
-    # reports on every file.
+    # The import configures logging for the whole process, unless logging is configured already,
+    # and then logs a line for every file.
     handler = logging.NullHandler()
     logging.getLogger().addHandler(handler)
     try:
@@ -80,6 +80,6 @@ def _list_operators(graph: Path) -> None:
     logging.getLogger("ort_format_model.utils").setLevel(logging.WARNING)
     path = graph.with_name(OPERATORS_NAME)
     create_config_from_models([graph], path, enable_type_reduction=True)
-    # It names the file by its path, which is of this machine and gone in a moment.
+    # The list holds the file's path, which is a scratch directory of this machine.
     text = path.read_text(encoding="utf-8").replace(str(graph), graph.name)
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8", newline="\n")

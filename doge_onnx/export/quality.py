@@ -1,7 +1,7 @@
-"""What a bundle loses against its checkpoint: the evaluation with PyTorch as reference.
+"""The loss of a bundle against its checkpoint: the evaluation with PyTorch as reference.
 
-Knows how a checkpoint becomes a reference, and how much text an export can afford. What is
-measured is `runtime.evaluate`'s.
+Knows how to open a checkpoint as a reference, and how much text an export can afford.
+`measure.evaluate` knows what is measured.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from doge_onnx.bundle import Bundle
 from doge_onnx.export import checkpoint as checkpoints
 from doge_onnx.export.checkpoint import Checkpoint
 from doge_onnx.export.eager import EagerModel
@@ -21,9 +22,9 @@ from doge_onnx.measure.evaluate import (
 )
 
 MAX_SECONDS = 60.0
-# Tokens times weights that two cores write and read twice in less than that.
+# Tokens times weights: two cores sample that much and read it twice in less than MAX_SECONDS.
 _WORK = 6e11
-# So few tokens still tell a good export from a bad one.
+# The fewest tokens that still tell a good export from a bad one.
 _MIN_TOKENS = 4 * SAMPLE_WINDOW
 
 
@@ -52,7 +53,7 @@ def open_checkpoint(
 
 
 def measure(
-    directory: Path,
+    bundle: str | Path | Bundle,
     checkpoint: Checkpoint,
     *,
     max_seconds: float = MAX_SECONDS,
@@ -61,7 +62,7 @@ def measure(
     """Compare a bundle with its checkpoint on a text that the checkpoint writes.
 
     Args:
-        directory: The bundle.
+        bundle: A bundle, or a draft of one.
         checkpoint: With all its tensors, which it keeps.
         max_seconds: About how long reading and writing may take. Larger models get less text, but
             enough to tell a good export from a bad one.
@@ -73,7 +74,7 @@ def measure(
     """
     tokens = round(_WORK / checkpoint.parameters)
     return evaluate(
-        BundleScorer(directory),
+        BundleScorer(bundle),
         EagerModel(checkpoint, SAMPLE_WINDOW),
         max_tokens=min(max(tokens, _MIN_TOKENS), DEFAULT_TOKENS),
         max_seconds=max_seconds,

@@ -1,9 +1,9 @@
-"""Precisions: which matrix of a step gets how many bits, and the text that decides how.
+"""Precisions: how many bits each matrix of a step gets, and calibration with a text.
 
-Walks the layers of a step with a calibration text, notes what reaches each matrix, and puts
-quantized matrices in place of the float32 ones; likewise the ranges of an int8 state. Knows
-the recipes and why they are as they are. How numbers are rounded is `rounding`'s, where the
-text comes from is the exporter's business.
+Runs a calibration text through the layers of a step, collects the inputs of each matrix, and
+replaces float32 matrices with quantized ones; sets the ranges of an int8 state in the same way.
+Knows the recipes and the reasons for them. Does not know how numbers are rounded (`rounding`),
+or where the text comes from (`exporter`).
 
 Embedding and tied head share one table. Norms, residual scales, gates and the routers of
 mixtures stay float32: they are small, and the wrong key or expert costs more than a few bits.
@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from doge_onnx.bundle import CLOSED_GATE
 from doge_onnx.config import DogeConfig
 from doge_onnx.errors import DogeOnnxError
 from doge_onnx.export import rounding
+from doge_onnx.export.growing_state import GrowingState
 from doge_onnx.export.matrices import (
     Blocks,
     Embedding,
@@ -31,18 +31,17 @@ from doge_onnx.export.matrices import (
     QuantizedRows,
     Rows,
 )
-from doge_onnx.export.state import GrowingState
 from doge_onnx.export.step import MLP, Attention, CDMoE, Layer, RecurrentStep
 
 ROUNDINGS = ("gptq", "nearest")
 BLOCK_SIZES = (16, 32, 64, 128, 256)
-# Sequences of the calibration text that go through a layer at once.
+# Number of calibration sequences that go through a layer at once.
 _BATCH = 8
 
 
 @dataclass(frozen=True)
 class Form:
-    """How a matrix is stored: bits of a code, and codes that share a scale."""
+    """How a matrix is stored: bits of a code, and number of codes that share a scale."""
 
     bits: int
     block_size: int
@@ -50,11 +49,11 @@ class Form:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A precision: what form each matrix gets.
+    """A precision: the form of each matrix.
 
     Attributes:
-        name: As users know it.
-        body: Matrices of all layers but the first, and but for `down`.
+        name: The name that users choose it by.
+        body: Matrices of all layers except the first, without `down`.
         down: The second matrix of MLPs: its inputs have the largest outliers, and the kernels
             round inputs in the same blocks as weights.
         first: Matrices of the first layer, whose errors pass through all others.
@@ -94,7 +93,7 @@ PRECISIONS = ("fp32", "fp16", "bf16", *RECIPES)
 
 
 def check_choices(precision: str, block_size: int | None, rounding: str | None) -> None:
-    """Check what can be checked without knowing the model.
+    """Check the options that do not depend on the model.
 
     Raises:
         DogeOnnxError: One of them is not known, or does not fit the precision.
@@ -119,7 +118,7 @@ def check_choices(precision: str, block_size: int | None, rounding: str | None) 
 def recipe_for(
     precision: str, block_size: int | None, rounding: str | None, config: DogeConfig
 ) -> Recipe | None:
-    """The recipe of a precision, with what an expert wants changed; None if it has none.
+    """The recipe of a precision with the user's changes; None if the precision has no recipe.
 
     Args:
         precision: One of `PRECISIONS`.
@@ -157,16 +156,16 @@ def quantize(
     text: Tensor | None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> None:
-    """Put quantized matrices in place of a step's own, and fix the ranges of an int8 state.
+    """Quantize the matrices of a step in place, and set the ranges of an int8 state.
 
-    Layer by layer, so that the float32 weights of one go as soon as its codes are there.
+    Works layer by layer, so that the float32 weights of a layer are freed once it is quantized.
 
     Args:
         step: Is changed.
         recipe: None leaves the weights as they are.
-        text: int64 `[N, S]`, token ids such as the model sees; None rounds all to the nearest,
-            which an int8 state cannot do.
-        progress: Called with a few words now and then.
+        text: int64 `[N, S]`, token ids of typical texts. None rounds to nearest; an int8 state
+            needs a text.
+        progress: Called with a few words before each layer.
     """
     walk = None if text is None else _Walk(step, text)
     compensates = recipe is not None and recipe.rounding == "gptq"
@@ -193,7 +192,7 @@ class _Walk:
         self._step = step
         window = step.state.window
         if window is not None and not isinstance(step.state, GrowingState):
-            # Such a state wants a free row for each token.
+            # A window state needs a free row for each token.
             text = text[:, :window]
         self._batches = [self._start(step, ids) for ids in text.split(_BATCH)]
 
@@ -207,7 +206,8 @@ class _Walk:
         positions = torch.arange(ids.shape[1]).expand_as(ids)
         key = torch.zeros(len(ids), heads.num_keys, ids.shape[1], heads.row)
         value = torch.zeros_like(key)
-        key[..., heads.dim] = CLOSED_GATE
+        closing = step.state.closing
+        key[..., closing.channels] = closing.value
         return [step.embedding(ids), None, step.state.tokens(ids, mask, positions), key, value]
 
     def through(self, layer: Layer) -> None:
@@ -215,7 +215,7 @@ class _Walk:
             batch[0], batch[1], _, _ = layer(*batch)
 
     def end_moments(self) -> Tensor:
-        """Sum of x xᵀ over what reaches the head."""
+        """Sum of x xᵀ over the inputs x of the head."""
         total = torch.zeros(())
         for x, update, *_ in self._batches:
             h, _ = self._step.ops.skip_rms_norm(update, x, self._step.norm, self._step.eps)
@@ -229,7 +229,7 @@ def _outer(x: Tensor) -> Tensor:
 
 
 class _Moments:
-    """Adds up x xᵀ of the inputs of some linear maps while it is entered."""
+    """A context that adds up x xᵀ over the inputs x of some linear maps."""
 
     def __init__(self, linears: list[Linear]) -> None:
         self._linears = linears
@@ -248,7 +248,7 @@ class _Moments:
 
 
 class _Ranges:
-    """Watches the keys, values and gates of a layer whose rows will be int8."""
+    """A context that notes the largest keys, values and gates of a layer with int8 rows."""
 
     def __init__(self, attention: Attention) -> None:
         self._attention = attention
@@ -269,8 +269,8 @@ class _Ranges:
     def _watch(self, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
         heads = self._attention.heads
         keys, values = (x.flatten(0, 1).unflatten(-1, (heads.num_keys, -1)) for x in (k, v))
-        # Not the channels themselves: a later position rotates each pair of them to where no
-        # channel of this text was. The length of the pair stays.
+        # The length of each pair of channels, which rotation keeps. The largest value of a single
+        # channel would be too small: other positions rotate the pair further into that channel.
         left, right = keys[..., : heads.dim].chunk(2, dim=-1)
         reach = torch.hypot(left, right).amax(0)
         self._key = torch.maximum(self._key, torch.cat([reach, reach], dim=-1))
@@ -280,7 +280,7 @@ class _Ranges:
         return self._attend(q, k, v, *rest)
 
     def fix(self) -> None:
-        """Give the layer the steps that what was seen needs."""
+        """Set the layer's steps to the ranges that were seen."""
         if self._attention.int8_rows is not None:
             self._attention.int8_rows.set_ranges(self._key, self._value, self._gate)
 
@@ -291,9 +291,9 @@ def _mlp(layer: Layer) -> MLP:
 
 
 def _linears(layer: Layer) -> list[Linear]:
-    """The large linear maps of a layer; the first two have inputs of their own, as have the others.
+    """The large linear maps of a layer.
 
-    A mixture's experts are looked up, but what they multiply is the input of the MLP.
+    A mixture's experts are tables and not among them; they multiply the input of the MLP.
     """
     mlp = _mlp(layer)
     return [layer.attention.qkv, layer.attention.output, mlp.gate_up, mlp.down]
@@ -352,9 +352,9 @@ def _blocks(weight: Tensor, form: Form, moments: Tensor | None) -> Blocks:
 
 
 def _dividing(form: Form, width: int) -> Form:
-    """The form with the largest block that leaves no padding in a row, where there is one.
+    """The form with the largest block size that divides `width`, if there is one.
 
-    Rows that are looked up would have to be cut.
+    A row with padding would have to be cut after each look-up.
     """
     sizes = [size for size in BLOCK_SIZES if size <= form.block_size and width % size == 0]
     return replace(form, block_size=max(sizes)) if sizes else form

@@ -1,6 +1,6 @@
 """Rotary position embeddings: the angle of every position, for each supported type.
 
-Knows positions only; what is rotated, and where positions come from, is `step`'s.
+Knows positions only. `step` knows what is rotated, and where positions come from.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from doge_onnx.config import DogeConfig
 def rotary_tables(config: DogeConfig, length: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotation of each position.
 
-    The truth is the reference fed one token at a time: the token at position p is then
-    rotated as in a sequence of p + 1 tokens, and stays so in the cache. "dynamic" changes
-    its base with the sequence length, so each position past the trained context has wave
-    lengths of its own. All arithmetic is float32 in the reference's order, because at
-    large positions a rounding of the wave length is a visible change of the angle.
+    The reference is transformers fed one token at a time: the token at position p is then
+    rotated as in a sequence of p + 1 tokens, and stays so in the cache. The base of "dynamic"
+    depends on the sequence length, so each position past the trained context has its own
+    wavelengths. All arithmetic is float32 in the reference's order, because at large positions
+    rounding a wavelength visibly changes the angle.
 
     Args:
         config: The model's.

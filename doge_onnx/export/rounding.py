@@ -1,8 +1,8 @@
 """Choose the codes of a matrix: how its numbers are rounded to few bits.
 
-Knows the error that rounding makes and how to spread it; nothing of models, files or graphs.
-All of it is symmetric: a code stands for a whole multiple of its block's scale, without a
-zero point, which is what the fast kernels on Arm ask for.
+Knows the error of rounding and how to compensate for it. Knows nothing of models, files or
+graphs. Rounding is symmetric, as the fast kernels on Arm require: a number is its code times the
+scale of its block, without a zero point.
 """
 
 from __future__ import annotations
@@ -13,19 +13,20 @@ from torch.nn import functional as F
 
 from doge_onnx.export.matrices import Blocks, pack
 
-# Of the inputs' mean square: keeps a Hessian invertible where inputs depend on each other.
+# Added to the Hessian, as a part of the inputs' mean square: keeps it invertible when inputs are
+# linearly dependent.
 _DAMPING = 0.01
-# Columns whose errors are passed on together; more or fewer only change the speed.
+# Number of columns whose errors are passed on together; changes only the speed.
 _PANEL = 128
-# Scales to try, as parts of the one that just reaches the largest number of a block: with 16
-# steps it pays to let that number be cut off, with 256 it does not.
+# Scales to try, relative to the one that just reaches the largest number of a block. With 16 steps
+# a smaller scale, which clips that number, may lose less; with 256 steps it does not.
 _TRIED = {4: torch.linspace(0.7, 1.05, 15), 8: torch.ones(1)}
-# Matrix elements that are searched at once: bounds the memory.
+# Number of matrix elements in one piece of the search, to bound its memory.
 _SEARCHED = 2**22
 
 
 def nearest(weight: Tensor, bits: int, block_size: int, importance: Tensor | None = None) -> Blocks:
-    """Round each number by itself, with the scales that lose least.
+    """Round each number to the nearest code, with the scales of the least squared error.
 
     Args:
         weight: float32 `[rows, width]`.
@@ -39,11 +40,11 @@ def nearest(weight: Tensor, bits: int, block_size: int, importance: Tensor | Non
 
 
 def compensated(weight: Tensor, bits: int, block_size: int, moments: Tensor) -> Blocks:
-    """Round column by column, each time moving the rest to make up for the error (GPTQ).
+    """Round column by column, and let the columns that follow compensate for each error (GPTQ).
 
-    Frantar et al. 2023, with the columns in the order of their inputs' size and the scales
-    chosen before. It minimises the error of the product with typical inputs rather than that
-    of the numbers.
+    Frantar et al. 2023. Columns are taken in the order of their inputs' power, the largest
+    first, and scales are chosen beforehand. Minimises the error of the product with typical
+    inputs, not that of the single numbers.
 
     Args:
         weight: float32 `[rows, width]`.
@@ -55,16 +56,16 @@ def compensated(weight: Tensor, bits: int, block_size: int, moments: Tensor) -> 
     power = moments.diagonal().double()
     order = power.argsort(descending=True, stable=True)
     damping = _DAMPING * power.mean().clamp(min=1e-12)
-    # Damped as well: a block whose inputs were all 0 must have sensible scales, too.
+    # Damped as well, so that a block whose inputs are all 0 gets sensible scales.
     scales = _search(weight, bits, block_size, (power + damping).float())
     hessian = moments.double()[order][:, order]
     hessian.diagonal().add_(damping)
-    # An input that is always 0 has nothing to make up for.
+    # An input that is always 0 causes no error to compensate for.
     hessian.diagonal()[power[order] == 0] = 1.0
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
     factor = torch.linalg.cholesky(inverse, upper=True).float()
 
-    # Transposed, so that a column lies in one piece.
+    # Transposed, so that a column is contiguous in memory.
     rest = weight.T[order].clone()
     scale_rows = scales.T[order // block_size]
     values = torch.empty(width, rows)
@@ -94,8 +95,8 @@ def _search(weight: Tensor, bits: int, block_size: int, importance: Tensor | Non
 def _search_part(weight: Tensor, bits: int, block_size: int, weights: Tensor) -> Tensor:
     cut = _cut(weight, block_size)
     index = cut.abs().argmax(dim=-1, keepdim=True)
-    # There is one more step below zero than above: it goes to the largest number, whatever its
-    # sign, so a scale may be negative.
+    # There is one more step below zero than above. The largest number gets it, whatever its sign,
+    # so a scale may be negative.
     reach = cut.gather(-1, index) / -(2 ** (bits - 1))
     reach = torch.where(reach == 0, 1.0, reach)
     best, least = reach, torch.full_like(reach, torch.inf)

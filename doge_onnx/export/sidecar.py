@@ -1,6 +1,7 @@
-"""The files of a bundle beside its graph: what the checkpoint brings, and what others read.
+"""The files of a bundle beside its graph: copies from the checkpoint, and genai_config.json.
 
-The model card is `card`'s, and what onnxruntime-genai reads `genai`'s.
+Knows which files are copied and checks them. `genai` knows the content of genai_config.json, and
+`card` writes the model card.
 """
 
 from __future__ import annotations
@@ -12,18 +13,18 @@ from pathlib import Path
 
 import tokenizers
 
-from doge_onnx.bundle import Manifest
 from doge_onnx.config import DogeConfig
 from doge_onnx.errors import BundleError, CheckpointError
 from doge_onnx.export import genai
 from doge_onnx.export.checkpoint import SIDE_FILES, Source
+from doge_onnx.manifest import Manifest
 from doge_onnx.runtime.generation.defaults import GENERATION_CONFIG_NAME, Defaults
 
 TOKENIZER_NAME = "tokenizer.json"
 
 
 def check(source: Source, progress: Callable[[str], None]) -> None:
-    """Read the side files that the runtime will need, before any work is done.
+    """Check the side files that the runtime needs, before the export does any work.
 
     Raises:
         CheckpointError: One of them cannot be read, or makes no sense.
@@ -49,13 +50,13 @@ def check(source: Source, progress: Callable[[str], None]) -> None:
         return
     try:
         tokenizers.Tokenizer.from_file(str(tokenizer))
-    # The library raises nothing more special.
+    # The library raises no more specific class.
     except Exception as error:
         raise CheckpointError(f"cannot read {tokenizer}: {error}") from None
 
 
 def write(source: Source, config: DogeConfig, manifest: Manifest, directory: Path) -> None:
-    """Write what a bundle has beside graph, manifest and model card into `directory`."""
+    """Write the files of a bundle into `directory`, except graph, manifest and model card."""
     for name in SIDE_FILES:
         path = source.directory / name
         if path.is_file():
@@ -65,4 +66,4 @@ def write(source: Source, config: DogeConfig, manifest: Manifest, directory: Pat
         generation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         content = genai.genai_config(config, manifest, generation, source.directory)
         text = json.dumps(content, indent=2) + "\n"
-        (directory / genai.CONFIG_NAME).write_text(text, encoding="utf-8")
+        (directory / genai.CONFIG_NAME).write_text(text, encoding="utf-8", newline="\n")

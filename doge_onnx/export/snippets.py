@@ -1,15 +1,15 @@
-"""How each tool runs a bundle: the code that the model card shows.
+"""The code that a model card shows for each tool that can run the bundle.
 
-Knows which tools load which bundles. The tests run this code as it stands.
+Knows which tools load which bundles. The tests run the code unchanged.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from doge_onnx.bundle import Manifest
+from doge_onnx.manifest import Manifest
 
-# What a reader, and a test, puts the bundle's place into.
+# Stands for the bundle's directory; readers and tests replace it.
 PLACE = "path/to/this/directory"
 
 _PYTHON = f"""\
@@ -61,11 +61,12 @@ const messages = [{ role: "user", content: "Hey how are you doing?" }];
 const form = { add_generation_prompt: true, return_dict: true };
 const inputs = tokenizer.apply_chat_template(messages, form);
 """
-# It does not look for this file.
+# transformers.js does not look for this file.
 _JAVASCRIPT_TEMPLATE = """\
 tokenizer.chat_template = await readFile(`${bundle}/chat_template.jinja`, "utf8");
 """
-# With the number of heads, the size of a row, the dtype, options of a large model, and the prompt.
+# Filled in with the directory, the number of heads, the size of a row, the dtype, options of a
+# large model, and the prompt.
 _JAVASCRIPT = """\
 import { readFile } from "node:fs/promises";
 import { AutoTokenizer, LlamaForCausalLM, TextStreamer } from "@huggingface/transformers";
@@ -84,7 +85,7 @@ const model = await LlamaForCausalLM.from_pretrained(bundle, options);
 const streamer = new TextStreamer(tokenizer, { skip_prompt: true });
 %sawait model.generate({ ...inputs, max_new_tokens: 100, do_sample: false, streamer });
 """
-# By what transformers.js calls the precision of a graph of that name.
+# The dtype by which transformers.js asks for a graph of that name.
 _JAVASCRIPT_DTYPES = {
     "onnx/model.onnx": "fp32",
     "onnx/model_fp16.onnx": "fp16",
@@ -111,18 +112,18 @@ class Snippet:
 
 
 def snippets(manifest: Manifest, conversational: bool = False) -> list[Snippet]:
-    """How the bundle can be run; only what works with what is in it.
+    """The snippets of all tools that can run the bundle.
 
     Args:
         manifest: With its list of files.
-        conversational: Whether the model has a chat template, and so wants messages.
+        conversational: Whether the model has a chat template; then the prompt is a message.
     """
     code = _PYTHON_CHAT if conversational else _PYTHON
     if "tokenizer.json" not in manifest.files:
         code = _PYTHON_IDS
     found = [Snippet("doge-onnx", None, "python", code)]
-    # It wants both files of the tokenizer; and a state in half precision is for other processors
-    # than its configuration is.
+    # onnxruntime-genai needs both files of the tokenizer. Its configuration here is for the CPU,
+    # and a state in half precision is for GPUs.
     wanted = {"genai_config.json", "tokenizer.json", "tokenizer_config.json"}
     if wanted <= manifest.files.keys() and manifest.state.dtype in ("float32", "int8"):
         code = _GENAI % (_GENAI_CHAT if conversational else _GENAI_TEXT)
@@ -137,11 +138,11 @@ def _javascript(manifest: Manifest, conversational: bool) -> str | None:
     """The snippet for transformers.js, or None where that cannot run the bundle."""
     state = manifest.state
     dtype = _JAVASCRIPT_DTYPES.get(manifest.graph)
-    # It feeds a state that grows, and asks the graph for its type.
+    # transformers.js feeds a growing state, in the type that the graph asks for.
     if dtype is None or state.kind != "growing":
         return None
-    # Quantized weights with products in half precision are for accelerators.
-    if manifest.activations != "float32" and manifest.precision != "fp16":
+    # Quantized weights that are made for CUDA meet activations in half precision.
+    if dtype in ("q8", "q4") and manifest.device != "cpu":
         return None
     if not {"tokenizer.json", "tokenizer_config.json"} <= manifest.files.keys():
         return None

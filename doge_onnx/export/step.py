@@ -1,10 +1,10 @@
 """The recurrent step, readable top to bottom: (new tokens, state) to (logits, next state).
 
-Plain PyTorch, so that it runs, and can be compared with transformers, without any ONNX.
-Dynamic Mask Attention is computed as ordinary attention on slightly longer heads: what it
-adds to the score of a key, the key's *gate*, is stored as one more channel of that key,
-and the matching channel of every query is 1 (see `Attention`). Does not know how its
-operators become ONNX (`lowering`), nor where weights come from (`checkpoint`).
+Plain PyTorch: it runs without ONNX, and tests compare it with transformers. Dynamic Mask
+Attention is computed as ordinary attention on slightly longer heads: the key's *gate*, which is
+added to the score of the key, is stored as one more channel of that key, and the matching
+channel of every query is 1 (see `Attention`). Does not know how its operators become ONNX
+(`lowering`), or where weights come from (`checkpoint`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from doge_onnx.export.checkpoint import Checkpoint
+from doge_onnx.export.growing_state import GrowingState
 from doge_onnx.export.matrices import (
     Embedding,
     Linear,
@@ -25,7 +26,8 @@ from doge_onnx.export.matrices import (
     Rows,
 )
 from doge_onnx.export.operators import Operators, wider
-from doge_onnx.export.state import GrowingState, HalfRows, Int8Rows, Tokens, WindowState
+from doge_onnx.export.state_rows import HalfRows, Int8Rows, Tokens
+from doge_onnx.export.window_state import WindowState
 
 State = GrowingState | WindowState
 
@@ -36,7 +38,7 @@ class RecurrentStep(nn.Module):
     Args:
         checkpoint: Config and weights. Its tensors are moved into this module, so that
             there are never two copies of a large model.
-        state: What is carried over, and how attention reads it.
+        state: The layout of the state, and how attention reads it.
         operators: Implementation of the operators, `FUSED` or `STANDARD`.
     """
 
@@ -68,7 +70,7 @@ class RecurrentStep(nn.Module):
         """Take S >= 1 new tokens.
 
         Args:
-            inputs: The tokens, int64 `[B, S]`, and what else the state's `tokens` takes.
+            inputs: The tokens, int64 `[B, S]`, and the other arguments of `state.tokens`.
             past: Key and value of each layer, in the shape of the state.
             logits_to_keep: int64 `[1]`, for how many of the last positions logits are
                 computed; None or 0 for all.
@@ -91,10 +93,10 @@ class RecurrentStep(nn.Module):
         return logits.to(wider(logits.dtype)), present
 
     def halve(self) -> RecurrentStep:
-        """Make weights and activations those of the state's type, float16 or bfloat16.
+        """Convert weights and activations to the state's type, float16 or bfloat16.
 
-        What decides stays float32, since it costs little and a rounded gate or router picks
-        another key or expert: gates from W_dt on, routers, and how rows are split or scaled.
+        Gates from W_dt on, routers, and how rows are split or scaled stay float32: they cost
+        little, and a rounded gate or router would pick another key or expert.
         """
         assert isinstance(self.state, GrowingState)
         dtype = getattr(torch, self.state.activations)
@@ -114,8 +116,8 @@ class RecurrentStep(nn.Module):
 class Layer(nn.Module):
     """One decoder layer.
 
-    The sum of each residual connection is taken together with the norm that follows it,
-    so a layer starts with the two streams that the one before it left to be added.
+    One operator adds a residual connection and computes the norm that follows it. So a layer
+    takes the two streams that the layer before it has not added yet.
     """
 
     def __init__(
@@ -161,11 +163,11 @@ class Attention(nn.Module):
     and the query a one in its own and zeros in the others.
 
     Queries and keys pass through norm, gate channels and rotation together, as one tensor
-    of Hq + Hkv heads: half as many nodes, and a small model's step is mostly nodes. The
-    queries' constants come out of the gate's own formula: their columns of W_dt are zero, so
-    exp(A · softplus(0)) is 2^A, and 0 for A far below.
+    of Hq + Hkv heads. That halves the number of nodes, and nodes are most of a small
+    model's step. The queries' constants come from the gate's own formula: their columns of W_dt
+    are zero, so exp(A · softplus(0)) is 2^A, and that is 0 for a very negative A.
 
-    Values and the output are as wide as rows of the state. Zero columns of W_v and zero rows
+    Values and the output are as wide as rows of the state: zero columns of W_v and zero rows
     of W_o cost less than nodes that pad and cut.
     """
 
@@ -179,7 +181,7 @@ class Attention(nn.Module):
         self.heads = state.heads
         # Not a submodule: it is shared by all layers, and its tables belong to the step.
         self.attend = state.attend
-        # Only where keys compete for a window does the last bit of a gate matter.
+        # The last bit of a gate matters only if keys compete for places in a window.
         self.softplus = F.softplus if state.window is None else steady_softplus
         self.int8_rows: Int8Rows | None = None
         self.half_rows: HalfRows | None = None
@@ -255,9 +257,9 @@ class Attention(nn.Module):
         projection = _map_linear(
             (weight.float(), gate_bias), lambda tensor: F.pad(tensor, (query_channels, 0))
         )
-        # Of its group's gate channels a query reads one; exp(-200 · softplus(0)) is 0 in float32.
+        # A query reads one gate channel of its group; exp(-200 · softplus(0)) is 0 in float32.
         own = torch.arange(self.heads.num_queries).unsqueeze(-1) % self.heads.gates
-        # Where a gate has two channels, the 2 leaves a one for each of them.
+        # With two channels per gate, 2^1 = 2 splits into a one for each of them.
         read = 0.0 if self.int8_rows is None and self.half_rows is None else 1.0
         constants = torch.where(torch.arange(self.heads.gates) == own, read, -200.0)
         return projection, _weight(torch.cat([constants.flatten(), weights.pop(prefix + "A")]))
@@ -334,9 +336,9 @@ class CDMoE(nn.Module):
 def steady_softplus(x: Tensor) -> Tensor:
     """log(1 + e^x), the same to the last bit wherever in a tensor x stands.
 
-    ONNX Runtime's Softplus and Log compute four elements at once and the odd ones at the end
-    by another formula; equal tokens would get unequal gates, and the wrong one of them would
-    fall out of the window. A row of LogSoftmax depends on nothing but itself.
+    ONNX Runtime's Softplus and Log compute four elements at once, and the rest at the end by
+    another formula. Equal tokens would get unequal gates, and the wrong one would fall out of
+    the window. A row of LogSoftmax depends on no other row.
     """
     pair = torch.stack([torch.zeros_like(x), x], dim=-1)
     return -torch.log_softmax(pair, dim=-1)[..., 0]

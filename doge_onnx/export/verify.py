@@ -1,10 +1,10 @@
-"""`verify`: show that a bundle computes what its checkpoint means.
+"""`verify`: compare the logits of a bundle with those of its checkpoint.
 
-The reference is transformers in float32 with eager attention, fed one token at a time:
-where its own multi-token forward differs from that (dynamic RoPE past the trained context,
-the routing of experts), the token-by-token result is the truth. What transformers cannot run,
-older checkpoints and, below 5.0, experts, is compared with this package's own step run by PyTorch
-in float64; that shows the graph and the runtime right, and leaves the model to the tests.
+The reference is transformers in float32 with eager attention, fed one token at a time. Its
+forward of several tokens may differ from that (dynamic RoPE past the trained context, the routing
+of experts); then the token-by-token result counts. transformers cannot run older checkpoints and,
+below 5.0, experts. Their reference is this package's own step in PyTorch in float64: that checks
+the graph and the runtime, and the tests check the step itself.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ import transformers
 from numpy.typing import NDArray
 from torch import Tensor
 
-from doge_onnx import bundle
-from doge_onnx.bundle import Manifest
+from doge_onnx.bundle import Bundle, write_parity
 from doge_onnx.config import DogeConfig, RopeConfig
 from doge_onnx.errors import BundleError, CheckpointError, ParityError
 from doge_onnx.export import checkpoint as checkpoints
-from doge_onnx.export.checkpoint import Checkpoint
+from doge_onnx.export.checkpoint import Checkpoint, Source
 from doge_onnx.export.eager import EagerModel, Past
+from doge_onnx.manifest import Manifest
 from doge_onnx.runtime.model import Model, load
 
-# Of the largest logit. fp32 kernels differ from the reference in the order of their sums: seen
-# are 1e-6 of it on trained weights and 8e-5 on 24 layers of random ones; a gate's A that is wrong
-# by one percent in one layer of a trained model shows with 4e-4. Half precisions round weights,
-# activations and state: half a step of float16 is 2^-11, one of bfloat16 2^-8. What is seen of that
-# and where it comes from is in docs/cuda.md.
+# Relative to the largest logit. fp32 kernels differ from the reference in the order of their sums:
+# 1e-6 was seen on trained weights, and 8e-5 on 24 layers of random ones. An A that is wrong by one
+# percent in one layer of a trained model gives 4e-4. Half precisions round weights, activations
+# and state: half a step of float16 is 2^-11, of bfloat16 2^-8. docs/cuda.md has the differences
+# that were seen in half precision, and their cause.
 RELATIVE_TOLERANCES = {"float32": 2e-4, "float16": 2e-2, "bfloat16": 1.6e-1}
 # Long enough to fill several tiles of every kernel, short enough for a 320M model on two cores.
 _PROMPT = 96
-# Where the trained context or the window is short, what is past it is checked too.
+# Tokens beyond the trained context or the window that a prompt has, if these are short.
 _PAST_LIMIT = 16
 _MAX_PROMPT = 300
 _GREEDY = 24
 _SEED = 20250117
-# Below 5.0, which Optimum wants, experts fail: they hand a tuple to a dropout.
+# Optimum needs transformers below 5.0, where experts fail: they pass a tuple to a dropout.
 _BELOW_5 = int(transformers.__version__.partition(".")[0]) < 5
 
 Array = NDArray[Any]
@@ -133,24 +133,28 @@ def verify(
         DeviceError: It cannot be run on the device.
         CheckpointError: The checkpoint cannot be read, or is not of the bundle's shape.
     """
-    manifest = bundle.read_manifest(Path(bundle_path))
-    if manifest.quantized:
+    opened = Bundle.open(bundle_path)
+    if opened.manifest.quantized:
         raise BundleError(
-            f"{bundle_path} is quantized, and so differs from its checkpoint; measure by how much: "
-            f"doge-onnx eval {bundle_path} --reference {reference}"
+            f"{bundle_path} is quantized, and so differs from its checkpoint; evaluate it with "
+            f"{reference} as the reference, which measures by how much"
         )
     source = checkpoints.find(reference, revision)
-    report = compare(Path(bundle_path), source.directory, progress or (lambda _: None), device)
-    compared = {"checkpoint": source.model, "revision": source.revision}
-    bundle.write_parity(Path(bundle_path), report.as_dict() | compared)
+    report = compare(opened, source.directory, progress or (lambda _: None), device)
+    write_parity(opened, parity_figures(report, source))
     return report
 
 
+def parity_figures(report: ParityReport, source: Source) -> dict[str, Any]:
+    """What a manifest says of a comparison with the checkpoint `source`."""
+    return report.as_dict() | {"checkpoint": source.model, "revision": source.revision}
+
+
 def compare(
-    directory: Path, checkpoint: Path, progress: Callable[[str], None], device: str = "auto"
+    bundle: Bundle, checkpoint: Path, progress: Callable[[str], None], device: str = "auto"
 ) -> ParityReport:
-    """Compare the bundle in `directory` with the checkpoint; see `verify`."""
-    model = load(directory, device)
+    """Compare a bundle, or a draft of one, with the checkpoint in a directory; see `verify`."""
+    model = load(bundle, device)
     progress("loading the reference")
     reference, config, room = _open_reference(checkpoint, model.manifest)
     progress("running the reference")
@@ -183,7 +187,7 @@ def compare(
 
 @dataclass(frozen=True)
 class _Truth:
-    """What the reference makes of one prompt.
+    """The reference's results for one prompt.
 
     Attributes:
         prompt: Token ids.
@@ -202,8 +206,8 @@ def _run_reference(
 ) -> _Truth:
     """Run a prompt and a greedy continuation of `count` tokens.
 
-    Where the text outgrows the window, only tokens that are new to it are chosen, for the
-    reason that `_prompts` gives.
+    If the text becomes longer than the window, only tokens that it does not hold yet are
+    chosen; see `_prompts` for the reason.
     """
     window = config.keep_window_size
     fresh_only = window is not None and len(prompt) + count > window
@@ -229,7 +233,7 @@ class _Reference(Protocol):
     description: str
 
     def start(self) -> None:
-        """Forget what was fed so far."""
+        """Begin a new text."""
 
     def step(self, token: int) -> Array:
         """Logits `[V]` after one more token."""
@@ -252,7 +256,7 @@ def _open_reference(directory: Path, manifest: Manifest) -> tuple[_Reference, Do
     if not checkpoint.is_native or (config.is_moe and _BELOW_5):
         return _Step(checkpoint, room), config, room
     if config.keep_window_size is not None and _has_equal_gates(checkpoint):
-        # Which of equal gates falls out of the window is arbitrary in transformers.
+        # transformers drops an arbitrary one of equal gates from the window.
         room = min(room, config.keep_window_size)
     del checkpoint
     return _Transformers(directory, config.rope), config, room
@@ -270,7 +274,7 @@ class _Transformers:
     description = f"transformers {transformers.__version__}, float32, eager"
 
     def __init__(self, directory: Path, rope: RopeConfig) -> None:
-        # What 5.0 and newer write into a config, older ones do not read.
+        # Versions below 5.0 do not read the RoPE fields that newer ones write.
         told: dict[str, Any] = {}
         if _BELOW_5:
             scaling = {"rope_type": rope.kind, "factor": rope.factor}
@@ -290,8 +294,7 @@ class _Transformers:
 
     @torch.no_grad()
     def start(self) -> None:
-        # Once dynamic RoPE has grown, the module keeps the longer wave lengths; a short input
-        # makes it forget them.
+        # After a long text, dynamic RoPE keeps the longer wavelengths; a short input resets them.
         self._model(torch.zeros(1, 1, dtype=torch.int64), use_cache=False)
         self._cache = transformers.DynamicCache()
 
@@ -304,7 +307,7 @@ class _Transformers:
 
 
 class _Step:
-    """This package's own step, as PyTorch runs it."""
+    """This package's own step, run by PyTorch."""
 
     description = "the step in PyTorch, float64 (transformers cannot run this checkpoint)"
 
@@ -321,10 +324,10 @@ class _Step:
 
 
 def _prompts(config: DogeConfig, room: int) -> list[list[int]]:
-    """Three random prompts of unequal length; the longest leaves room for what follows it.
+    """Three random prompts of unequal length; the longest leaves room for a continuation.
 
-    No token stands twice in a prompt: in the first layer equal tokens have equal gates, and
-    which of them falls out of the window is arbitrary in the reference.
+    No token stands twice in a prompt: in the first layer equal tokens have equal gates, and the
+    reference drops an arbitrary one of them from the window.
     """
     longest = _PROMPT
     for limit in (config.max_position_embeddings, config.keep_window_size):
@@ -385,7 +388,7 @@ def _difference(ours: Array, truth: Array) -> float:
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Keep transformers' own progress bar and remarks off the terminal."""
+    """Keep transformers' progress bar and log messages off the terminal."""
     level = transformers.logging.get_verbosity()
     bars = transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()

@@ -1,20 +1,16 @@
-"""Speed of a bundle on this machine: prefill and decode, start, memory, bandwidth.
+"""Speed of a bundle on this machine: prefill and decode, and all figures of a report together.
 
-Knows what is measured, in which order, and what a decode step must read. Does not know how the
-figures are printed. Measures what `generate` reports of itself, greedily and without an end
-of the text; turning tokens into text is not counted.
+Knows what is measured, in which order, and what a decode step must read. Does not know how a
+fresh process is measured (`start_up`), nor memory (`bandwidth`), nor how the figures are printed.
+Measures what `generate` reports of itself, greedily and without an end of the text; turning
+tokens into text is not counted.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import platform
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,16 +19,16 @@ import numpy as np
 import onnxruntime as ort
 
 import doge_onnx
-from doge_onnx.bundle import Bundle, Manifest
-from doge_onnx.errors import BundleError, InputError
+from doge_onnx.bundle import Bundle
+from doge_onnx.errors import InputError
+from doge_onnx.manifest import Manifest
+from doge_onnx.measure.bandwidth import copy_bandwidth, default_threads, read_bandwidth
+from doge_onnx.measure.start_up import StartReport, measure_start, summarise_start
+from doge_onnx.measure.workload import Cell, Spread, generate_plain, random_prompts
 from doge_onnx.runtime.cuda.device_memory import DeviceMemory
-from doge_onnx.runtime.cuda.lock import EXCLUSIVE
 from doge_onnx.runtime.engine.device import CPU
 from doge_onnx.runtime.engine.external_data import external_files
-from doge_onnx.runtime.engine.session import usable_cores
-from doge_onnx.runtime.engine.weights import Weights, read_weights
-from doge_onnx.runtime.generation.config import GenerationConfig
-from doge_onnx.runtime.generation.output import Completion, Timings
+from doge_onnx.runtime.generation.output import Timings
 from doge_onnx.runtime.model import Model, load
 
 DEFAULT_CONTEXTS = (16, 512, 1900)
@@ -41,51 +37,8 @@ DEFAULT_TOKENS = 16
 DEFAULT_REPETITIONS = 3
 # Tokens of the prompt of a fresh process, if they fit.
 _START_CONTEXT = 512
-# More than the caches of most processors, and not so much that it hurts.
-_MAX_ARRAY_BYTES = 512 * 2**20
-_MIN_ARRAY_BYTES = 16 * 2**20
-_READS = 5
-# What a fresh process runs: first what `doge_onnx.load` imports, then what measures it.
-_FRESH = """
-import time
-started = time.perf_counter()
-import doge_onnx.runtime.model
-seconds = time.perf_counter() - started
-from doge_onnx.measure.bench import print_start
-print_start(seconds)
-"""
 
 Generate = Callable[[list[list[int]], int], Timings]
-# Greedy whatever the bundle recommends, and no token ends a text: each run has as many steps as it
-# was asked for.
-_PLAIN = GenerationConfig(
-    temperature=0,
-    min_new_tokens=0,
-    repetition_penalty=1,
-    no_repeat_ngram_size=0,
-    ignore_eos=True,
-)
-
-
-@dataclass(frozen=True)
-class Spread:
-    """One figure, measured several times."""
-
-    median: float
-    min: float
-    max: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """The spread of at least one value."""
-        return cls(float(np.median(values)), float(min(values)), float(max(values)))
-
-
-class Cell(NamedTuple):
-    """A prompt of `context` tokens in each of `batch` sequences."""
-
-    context: int
-    batch: int
 
 
 @dataclass(frozen=True)
@@ -123,29 +76,6 @@ class CellReport:
     bytes_per_step: int
     bytes_per_token: float
     mbu: float
-
-
-@dataclass(frozen=True)
-class StartReport:
-    """What a fresh process needs to get going, its files in the system's cache already.
-
-    Attributes:
-        import_seconds: For importing what `doge_onnx.load` needs.
-        load_seconds: For `doge_onnx.load` alone, which checks every file; no imports.
-        first_token_seconds: From the beginning of the imports to the first token of a prompt
-            of one token: imports, load and the first step together.
-        context: Tokens of the prompt that the process then continued.
-        peak_memory_bytes: The most resident memory that it had; None if the system does not
-            tell.
-        peak_to_file: Its median, divided by the bytes of graph and weights on the disk.
-    """
-
-    import_seconds: Spread
-    load_seconds: Spread
-    first_token_seconds: Spread
-    context: int
-    peak_memory_bytes: Spread | None
-    peak_to_file: float | None
 
 
 @dataclass(frozen=True)
@@ -246,7 +176,6 @@ def bench(
     graph = opened.graph
     files = {graph} | {graph.parent / name for name in external_files(graph)}
     file_bytes = sum(path.stat().st_size for path in files)
-    weights, config = read_weights(graph), opened.read_json("config.json")
     return BenchReport(
         bundle=str(bundle),
         precision=manifest.precision,
@@ -261,9 +190,7 @@ def bench(
         repetitions=repetitions,
         start=summarise_start(starts, start_context, file_bytes),
         cells=tuple(
-            summarise_cell(
-                cell, samples[cell], step_bytes(weights, manifest, config, cell, tokens), bandwidth
-            )
+            summarise_cell(cell, samples[cell], step_bytes(manifest, cell, tokens), bandwidth)
             for cell in cells
         ),
         left_out=tuple(left_out),
@@ -330,33 +257,14 @@ def measure_cells(
     return samples
 
 
-def random_prompts(cell: Cell, vocab_size: int) -> list[list[int]]:
-    """Token ids `[batch, context]`, always the same ones for a cell."""
-    ids: list[list[int]] = np.random.default_rng(cell).integers(0, vocab_size, cell[::-1]).tolist()
-    return ids
-
-
-def step_bytes(
-    weights: Weights, manifest: Manifest, config: dict[str, Any], cell: Cell, tokens: int
-) -> int:
-    """Bytes that a decode step must read, on average over `tokens` steps after a prompt.
-
-    Args:
-        weights: Of the graph.
-        manifest: Of the bundle.
-        config: The content of the bundle's config.json.
-        cell: Length of the prompts, and their number.
-        tokens: How many steps follow.
-    """
+def step_bytes(manifest: Manifest, cell: Cell, tokens: int) -> int:
+    """Bytes that a decode step must read, on average over `tokens` steps after a prompt."""
     state = manifest.state
-    experts = _number(config, "num_experts") if config.get("is_moe") is True else 0
-    per_token = _number(config, "num_experts_per_tok")
-    row = 2 * state.num_layers * state.num_heads * state.row_size * state.item_size
     rows = [cell.context + step for step in range(tokens)]
     if state.kind == "window" and state.keep_window_size is not None:
         rows = [min(count, state.keep_window_size) for count in rows]
-    state_bytes = cell.batch * row * sum(rows) / tokens
-    return weights.step_bytes(cell.batch, experts, per_token) + round(state_bytes)
+    state_bytes = cell.batch * state.token_bytes * sum(rows) / tokens
+    return manifest.weights_read.step_bytes(cell.batch) + round(state_bytes)
 
 
 def summarise_cell(cell: Cell, samples: Samples, read: int, bandwidth: float) -> CellReport:
@@ -374,128 +282,6 @@ def summarise_cell(cell: Cell, samples: Samples, read: int, bandwidth: float) ->
         bytes_per_token=read / cell.batch,
         mbu=read / step.median / bandwidth,
     )
-
-
-def measure_start(
-    path: Path,
-    threads: int | None,
-    context: int,
-    tokens: int,
-    device: str = "auto",
-    cuda_graph: bool | None = None,
-) -> dict[str, Any]:
-    """Load a bundle and generate with it in a fresh process; what that one printed.
-
-    Raises:
-        BundleError: The process failed.
-    """
-    arguments = json.dumps([str(path), threads, context, tokens, device, cuda_graph])
-    done = subprocess.run(
-        [sys.executable, "-c", _FRESH, arguments], capture_output=True, check=False
-    )
-    if done.returncode != 0:
-        lines = done.stderr.decode(errors="replace").split("\n")
-        reason = next((line for line in reversed(lines) if line.strip()), "it said nothing")
-        raise BundleError(
-            f"a fresh process with {path} ended with exit code {done.returncode}: {reason}"
-        )
-    measured: dict[str, Any] = json.loads(done.stdout)
-    return measured
-
-
-def print_start(import_seconds: float) -> None:
-    """Be the fresh process of `measure_start`, whose imports took `import_seconds`."""
-    bundle, threads, context, tokens, device, cuda_graph = json.loads(sys.argv[1])
-    started = time.perf_counter()
-    model = load(bundle, device, threads, cuda_graph=cuda_graph)
-    loaded = time.perf_counter()
-    vocab_size = model.manifest.vocab_size
-    generate_plain(model, random_prompts(Cell(1, 1), vocab_size), 1)
-    first = time.perf_counter()
-    generate_plain(model, random_prompts(Cell(context, 1), vocab_size), tokens + 1)
-    measured = {
-        "import_seconds": import_seconds,
-        "load_seconds": loaded - started,
-        "first_token_seconds": import_seconds + first - started,
-        "peak_memory_bytes": peak_memory(),
-    }
-    sys.stdout.write(json.dumps(measured))
-
-
-def summarise_start(starts: Sequence[dict[str, Any]], context: int, file_bytes: int) -> StartReport:
-    """The figures of several fresh processes, of which each took a prompt of `context`."""
-    peaks = [start["peak_memory_bytes"] for start in starts]
-    peak = None if None in peaks else Spread.of(peaks)
-    return StartReport(
-        import_seconds=Spread.of([start["import_seconds"] for start in starts]),
-        load_seconds=Spread.of([start["load_seconds"] for start in starts]),
-        first_token_seconds=Spread.of([start["first_token_seconds"] for start in starts]),
-        context=context,
-        peak_memory_bytes=peak,
-        peak_to_file=None if peak is None else peak.median / file_bytes,
-    )
-
-
-def peak_memory() -> int | None:
-    """The most resident memory that this process had, in bytes; None where nobody tells."""
-    # Not getrusage, where there is another way: on Linux that counts the parent's memory, too.
-    if (kilobytes := _proc_kilobytes("/proc/self/status", "VmHWM:")) is not None:
-        return 1024 * kilobytes
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
-
-
-def read_bandwidth(threads: int) -> float:
-    """Bytes per second that `threads` threads together read from memory; the best of several."""
-    data = np.ones(_array_bytes() // 8, np.int64)
-    parts = np.array_split(data, threads)
-    with ThreadPoolExecutor(threads) as pool:
-        best = float("inf")
-        for _ in range(_READS):
-            started = time.perf_counter()
-            list(pool.map(np.max, parts))
-            best = min(best, time.perf_counter() - started)
-    return data.nbytes / best
-
-
-def copy_bandwidth(memory: DeviceMemory) -> float:
-    """Bytes per second that a copy on a device reads and writes; the best of several."""
-    rows = _MAX_ARRAY_BYTES // 256
-    with EXCLUSIVE:
-        source, target = (memory.empty((1, 1, size, 64), "float32") for size in (rows, rows + 1))
-        # Not `extended`: on a GPU, memory takes longer to get than to fill.
-        copy = memory.extension(source, np.zeros(64, np.float32), target)
-        best = float("inf")
-        for _ in range(_READS):
-            started = time.perf_counter()
-            copy()
-            best = min(best, time.perf_counter() - started)
-    return 2 * 256 * rows / best
-
-
-def default_threads() -> int:
-    """As many threads as a model takes that is not told."""
-    return usable_cores() or os.cpu_count() or 1
-
-
-def _array_bytes() -> int:
-    available = _proc_kilobytes("/proc/meminfo", "MemAvailable:")
-    if available is None:
-        return _MAX_ARRAY_BYTES
-    return max(_MIN_ARRAY_BYTES, min(_MAX_ARRAY_BYTES, 1024 * available // 4))
-
-
-def _proc_kilobytes(path: str, name: str) -> int | None:
-    """The number on one line of a file of Linux; None on other systems."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) for line in lines if line.startswith(name)), None)
 
 
 def _measure_model(
@@ -530,11 +316,6 @@ def _measure_model(
     return samples, max(bandwidths)
 
 
-def generate_plain(model: Model, prompts: list[list[int]], count: int) -> list[Completion]:
-    """Generate up to `count` tokens, or up to the context, whatever the bundle recommends."""
-    return model.generate_batch(prompts, _PLAIN, max_new_tokens=count)
-
-
 def _machine() -> dict[str, Any]:
     return {
         "processor": platform.processor() or platform.machine(),
@@ -559,8 +340,3 @@ def _counts(name: str, values: Any) -> list[int]:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InputError(f"{name} must be positive and whole, not {value!r}")
     return list(values)
-
-
-def _number(config: dict[str, Any], name: str) -> int:
-    value = config.get(name)
-    return value if isinstance(value, int) else 0

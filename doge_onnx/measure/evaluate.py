@@ -68,12 +68,12 @@ class BundleScorer:
         BundleError: The bundle is incomplete, altered, too new, or cannot be run.
     """
 
-    def __init__(self, path: str | Path, device: str = "auto") -> None:
-        self._model = load(path, device)
-        manifest = self._model.manifest
-        self._bundle = Bundle(Path(path), manifest)
+    def __init__(self, bundle: str | Path | Bundle, device: str = "auto") -> None:
+        self._bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        self._model = load(self._bundle, device)
+        manifest = self._bundle.manifest
         self._never = Defaults.read(self._bundle).eos_token_ids
-        self.description = f"{path} ({manifest.precision})"
+        self.description = f"{self._bundle.path} ({manifest.precision})"
         self.vocab_size = manifest.vocab_size
         self.context_length = None if manifest.state.kind == "window" else manifest.context_length
 

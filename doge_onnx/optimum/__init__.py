@@ -1,8 +1,8 @@
-"""What Optimum lacks to export and run a Doge: needs the extra "optimum".
+"""Lets Optimum export and run Doge models; needs the extra "optimum".
 
-`command` lets `optimum-cli export onnx` make bundles, `modeling` has the class that runs them
-through transformers' `generate`. Nothing is imported before it is asked for: `optimum-cli` reads
-this package at every start.
+`command` lets `optimum-cli export onnx` make bundles, and `modeling` has the class that runs them
+through transformers' `generate`. Modules are imported when they are used, because `optimum-cli`
+imports this package at every start.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def __getattr__(name: str) -> Any:
     try:
         from doge_onnx.optimum import modeling
     except ImportError as error:
-        # Of a package that is not there at all, not of one that lacks a name.
+        # The package is not installed; a package that only lacks a name is another error.
         if (error.name or "").partition(".")[0] not in ("optimum", "torch", "transformers"):
             raise
         from doge_onnx.errors import MissingExtraError

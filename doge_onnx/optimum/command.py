@@ -1,9 +1,9 @@
 """`optimum-cli export onnx`, for a Doge: makes a bundle, as `doge-onnx export` does.
 
-Optimum's own way, tracing the model of transformers, cannot be right here: below 5.0 that model
-attends to future tokens or fails, and traced, its window is a constant. Nor has Optimum a place
-where another exporter plugs in. A plugin may add commands, but `onnx` is taken; so this wraps
-what that command does, and leaves alone every model that is not a Doge.
+Optimum traces the model of transformers, which gives wrong graphs here: below 5.0 that model
+attends to future tokens or fails, and a trace makes its window a constant. Optimum has no
+interface for another exporter. A plugin may add commands, but the name `onnx` is taken; so this
+module wraps that command, and passes on every model that is not a Doge.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from doge_onnx.config import CONFIG_NAME
 from doge_onnx.errors import DogeOnnxError
 
 _TASKS = ("auto", "text-generation-with-past", "causal-lm-with-past")
-# Options that ask for something else than what a bundle is; by their names in the parsed
-# arguments. Others, such as the shapes of example inputs, only say how Optimum traces.
+# Options that a bundle cannot fulfil, by their names in the parsed arguments. Options that only
+# say how Optimum traces, such as the shapes of example inputs, are ignored.
 _REFUSED = {
     "opset": "--opset",
     "device": "--device",
@@ -41,7 +41,7 @@ def plug_in() -> None:
     try:
         from optimum.commands.export.onnx import ONNXExportCommand
     except ImportError:
-        # Optimum without optimum-onnx has no such command, and its others must go on working.
+        # Optimum without optimum-onnx lacks this command; its other commands must still work.
         return
     optimums_own = ONNXExportCommand.run
 
@@ -56,12 +56,12 @@ def plug_in() -> None:
 
 
 def export_options() -> set[str]:
-    """Names of the keyword arguments of `doge_onnx.export` that say what a bundle is like."""
+    """Names of the keyword arguments of `doge_onnx.export` that describe the bundle."""
     return set(inspect.signature(doge_onnx.export).parameters).difference(_OWN_PARAMETERS)
 
 
 def _is_doge(model: str, cache_dir: str) -> bool:
-    """Whether a directory, or a model of the Hub, has a config that says it is a Doge."""
+    """Whether the config of a directory, or of a model of the Hub, is a Doge's."""
     from huggingface_hub import hf_hub_download
 
     try:
@@ -69,15 +69,15 @@ def _is_doge(model: str, cache_dir: str) -> bool:
         if not Path(model).is_dir():
             path = Path(hf_hub_download(model, CONFIG_NAME, cache_dir=cache_dir))
         return bool(json.loads(path.read_text(encoding="utf-8"))["model_type"] == "doge")
-    # Whatever is wrong with a model that is not known to be a Doge, Optimum says so itself.
+    # Optimum itself reports what is wrong with a model that is not known to be a Doge.
     except Exception:
         return False
 
 
 def _export(args: Any, parser: Any) -> None:
-    """Export what the parsed `args` of `optimum-cli export onnx` name.
+    """Export the checkpoint that the parsed `args` of `optimum-cli export onnx` name.
 
-    Ends like the command line does: exit code 2 for wrong usage, 1 for a failure.
+    Exits as `doge-onnx` does: with code 2 for wrong usage, 1 for a failure.
     """
     from doge_onnx import cli_output
 

@@ -1,7 +1,7 @@
 """A bundle as a model of transformers, through Optimum's class for ONNX graphs.
 
-Knows what that class would get wrong: how large a state is, what a free row of a window state
-looks like, and where the context ends. `generate` and all that comes with it is transformers'.
+Knows what Optimum's class does not: the size of the state, the free rows of a window state, and
+the context length. transformers brings `generate`, sampling, beams and streamers.
 """
 
 from __future__ import annotations
@@ -19,20 +19,23 @@ from transformers import PretrainedConfig, StoppingCriteria, StoppingCriteriaLis
 from transformers.utils.hub import cached_file
 
 import doge_onnx
-from doge_onnx.bundle import CLOSED_GATE, MANIFEST_NAME, Manifest, is_bundle
+from doge_onnx.bundle import MANIFEST_NAME, Manifest, is_bundle
 from doge_onnx.errors import BundleError, InputError
 from doge_onnx.optimum.command import export_options
 from doge_onnx.runtime.engine.input_checks import check_room
-from doge_onnx.runtime.engine.session import POSITION_IDS, past_names, usable_cores
+from doge_onnx.runtime.engine.io_names import POSITION_IDS, past_names
+from doge_onnx.runtime.engine.threads import usable_cores
 
 Past = tuple[tuple[Tensor, Tensor], ...]
 _ERROR = 3
+# Of a free row of a window state. A manifest says so, too, but `save_pretrained` writes none.
+_CLOSED_GATE = -1e30
 
 
 class _EndOfContext(StoppingCriteria):
-    """Ends generation where the graph has no more positions.
+    """Ends generation at the context length.
 
-    The longest text of a batch has no padding, so its length is that of the batch.
+    The longest sequence of a batch has no padding, so its length is the batch's.
     """
 
     def __init__(self, length: int) -> None:
@@ -45,7 +48,7 @@ class _EndOfContext(StoppingCriteria):
 
 # Optimum's classes have no types.
 class ORTDogeForCausalLM(ORTModelForCausalLM):  # type: ignore[misc]
-    """A Doge bundle, to be run by transformers' `generate`, pipelines and streamers.
+    """A Doge bundle that transformers' `generate`, pipelines and streamers can run.
 
     Example:
         >>> model = ORTDogeForCausalLM.from_pretrained("bundle")
@@ -54,14 +57,13 @@ class ORTDogeForCausalLM(ORTModelForCausalLM):  # type: ignore[misc]
         >>> model.generate(**inputs, max_new_tokens=50)
 
     Attributes:
-        context_length: Most tokens of one sequence; None if there is no limit, or no manifest
-            that says so.
+        context_length: Most tokens of one sequence; None if there is no limit, or no manifest.
     """
 
     context_length: int | None = None
 
     def __init__(self, **kwargs: Any) -> None:
-        """Take what Optimum found; see `from_pretrained`.
+        """Called by `from_pretrained` with the files and the session that Optimum found.
 
         Raises:
             BundleError: The graph's state is not that of a bundle.
@@ -73,7 +75,7 @@ class ORTDogeForCausalLM(ORTModelForCausalLM):  # type: ignore[misc]
                 f"{self.path} is not the graph of a bundle: its state has the shape {shape}; make "
                 "one with `doge-onnx export`"
             )
-        # Optimum takes one head for each query head, of the size of a query.
+        # Optimum assumes one state head for each query head, of a query's size.
         _, self.num_key_value_heads, _, self.embed_size_per_head = shape
         self._window: int | None = None
         if POSITION_IDS in self.input_names:
@@ -82,7 +84,7 @@ class ORTDogeForCausalLM(ORTModelForCausalLM):  # type: ignore[misc]
     def generate(
         self, *args: Any, stopping_criteria: list[StoppingCriteria] | None = None, **kwargs: Any
     ) -> Any:
-        """Continue prompts as transformers does, to the end of the context at most."""
+        """Continue prompts as transformers does, up to the context length."""
         criteria = StoppingCriteriaList(stopping_criteria or [])
         if self.context_length is not None:
             criteria.append(_EndOfContext(self.context_length))
@@ -97,16 +99,16 @@ class ORTDogeForCausalLM(ORTModelForCausalLM):  # type: ignore[misc]
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Take S tokens after those in the state.
+        """Feed S new tokens to a state.
 
         Args:
             input_ids: int64 `[B, S]`.
-            attention_mask: int64 `[B, T]`, of all T tokens so far, 0 for padding. None is no
-                padding, and with a window state only at the beginning of a text.
+            attention_mask: int64 `[B, T]`, of all T tokens so far, 0 for padding. None means no
+                padding; with a window state it is allowed only at the beginning of a text.
             past_key_values: The state that an earlier call returned; None at the beginning.
-            position_ids: Ignored: the mask tells.
-            use_cache: Whether to return the state; None is what the config says.
-            kwargs: Passed on.
+            position_ids: Ignored: positions are counted from the mask.
+            use_cache: Whether to return the state; None takes the config's value.
+            kwargs: Passed on to Optimum.
 
         Returns:
             A `CausalLMOutputWithPast` with logits float32 `[B, S, V]`.
@@ -121,7 +123,7 @@ class ORTDogeForCausalLM(ORTModelForCausalLM):  # type: ignore[misc]
                 raise InputError("after the first tokens, a window state needs an attention_mask")
             attention_mask = input_ids.new_ones(batch, past + new)
         expected = (batch, past + new)
-        # The rows of a window do not tell how many tokens there were.
+        # The number of rows of a window state is not the number of tokens so far.
         if self._window is not None:
             expected = (batch, max(past + new, attention_mask.shape[-1]))
         if tuple(attention_mask.shape) != expected:
@@ -130,8 +132,7 @@ class ORTDogeForCausalLM(ORTModelForCausalLM):  # type: ignore[misc]
                 f"in the state and {new} new ones it must be {list(expected)}"
             )
         if self.context_length is not None:
-            mask = attention_mask.to("cpu", torch.int64).numpy()
-            check_room(mask.shape[1], mask, batch, None, self.context_length)
+            check_room(attention_mask.to("cpu", torch.int64).numpy().sum(1), self.context_length)
         if self._window is not None:
             if use_cache is None:
                 use_cache = bool(self.config.use_cache)
@@ -149,7 +150,7 @@ class ORTDogeForCausalLM(ORTModelForCausalLM):  # type: ignore[misc]
     def _forward_window(
         self, window: int, input_ids: Tensor, mask: Tensor, past: Past | None, use_cache: bool
     ) -> Any:
-        """`forward` for a state of `window` rows, which takes as many tokens at once at most."""
+        """`forward` for a state of `window` rows, in pieces of at most `window` tokens."""
         if self.use_io_binding:
             raise InputError(
                 "a window state cannot be used with IO binding, which binds a row for each token; "
@@ -176,7 +177,7 @@ class ORTDogeForCausalLM(ORTModelForCausalLM):  # type: ignore[misc]
         return output
 
     def _with_free_rows(self, past: Past | None, window: int, input_ids: Tensor) -> Past:
-        """A window state with the rows that more tokens need; the graph overwrites them."""
+        """A window state with free rows for the new tokens; the graph overwrites them."""
         batch, new = input_ids.shape
         rows = 0 if past is None else past[0][0].shape[2]
         free = min(rows + new, window) - rows
@@ -185,7 +186,7 @@ class ORTDogeForCausalLM(ORTModelForCausalLM):  # type: ignore[misc]
         key = value.clone()
         heads = self.config.num_attention_heads
         gate = getattr(self.config, "head_dim", None) or self.config.hidden_size // heads
-        key[..., gate] = CLOSED_GATE
+        key[..., gate] = _CLOSED_GATE
         if past is None:
             layers: int = self.config.num_hidden_layers
             return ((key, value),) * layers
@@ -224,7 +225,7 @@ class ORTDogeForCausalLM(ORTModelForCausalLM):  # type: ignore[misc]
             session_options = SessionOptions()
             session_options.log_severity_level = _ERROR
             session_options.intra_op_num_threads = usable_cores()
-        # What `save_pretrained` wrote has no manifest.
+        # `save_pretrained` writes no manifest.
         path = cached_file(
             str(model_id), MANIFEST_NAME, **hub, _raise_exceptions_for_missing_entries=False
         )
@@ -259,7 +260,7 @@ class ORTDogeForCausalLM(ORTModelForCausalLM):  # type: ignore[misc]
         Keyword arguments that `doge_onnx.export` has are passed to it; the others are those of
         `from_pretrained`.
         """
-        # Optimum exports whatever has no graph that it knows.
+        # Optimum exports every directory without a graph that it knows.
         if is_bundle(model_id):
             raise BundleError(
                 f"{model_id} is a bundle, but its graph is not an .onnx file, which is all that "
@@ -273,9 +274,10 @@ class ORTDogeForCausalLM(ORTModelForCausalLM):  # type: ignore[misc]
                 "the model first, and name its directory"
             )
         options = {name: kwargs.pop(name) for name in export_options() if name in kwargs}
-        # Optimum names a branch by default, which a directory does not have.
+        # Optimum passes a branch by default, but a directory has none.
         branch = None if local else revision
-        place = TemporaryDirectory()
+        # Windows removes no file that is mapped, which the weights still are as Python exits.
+        place = TemporaryDirectory(ignore_cleanup_errors=True)
         bundle = Path(place.name, "bundle")
         doge_onnx.export(model_id, bundle, revision=branch, **options)
         # The model keeps `place` as long as it needs the files.

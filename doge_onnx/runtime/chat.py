@@ -12,8 +12,9 @@ from typing import Any
 
 from doge_onnx.errors import InputError
 from doge_onnx.runtime.engine.runner import Runner
-from doge_onnx.runtime.generation.loop import Memory, generate_pieces
+from doge_onnx.runtime.generation.loop import generate_pieces
 from doge_onnx.runtime.generation.output import Completion, Piece
+from doge_onnx.runtime.generation.prefix_cache import PrefixCache
 from doge_onnx.runtime.generation.sequence import GeneratedSequence
 from doge_onnx.runtime.text.chat_template import ChatTemplate
 from doge_onnx.runtime.text.tokenizer import Tokenizer
@@ -56,7 +57,7 @@ class Chat:
         self._tokenizer = tokenizer
         self._begin = begin
         self._most_tokens = most_tokens
-        self._memory = Memory()
+        self._prefix_cache = PrefixCache()
         self._turns = 0
         self._answering = False
         # The last prompt and its answer, as text and as the tokens that the model wrote.
@@ -97,7 +98,7 @@ class Chat:
         self._answering = True
         pieces: list[Piece] = []
         try:
-            run = generate_pieces(self._runner, [sequence], self._memory)
+            run = generate_pieces(self._runner, [sequence], self._prefix_cache)
             with contextlib.closing(run):
                 for _, piece in run:
                     pieces.append(piece)

@@ -39,15 +39,15 @@ _ANSWER_SHARE = 25
 
 
 def load(
-    bundle: str | Path,
+    bundle: str | Path | Bundle,
     device: str = AUTO,
     threads: int | None = None,
     prefill_chunk: int | None = None,
     verbose: bool = False,
     cuda_graph: bool | None = None,
 ) -> Model:
-    """Load a bundle. See `doge_onnx.load`."""
-    opened = Bundle.open(bundle)
+    """Load a bundle, or one that is open. See `doge_onnx.load`."""
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     defaults = Defaults.read(opened)
     path = opened.file("tokenizer.json")
     tokenizer = None if path is None else Tokenizer(path)
@@ -120,13 +120,13 @@ class Model:
             state: The state that an earlier call returned, of the same B sequences, or
                 None at their start. It is not changed: it may be continued again.
             logits: "last" for the last position only, "all" for every one.
-            attention_mask: `[B, S]`, 1 for a token and 0 for padding, for the new ids
-                alone: the state remembers what it was for the earlier ones. Nothing ever
-                attends to padding, and it does not count as a position, so unequal
-                prompts are best padded on the left. None: no padding.
+            attention_mask: `[B, S]`, 1 for a token and 0 for padding, wherever that is, for the
+                new ids alone: the state remembers what it was for the earlier ones. Padding is
+                left out: nothing ever attends to it, and it is no position. None: no padding.
 
         Returns:
-            Logits, float32 `[B, 1, V]` or `[B, S, V]`, and the state after these tokens.
+            Logits, float32 `[B, 1, V]`, those of the last token of each sequence, or `[B, S, V]`;
+            0 where a sequence has no token. And the state after these tokens.
 
         Raises:
             InputError: Ids outside of the vocabulary, shapes or types that do not fit, a
@@ -136,11 +136,21 @@ class Model:
             raise InputError(f"logits must be 'last' or 'all', not {logits!r}")
         ids = token_matrix(input_ids, self.manifest.vocab_size)
         mask = token_mask(attention_mask, ids.shape)
-        batch, new = ids.shape
-        check_state(state, batch, self._runner)
+        check_state(state, len(ids), self._runner)
+        tokens = list(ids) if mask is None else [r[m] for r, m in zip(ids, mask, strict=True)]
         if self._bounded:
-            check_room(new, mask, batch, state, self.manifest.context_length)
-        return self._runner.step(ids, mask, state, last_only=logits == "last")
+            past: NDArray[np.int64] | int = 0 if state is None else state.lengths
+            lengths = past + np.array([len(row) for row in tokens])
+            check_room(lengths, self.manifest.context_length)
+        rows, state = self._runner.feed(tokens, state, last_only=logits == "last")
+        if mask is None:
+            return rows[0][np.newaxis] if len(rows) == 1 else np.stack(rows), state
+        columns = 1 if logits == "last" else ids.shape[1]
+        out = np.zeros((len(ids), columns, self.manifest.vocab_size), np.float32)
+        for number, row in enumerate(rows):
+            where = mask[number] if logits == "all" else slice(len(row))
+            out[number, where] = row
+        return out, state
 
     def generate(
         self,

@@ -15,7 +15,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from doge_onnx.runtime.cuda import helper_graphs as graphs
+from doge_onnx.runtime.cuda import helper_graphs
 from doge_onnx.runtime.cuda.helper_graphs import ELEMENT_TYPES
 from doge_onnx.runtime.engine import device as devices
 
@@ -99,7 +99,7 @@ class DeviceMemory:
         """
         batch, heads, length, width = present.shape
         added = np.array([batch, heads, length - past.shape[2], width], np.int64)
-        session = self._session(graphs.extension(past.dtype))
+        session = self._session(helper_graphs.extension(past.dtype))
         binding = session.io_binding()
         self.bind_input(binding, "past", past)
         # From bits, since NumPy lacks one of the types.
@@ -135,7 +135,7 @@ class DeviceMemory:
             self.bind_input(binding, past, tensor)
             self.bind_output(binding, present, tensor)
 
-    def best(self, logits: Tensor, count: int, ids: Tensor | None = None) -> Best:
+    def top(self, logits: Tensor, count: int, ids: Tensor | None = None) -> TopFinder:
         """What finds the `count` largest logits; made once, for as many runs as wanted.
 
         Args:
@@ -143,7 +143,7 @@ class DeviceMemory:
             count: How many are wanted.
             ids: int64 `[B, count]`, where the ids go; None for a tensor of their own.
         """
-        return Best(self, self._session(graphs.best()), logits, count, ids)
+        return TopFinder(self, self._session(helper_graphs.top()), logits, count, ids)
 
     def _session(self, graph: bytes) -> ort.InferenceSession:
         with self._lock:
@@ -158,8 +158,8 @@ class DeviceMemory:
         return session
 
 
-class Best:
-    """Finds the largest logits of each sequence on the device; see `DeviceMemory.best`."""
+class TopFinder:
+    """Finds the largest logits of each sequence on the device; see `DeviceMemory.top`."""
 
     def __init__(
         self,

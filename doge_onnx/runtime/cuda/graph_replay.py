@@ -22,14 +22,14 @@ from numpy.typing import NDArray
 
 from doge_onnx.runtime.cuda.device_memory import DeviceMemory, Tensor
 from doge_onnx.runtime.engine import device as devices
-from doge_onnx.runtime.engine.session import (
+from doge_onnx.runtime.engine.io_names import (
     ATTENTION_MASK,
     INPUT_IDS,
     LOGITS,
     LOGITS_TO_KEEP,
-    PAST_LENGTH,
-    has_logits_to_keep,
+    PAST_LENGTHS,
 )
+from doge_onnx.runtime.engine.session import has_logits_to_keep
 from doge_onnx.runtime.engine.state import Buffer
 
 # Steps on the same tensors before they are captured, which takes as long as three.
@@ -52,8 +52,8 @@ _Names = Sequence[tuple[str, str]]
 class FixedStep:
     """A graph that is bound for good: one token for each sequence, on the same tensors.
 
-    Only what the tensors hold changes: the ids, the number of rows that are there, and the mask
-    of all rows of the buffer, of which the graph reads no more than those.
+    Only what the tensors hold changes: the ids, and how many rows of each sequence are there. The
+    mask is of all rows of the buffer, of which the graph reads no more than those.
 
     Attributes:
         tensors: The state, each `[B, H, capacity, row]`.
@@ -75,14 +75,14 @@ class FixedStep:
         self.tensors, self.graph = tensors, graph
         self.ids = memory.empty((batch, 1), "int64")
         self.logits = memory.empty((batch, 1, vocab_size), "float32")
-        self._mask = memory.empty((batch, capacity), "int64")
-        self._past = memory.empty((1,), "int64")
+        self._lengths = memory.empty((batch,), "int64")
         self._session, self._binding = session, session.io_binding()
         memory.bind_in_place(self._binding, names, tensors)
+        self._mask = memory.ones(batch * capacity).reshaped(batch, capacity)
         for name, tensor in (
             (INPUT_IDS, self.ids),
             (ATTENTION_MASK, self._mask),
-            (PAST_LENGTH, self._past),
+            (PAST_LENGTHS, self._lengths),
         ):
             memory.bind_input(self._binding, name, tensor)
         memory.bind_output(self._binding, LOGITS, self.logits)
@@ -90,27 +90,11 @@ class FixedStep:
         if has_logits_to_keep(session):
             where = (devices.CPU, 0, np.int64, self._keep.shape, self._keep.ctypes.data)
             self._binding.bind_input(LOGITS_TO_KEEP, *where)
-        self._seen: NDArray[np.int64]
-        self._host: NDArray[np.int64]
         self._count = 0
 
-    def follow(self, mask: NDArray[np.int64]) -> None:
-        """Use a mask of the host `[B, capacity]`, of which more columns are filled as time goes on.
-
-        Those of tokens to come must be 1.
-        """
-        self._host = mask
-        self._show(mask.copy())
-
-    def bind_mask(self, length: int) -> None:
-        """Let the next run feed the token after which there are `length` of them."""
-        column = self._host[:, length - 1]
-        if (column != self._seen[:, length - 1]).any():
-            # A sequence has ended. It will not begin again, so this is shown once.
-            mask = self._host.copy()
-            mask[:, length:] = column[:, np.newaxis]
-            self._show(mask)
-        self._past.value.update_inplace(np.array([length - 1], np.int64))
+    def put_lengths(self, lengths: NDArray[np.int64]) -> None:
+        """Let the next run feed the tokens behind so many rows of each sequence."""
+        self._lengths.value.update_inplace(lengths)
 
     def run_on_device(self) -> Tensor:
         """Run the graph, or replay it; logits `[B, 1, V]` that the next run overwrites."""
@@ -131,10 +115,6 @@ class FixedStep:
     def run_with(self, options: ort.RunOptions) -> None:
         """Run the graph as `options` say."""
         self._session.run_with_iobinding(self._binding, options)
-
-    def _show(self, mask: NDArray[np.int64]) -> None:
-        self._mask.value.update_inplace(mask)
-        self._seen = mask
 
 
 class FixedSteps:
@@ -208,8 +188,7 @@ class FixedSteps:
     def problem(
         self,
         tensors: Sequence[Tensor],
-        mask: NDArray[np.int64],
-        growing: Callable[[NDArray[np.int64], int], NDArray[np.float32]],
+        with_growing_mask: Callable[[NDArray[np.int64], int], NDArray[np.float32]],
         activations: str,
     ) -> str | None:
         """What is wrong with fixed steps or with replaying them, or None if nothing is.
@@ -219,19 +198,18 @@ class FixedSteps:
 
         Args:
             tensors: A state of a single sequence, of zeros.
-            mask: int64 `[1, capacity]`, of its tokens.
-            growing: Runs the same step with a mask that ends with its token, on a state of its
-                own: from ids `[1, 1]` and the length to logits `[1, 1, V]`.
+            with_growing_mask: Runs the same step with a mask that ends with its token, on a state
+                of its own: from ids `[1, 1]` and the number of tokens before to logits
+                `[1, 1, V]`.
             activations: What the graph computes in.
         """
         step = self._new(tensors)
-        step.follow(mask)
         nothing = np.full(step.logits.shape, np.nan, np.float32)
-        for length in range(1, _CHECKED_STEPS + 1):
-            ids = np.full((1, 1), length % self._vocab_size, np.int64)
+        for past in range(_CHECKED_STEPS):
+            ids = np.full((1, 1), (past + 1) % self._vocab_size, np.int64)
             step.ids.value.update_inplace(ids)
-            step.bind_mask(length)
-            results = [growing(ids, length)]
+            step.put_lengths(np.array([past], np.int64))
+            results = [with_growing_mask(ids, past)]
             for options in (devices.ORDINARY_RUN, step.graph):
                 if options is not None:
                     step.logits.value.update_inplace(nothing)

@@ -41,7 +41,7 @@ def extension(dtype: str) -> bytes:
 
 
 @functools.cache
-def best() -> bytes:
+def top() -> bytes:
     """A graph that finds the largest logits.
 
     Inputs: `logits` float32 `[B, 1, V]`, `count` int64 `[1]`. Outputs: `values` float32 and

@@ -1,4 +1,4 @@
-"""DeviceLock on a device: one user at a time, and where steps are captured, on few threads.
+"""A device has one user at a time, and where steps are captured, they come from few threads.
 
 Does not know what is run.
 """

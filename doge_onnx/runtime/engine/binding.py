@@ -1,33 +1,40 @@
 """A graph bound to the memory that it reads and writes.
 
-Knows how to tell ONNX Runtime where the state, the tokens and the logits of a step are,
+Knows how to tell ONNX Runtime where the state, the inputs and the logits of a step are,
 and does as little as it can of that at each step. Does not know who owns the memory.
 """
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from doge_onnx.runtime.engine.session import (
-    ATTENTION_MASK,
-    INPUT_IDS,
-    LOGITS,
-    LOGITS_TO_KEEP,
-    has_logits_to_keep,
-)
+from doge_onnx.runtime.engine.io_names import INPUT_IDS, LOGITS, LOGITS_TO_KEEP
+from doge_onnx.runtime.engine.session import has_logits_to_keep
 from doge_onnx.runtime.engine.state import Buffer
 
 _DEVICE = ("cpu", 0)
-# To make a mask's value costs 35 µs right after a step, and 3 µs if several are made in a row.
-_MASKS_AT_ONCE = 32
-_Binding = TypeVar("_Binding")
+
+
+class Binding(Protocol):
+    """What runs the graph on some sequences of a buffer: `InPlaceBinding`, or that of a GPU.
+
+    Attributes:
+        capacity: Rows of the state's tensors.
+    """
+
+    capacity: int
+
+    def put(self, name: str, array: NDArray[np.int64]) -> None:
+        """Give an input a value."""
+
+    def run(self, last_only: bool) -> NDArray[np.float32]:
+        """Run the graph; logits `[B, 1, V]` or `[B, S, V]`, not used again by anybody else."""
 
 
 class InPlaceBinding:
@@ -35,6 +42,9 @@ class InPlaceBinding:
 
     A bind costs some microseconds, and a model has a hundred tensors: the state is bound
     once, and so is everything else as long as its shape stays. Not for two runs at a time.
+
+    Attributes:
+        capacity: Rows of the tensors.
     """
 
     def __init__(
@@ -42,7 +52,6 @@ class InPlaceBinding:
         session: ort.InferenceSession,
         names: Sequence[tuple[str, str]],
         tensors: Sequence[NDArray[Any]],
-        mask: NDArray[np.int64],
         vocab_size: int,
     ) -> None:
         """Bind `tensors`, which must outlive this, to pairs of input and output names.
@@ -50,29 +59,25 @@ class InPlaceBinding:
         Args:
             session: What runs the graph.
             names: Input and output of each tensor.
-            tensors: The state.
-            mask: `[B, capacity]`, for `bind_mask`; must outlive this, too.
+            tensors: The state, each C-contiguous.
             vocab_size: Size of the last axis of the logits.
         """
         self._session = session
         self._vocab_size = vocab_size
+        self.capacity: int = tensors[0].shape[2]
         self._binding = session.io_binding()
         for (past, present), tensor in zip(names, tensors, strict=True):
             where = (*_DEVICE, tensor.dtype.type, tensor.shape, tensor.ctypes.data)
             self._binding.bind_input(past, *where)
             self._binding.bind_output(present, *where)
-        self._mask = mask
-        # Of one sequence each length is a view; of several, the rows must lie side by side.
-        self._mask_rows = mask[0] if len(mask) == 1 else np.empty(mask.size, np.int64)
-        self._masks: dict[int, ort.OrtValue] = {}
         self._inputs: dict[str, NDArray[np.int64]] = {}
-        self._logits = np.empty((0, 0, 0), np.float32)
+        self._logits: NDArray[np.float32] | None = None
         self._keep: NDArray[np.int64] | None = None
         if has_logits_to_keep(session):
-            self._keep = np.zeros(1, np.int64)
-            self.bind_input(LOGITS_TO_KEEP, self._keep)
+            self._keep = np.ones(1, np.int64)
+            self.bind(LOGITS_TO_KEEP, self._keep)
 
-    def bind_input(self, name: str, array: NDArray[np.int64]) -> None:
+    def bind(self, name: str, array: NDArray[np.int64]) -> None:
         """Let an input be whatever `array`, C-contiguous, holds at each run."""
         self._binding.bind_input(name, *_DEVICE, np.int64, array.shape, array.ctypes.data)
         self._inputs[name] = array
@@ -83,25 +88,7 @@ class InPlaceBinding:
         if bound is not None and bound.shape == array.shape:
             bound[...] = array
         else:
-            self.bind_input(name, array.copy())
-
-    def bind_mask(self, length: int) -> None:
-        """Give the graph the mask of the first `length` tokens."""
-        batch = len(self._mask)
-        if batch > 1:
-            rows = self._mask_rows[: batch * length].reshape(batch, length)
-            rows[...] = self._mask[:, :length]
-        value = self._masks.get(length)
-        if value is None:
-            end = min(length + _MASKS_AT_ONCE, self._mask.shape[1] + 1)
-            self._masks = {
-                size: ort.OrtValue.ortvalue_from_numpy(
-                    self._mask_rows[: batch * size].reshape(batch, size)
-                )
-                for size in range(length, end)
-            }
-            value = self._masks[length]
-        self._binding.bind_ortvalue_input(ATTENTION_MASK, value)
+            self.bind(name, array.copy())
 
     def bind_logits(self, logits: NDArray[np.float32]) -> None:
         """Let the next runs write their logits `[B, 1, V]` or `[B, S, V]` there."""
@@ -121,14 +108,9 @@ class InPlaceBinding:
         if self._keep is not None:
             self._keep[0] = 1 if last_only else 0
             positions = 1 if last_only else positions
-        shape = (batch, positions, self._vocab_size)
-        # Memory of this size comes from the system and goes back to it, which costs more than
-        # all else here. It is used again if nobody else has it: its references are then this
-        # attribute and the argument of getrefcount.
-        if self._logits.shape != shape or sys.getrefcount(self._logits) > 2:
-            self.bind_logits(np.empty(shape, np.float32))
+        logits = np.empty((batch, positions, self._vocab_size), np.float32)
+        self.bind_logits(logits)
         self.run_as_bound()
-        logits = self._logits
         return last_position(logits) if last_only else logits
 
     def run_as_bound(self) -> None:
@@ -136,24 +118,21 @@ class InPlaceBinding:
         self._session.run_with_iobinding(self._binding)
 
 
-class Bindings(Generic[_Binding]):
+class Bindings:
     """One binding for each buffer, for as long as the buffer lives.
 
     Binding the state costs more than all else that Python does in a step.
-
-    Attributes:
-        new: Binds tensors and their mask, which need not be those of a buffer.
     """
 
-    def __init__(self, new: Callable[[Sequence[Any], NDArray[np.int64]], _Binding]) -> None:
-        self.new = new
-        self._of_buffer: weakref.WeakKeyDictionary[Buffer, _Binding] = weakref.WeakKeyDictionary()
+    def __init__(self, new: Callable[[Sequence[Any]], Binding]) -> None:
+        self._new = new
+        self._of_buffer: weakref.WeakKeyDictionary[Buffer, Binding] = weakref.WeakKeyDictionary()
 
-    def of(self, buffer: Buffer) -> _Binding:
+    def of(self, buffer: Buffer) -> Binding:
         """The binding of a buffer's tensors."""
         binding = self._of_buffer.get(buffer)
         if binding is None:
-            binding = self._of_buffer[buffer] = self.new(buffer.tensors, buffer.mask)
+            binding = self._of_buffer[buffer] = self._new(buffer.tensors)
         return binding
 
 

@@ -82,7 +82,7 @@ def reason_for_cpu(manifest: Manifest) -> str | None:
 
     One would where the bundle is made for CUDA, or where onnxruntime-gpu is installed.
     """
-    if manifest.activations == "float32" and CUDA_PROVIDER not in ort.get_available_providers():
+    if manifest.device == CPU and CUDA_PROVIDER not in ort.get_available_providers():
         return None
     return why_not_cuda(manifest)
 
@@ -138,7 +138,7 @@ def check_placement(session: ort.InferenceSession) -> None:
     if left:
         raise DeviceError(
             f"onnxruntime {ort.__version__} has no CUDA kernel for {left} as used by this bundle; "
-            "export with --device cuda, or run it with the device cpu"
+            "export it again for the device cuda, or run it on the device cpu"
         )
 
 
@@ -161,7 +161,7 @@ def _unfit(device: str, manifest: Manifest) -> str | None:
     if device == CUDA and manifest.target == "ort" and manifest.activations == "float32":
         return (
             "this bundle computes in fp32 with operators for the CPU; CUDA has attention in "
-            "half precision only; export with --device cuda, or run it with the device cpu"
+            "half precision only; export it again for the device cuda, or run it on the device cpu"
         )
     return None
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import mmap
 from pathlib import Path
 
-from doge_onnx.runtime.engine.ort_file import is_ort_format
+from doge_onnx.manifest import ORT_SUFFIX
 from doge_onnx.runtime.engine.protobuf import fields, read_model
 
 # Field numbers of onnx.proto. A message kind maps a field to the kind of message in it;
@@ -42,7 +42,7 @@ def external_files(path: Path) -> set[str]:
         BundleError: The file cannot be read or is not a protobuf message.
     """
     # The ORT format has all of its weights inside.
-    return set() if is_ort_format(path) else read_model(path, _locations)
+    return set() if path.suffix == ORT_SUFFIX else read_model(path, _locations)
 
 
 def _locations(data: mmap.mmap) -> set[str]:

@@ -1,13 +1,14 @@
-"""Steps of graphs whose state has a row for every token.
+"""Runs graphs that extend their state in place: a row for every token of every sequence.
 
-Knows where the graph finds the past and leaves the present: in one buffer that it extends, or,
-for graphs of standard operators, in new tensors.
+Knows where the rows of each sequence are, which sequences go through the graph together, and how
+one leaves a batch. Every sequence has its own length, so nothing in the state is padding. Does not
+know in whose memory the rows are: on a GPU, `cuda.runner` takes over.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,239 +16,313 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from doge_onnx.bundle import Manifest
-from doge_onnx.runtime.engine.binding import Bindings, InPlaceBinding, last_position
-from doge_onnx.runtime.engine.runner import DEFAULT_CHUNK, DecodeSession, Runner
-from doge_onnx.runtime.engine.session import ATTENTION_MASK, INPUT_IDS, LOGITS
+from doge_onnx.runtime.engine.binding import Binding, Bindings, InPlaceBinding
+from doge_onnx.runtime.engine.io_names import ATTENTION_MASK, INPUT_IDS, PAST_LENGTHS
+from doge_onnx.runtime.engine.runner import DEFAULT_CHUNK, DecodeSession, Runner, Scores
 from doge_onnx.runtime.engine.state import Buffer, State, grown_capacity
 
+# Masks have so many columns or a multiple: whatever is bound again at each step costs time.
+_MASK_COLUMNS = 256
+# One more run of the graph takes as long as about this many more tokens in a run.
+_RUN_COST = 16
 
-class GrowingRunner(Runner):
-    """For graphs whose past and present are one buffer: only the new rows are written."""
+
+class InPlaceRunner(Runner):
+    """For graphs whose past and present are one buffer, wherever it is."""
 
     def __init__(
         self, session: ort.InferenceSession, manifest: Manifest, chunk: int = DEFAULT_CHUNK
     ) -> None:
         super().__init__(session, manifest, chunk)
-        self._bindings: Bindings[Any] = Bindings(self._bind)
+        self._bindings = Bindings(self.bind)
 
-    def decoder(self, state: State) -> DecodeSession:
-        """Go on from `state`, which nobody will use again, one token at a time."""
-        return _GrowingSession(self, state)
+    @abstractmethod
+    def bind(self, tensors: Sequence[Any]) -> Binding:
+        """What runs the graph on the tensors of a state."""
 
-    def claim(self, state: State | None, batch: int, end: int, capacity: int) -> Buffer:
-        """A buffer that holds the rows of `state` and is the caller's to extend to `end`.
+    @abstractmethod
+    def _new_tensors(
+        self, past: Sequence[Any], batch: int, length: int, capacity: int
+    ) -> Sequence[Any]:
+        """Tensors of `capacity` rows for `batch` sequences, the first `length` as in the past."""
+
+    def feed(
+        self,
+        tokens: Sequence[NDArray[np.int64]],
+        state: State | None,
+        last_only: bool,
+        consume: bool = False,
+        most_tokens: int | None = None,
+    ) -> tuple[list[NDArray[np.float32]], State]:
+        """Feed each sequence of a batch its new tokens; see `Runner.feed`."""
+        lengths = np.zeros(len(tokens), np.int64) if state is None else state.lengths
+        ends = lengths + np.array([len(ids) for ids in tokens])
+        buffer = self.claim(state, len(tokens), int(ends.max()), most_tokens)
+        try:
+            logits = self._fill(buffer, tokens, lengths, last_only)
+        except BaseException:
+            buffer.release(lengths)
+            raise
+        buffer.release(ends)
+        return logits, State(buffer, ends, self)
+
+    def claim(self, state: State | None, batch: int, end: int, most: int | None = None) -> Buffer:
+        """A buffer that holds the rows of `state` and is the caller's up to the row `end`.
 
         Args:
             state: None at the start of the sequences.
             batch: Number of sequences.
-            end: Rows that the caller will write, and those of `state`.
-            capacity: Rows of the buffer, if a new one must be made.
+            end: Rows that the caller may write, and those of `state`.
+            most: See `grown_capacity`.
         """
-        past = 0 if state is None else state.length
-        if state is not None and state.buffer.claim(past, end):
+        if state is not None and state.buffer.claim(state.lengths, end):
             return state.buffer
-        mask = np.zeros((batch, capacity), np.int64)
-        if state is not None:
-            mask[:, :past] = state.mask
-        return self._new_buffer(state, mask, end)
+        capacity = self._capacity(end, most)
+        past = [] if state is None else state.buffer.tensors
+        length = 0 if state is None else int(state.lengths.max())
+        return self._new_buffer(past, batch, length, capacity, end)
 
-    def _new_buffer(self, state: State | None, mask: NDArray[np.int64], rows: int) -> Buffer:
-        """A buffer for all columns of a mask that begins with the rows of `state`."""
-        heads, row_size = self._row_shape
-        batch, capacity = mask.shape
-        tensors = [np.zeros((batch, heads, capacity, row_size), self._dtype) for _ in self._names]
-        if state is not None:
-            past = state.length
-            for target, source in zip(tensors, state.buffer.tensors, strict=True):
-                target[:, :, :past] = source[:, :, :past]
-        return Buffer(tensors, mask, rows)
+    def _new_buffer(
+        self, past: Sequence[Any], batch: int, length: int, capacity: int, end: int
+    ) -> Buffer:
+        tensors = self._new_tensors(past, batch, length, capacity)
+        return Buffer(tensors, capacity, np.full(batch, end, np.int64))
 
-    def claim_all(self, state: State) -> Buffer:
-        """A buffer that holds the rows of `state`, with room for others, and is the caller's."""
-        capacity = state.buffer.capacity
-        if capacity == state.length:
-            capacity = grown_capacity(capacity + 1, self._most_rows)
-        return self.claim(state, state.batch_size, capacity, capacity)
+    def _capacity(self, rows: int, most: int | None) -> int:
+        """Rows of a new buffer; see `grown_capacity`."""
+        return grown_capacity(rows, self._context_length, most)
 
     def rewind(self, state: State, length: int) -> State | None:
         """The first rows of the same buffer; see `Runner.rewind`."""
-        return State(state.buffer, length, self)
+        return State(state.buffer, np.full_like(state.lengths, length), self)
 
-    def bind(self, buffer: Buffer) -> Any:
-        """What runs the graph on a buffer."""
-        return self._bindings.of(buffer)
+    def claim_all(self, state: State) -> Buffer:
+        """A buffer that holds the rows of `state`, has room for another, and is the caller's."""
+        longest = int(state.lengths.max())
+        capacity = state.buffer.capacity
+        if capacity == longest:
+            capacity = self._capacity(capacity + 1, None)
+        return self.claim(state, state.batch_size, capacity)
 
-    def _bind(self, tensors: Sequence[Any], mask: NDArray[np.int64]) -> Any:
-        return InPlaceBinding(self._session, self._names, tensors, mask, self.vocab_size)
+    def _fill(
+        self,
+        buffer: Buffer,
+        tokens: Sequence[NDArray[np.int64]],
+        lengths: NDArray[np.int64],
+        last_only: bool,
+    ) -> list[NDArray[np.float32]]:
+        """Write the rows of new tokens, behind the `lengths` that are there; their logits."""
+        logits: list[NDArray[np.float32]] = []
+        for rows in self._groups(tokens, lengths):
+            group, past = tokens[rows], lengths[rows]
+            whole = len(group) == len(tokens)
+            binding = self._bindings.of(buffer) if whole else self._bind_rows(buffer, rows)
+            if len(group) == 1:
+                logits.append(self._one(binding, group[0], int(past[0]), last_only))
+            else:
+                logits += self._several(binding, group, past, last_only)
+        return logits
+
+    def _bind_rows(self, buffer: Buffer, rows: slice) -> Binding:
+        return self.bind([tensor[rows] for tensor in buffer.tensors])
+
+    def _groups(
+        self, tokens: Sequence[NDArray[np.int64]], lengths: NDArray[np.int64]
+    ) -> Iterator[slice]:
+        """Neighbours in a batch that go through the graph together.
+
+        The kernel takes several sequences with one new token each, whatever is before it, or
+        with several at their start: shorter ones are filled up then. That pays as long as it
+        costs less than a run of their own.
+        """
+        counts = [len(ids) for ids in tokens]
+        if max(counts) == min(counts) == 1:
+            yield slice(0, len(counts))
+            return
+        start = 0
+        while start < len(counts):
+            end = start + 1
+            longest = total = counts[start]
+            while end < len(counts) and not lengths[start : end + 1].any() and longest > 0:
+                wider, more = max(longest, counts[end]), total + counts[end]
+                size, added = wider * (end + 1 - start), end - start
+                if size > self._chunk or size - more > _RUN_COST * added or counts[end] == 0:
+                    break
+                longest, total, end = wider, more, end + 1
+            yield slice(start, end)
+            start = end
+
+    def _one(
+        self, binding: Binding, ids: NDArray[np.int64], past: int, last_only: bool
+    ) -> NDArray[np.float32]:
+        """Logits of one sequence, chunk by chunk."""
+        parts = [np.empty((0, self.vocab_size), np.float32)]
+        for start in range(0, len(ids), self._chunk):
+            chunk = ids[np.newaxis, start : start + self._chunk]
+            lengths = np.array([past + start])
+            parts.append(self._run(binding, chunk, lengths, last_only)[0])
+        return parts[-1] if last_only or len(parts) < 3 else np.concatenate(parts)
+
+    def _several(
+        self,
+        binding: Binding,
+        group: Sequence[NDArray[np.int64]],
+        past: NDArray[np.int64],
+        last_only: bool,
+    ) -> list[NDArray[np.float32]]:
+        """Logits of several sequences in one run, or two."""
+        counts = np.array([len(ids) for ids in group])
+        if (counts == counts[0]).all():
+            return list(self._run(binding, np.stack(group), past, last_only))
+        # What fills a row up stands behind its tokens, where nothing reads it, until the tokens
+        # that follow take its place.
+        ids = np.zeros((len(group), counts.max()), np.int64)
+        for row, new in zip(ids, group, strict=True):
+            row[: len(new)] = new
+        if not last_only:
+            logits = self._run(binding, ids, past, last_only=False)
+            return [rows[:count].copy() for rows, count in zip(logits, counts, strict=True)]
+        # The last tokens are in different columns, and all logits of all rows would be too many.
+        self._run(binding, np.ascontiguousarray(ids[:, :-1]), past, last_only=True)
+        last = np.array([new[-1:] for new in group])
+        return list(self._run(binding, last, past + counts - 1, last_only=True))
 
     def _run(
         self,
-        input_ids: NDArray[np.int64],
-        mask: NDArray[np.int64] | None,
-        state: State | None,
+        binding: Binding,
+        ids: NDArray[np.int64],
+        lengths: NDArray[np.int64],
         last_only: bool,
-        consume: bool,
-        capacity: int,
-    ) -> tuple[NDArray[np.float32], State]:
-        batch, new = input_ids.shape
-        past = 0 if state is None else state.length
-        total = past + new
-        buffer = self.claim(state, batch, total, capacity)
-        try:
-            buffer.mask[:, past:total] = 1 if mask is None else mask
-            if batch > 1 and new > 1 and past > 0:
-                # The kernel takes several new tokens after a past for one sequence only.
-                rows = [
-                    _run_to(
-                        self._bindings.new(
-                            [tensor[b : b + 1] for tensor in buffer.tensors], buffer.mask[b : b + 1]
-                        ),
-                        total,
-                        input_ids[b : b + 1],
-                        last_only,
-                    )
-                    for b in range(batch)
-                ]
-                logits = np.concatenate(rows)
-            else:
-                logits = _run_to(self.bind(buffer), total, input_ids, last_only)
-        except BaseException:
-            buffer.release(past)
-            raise
-        return logits, State(buffer, total, self)
+    ) -> NDArray[np.float32]:
+        """Feed ids `[B, S]` behind `lengths` `[B]` rows."""
+        batch, new = ids.shape
+        columns = int(lengths.max()) + new
+        # At the start, the kernel must see from the mask that nothing is before the new tokens.
+        if lengths.any():
+            columns = mask_columns(columns, binding.capacity)
+        binding.put(INPUT_IDS, ids)
+        binding.put(PAST_LENGTHS, lengths)
+        binding.put(ATTENTION_MASK, np.ones((batch, columns), np.int64))
+        return binding.run(last_only)
+
+    def grow(self, buffer: Buffer, batch: int) -> Buffer:
+        """A larger buffer with the first sequences of a full one, and the caller's."""
+        capacity = self._capacity(buffer.capacity + 1, None)
+        return self._new_buffer(buffer.tensors, batch, buffer.capacity, capacity, capacity)
 
 
-def _run_to(
-    binding: Any, total: int, input_ids: NDArray[np.int64], last_only: bool
-) -> NDArray[np.float32]:
-    """Feed the tokens after which there are `total` of them."""
-    binding.put(INPUT_IDS, input_ids)
-    binding.bind_mask(total)
-    logits: NDArray[np.float32] = binding.run(last_only)
-    return logits
+def mask_columns(length: int, capacity: int) -> int:
+    """Columns of a mask for so many tokens: a graph takes more than that, up to its buffer's."""
+    return min(-(-length // _MASK_COLUMNS) * _MASK_COLUMNS, capacity)
 
 
-class BufferSession(DecodeSession):
-    """Has all rows of a buffer for itself: nothing is new at a step but the length of the mask.
+class GrowingRunner(InPlaceRunner):
+    """For such graphs on the CPU: the state is NumPy arrays."""
+
+    def decode(self, state: State) -> DecodeSession:
+        """Go on from `state`, which nobody will use again, one token at a time."""
+        return _GrowingSession(self, state)
+
+    def bind(self, tensors: Sequence[Any]) -> InPlaceBinding:
+        """What runs the graph on NumPy arrays."""
+        return InPlaceBinding(self._session, self._names, tensors, self.vocab_size)
+
+    def _new_tensors(
+        self, past: Sequence[Any], batch: int, length: int, capacity: int
+    ) -> Sequence[NDArray[Any]]:
+        heads, row_size = self._row_shape
+        tensors = [np.zeros((batch, heads, capacity, row_size), self._dtype) for _ in self._names]
+        for target, source in zip(tensors, past, strict=False):
+            target[:, :, :length] = source[:batch, :, :length]
+        return tensors
+
+
+class InPlaceSession(DecodeSession):
+    """Has all rows of a buffer for itself, and a length for each sequence."""
+
+    def __init__(self, runner: InPlaceRunner, state: State) -> None:
+        self.rows = list(range(state.batch_size))
+        self._runner = runner
+        self._state = state
+        self._lengths = state.lengths.copy()
+        self._longest = int(self._lengths.max())
+        # None before the first step, which may never come.
+        self._buffer: Buffer | None = None
+
+    def _make_room(self) -> Buffer:
+        """The buffer, with room for one more row of each sequence."""
+        if self._buffer is None:
+            self._buffer = self._runner.claim_all(self._state)
+        elif self._longest == self._buffer.capacity:
+            self._buffer = self._runner.grow(self._buffer, len(self._lengths))
+        return self._buffer
+
+    def end(self) -> State:
+        """The state after all that was fed; see `DecodeSession.end`."""
+        if self._buffer is None:
+            return self._state
+        # So that whoever goes on from here finds the rest of the buffer free.
+        self._buffer.release(self._lengths)
+        return State(self._buffer, self._lengths, self._runner)
+
+
+class _GrowingSession(InPlaceSession):
+    """Reads and writes the same NumPy arrays at each step.
 
     What Python does between two steps finds its code and data swept out of the caches, and takes
-    five times as long as it does alone.
+    five times as long as it does alone: at most steps, nothing is bound.
     """
 
     def __init__(self, runner: GrowingRunner, state: State) -> None:
         super().__init__(runner, state)
-        self._in_place = runner
-        self._length = self._capacity = state.length
-        self._binding: Any
-        self._mask: NDArray[np.int64]
-
-    def _advance(self, mask: NDArray[np.int64] | None) -> None:
-        """Make room for a row, and bind the mask that ends with it."""
-        if self._length == self._capacity:
-            self._take_buffer()
-        self._length += 1
-        if mask is not None:
-            self._mask[:, self._length - 1 : self._length] = mask
-        self._binding.bind_mask(self._length)
-
-    def end(self) -> State:
-        """The state after all that was fed; see `DecodeSession.end`."""
-        if self._length == self._state.length:
-            return self._state
-        buffer = self._state.buffer
-        # So that whoever goes on from here finds the rest of the buffer free.
-        buffer.release(self._length)
-        return State(buffer, self._length, self._in_place)
-
-    def _take_buffer(self) -> None:
-        buffer = self._in_place.claim_all(self._state)
-        self._mask = buffer.mask
-        self._mask[:, self._length :] = 1
-        self._bind(buffer)
-        self._capacity = buffer.capacity
-        # The state when this buffer is full, which is when it is needed again.
-        self._state = State(buffer, self._capacity, self._in_place)
-
-    @abstractmethod
-    def _bind(self, buffer: Buffer) -> None:
-        """Make `_binding` that of a buffer."""
-
-
-class _GrowingSession(BufferSession):
-    """Reads and writes the same NumPy arrays at each step."""
-
-    def __init__(self, runner: GrowingRunner, state: State) -> None:
-        super().__init__(runner, state)
+        self._bind_numpy = runner.bind
+        self._ids = np.zeros((state.batch_size, 1), np.int64)
         self._logits = np.empty((state.batch_size, 1, runner.vocab_size), np.float32)
-        self._rows = list(self._logits[:, 0])
+        self._scores: list[NDArray[np.float32]] = []
+        self._binding: InPlaceBinding | None = None
+        # Tokens of a sequence that fit into the mask which is bound.
+        self._columns = 0
 
-    def step(
-        self, mask: NDArray[np.int64] | None, best: int | None = None
-    ) -> Sequence[NDArray[np.float32]]:
-        """Feed `tokens`; see `DecodeSession.step`."""
-        self._advance(mask)
-        self._binding.run_as_bound()
-        return self._rows
+    def step(self, token_ids: Sequence[int], top: int | None = None) -> Sequence[Scores]:
+        """Feed the next token of each sequence; see `DecodeSession.step`."""
+        binding = self._binding
+        if binding is None or self._longest == self._columns:
+            binding = self._bind()
+        self._ids[: len(self.rows), 0] = token_ids
+        binding.run_as_bound()
+        self._lengths += 1
+        self._longest += 1
+        return self._scores
 
-    def _bind(self, buffer: Buffer) -> None:
-        self._binding = self._in_place.bind(buffer)
-        self._binding.bind_input(INPUT_IDS, self.tokens)
-        self._binding.bind_logits(self._logits)
+    def remove(self, rows: Collection[int]) -> None:
+        """Let sequences leave; others, from the end, take their places.
 
+        That copies those rows, which costs about as much as one step reads of them.
+        """
+        buffer = self._make_room()
+        for row in rows:
+            place, last = self.rows.index(row), len(self.rows) - 1
+            length = self._lengths[last]
+            if place != last:
+                self.rows[place], self._lengths[place] = self.rows[last], length
+                for tensor in buffer.tensors:
+                    tensor[place, :, :length] = tensor[last, :, :length]
+            self.rows.pop()
+            self._lengths = self._lengths[:last]
+        self._longest = int(self._lengths.max())
+        self._binding = None
 
-class CopyingRunner(Runner):
-    """For graphs of standard operators: they return the whole state as new tensors."""
-
-    def __init__(
-        self, session: ort.InferenceSession, manifest: Manifest, chunk: int = DEFAULT_CHUNK
-    ) -> None:
-        super().__init__(session, manifest, chunk)
-        self._past, present = zip(*self._names, strict=True)
-        self._outputs = [LOGITS, *present]
-
-    def _run(
-        self,
-        input_ids: NDArray[np.int64],
-        mask: NDArray[np.int64] | None,
-        state: State | None,
-        last_only: bool,
-        consume: bool,
-        capacity: int,
-    ) -> tuple[NDArray[np.float32], State]:
-        batch = input_ids.shape[0]
-        mask = np.ones_like(input_ids) if mask is None else mask
-        if state is None:
-            past: Sequence[ort.OrtValue] = [self._empty(batch)] * len(self._past)
-        else:
-            past = state.buffer.tensors
-            mask = np.concatenate([state.mask, mask], axis=1)
-        feeds = {INPUT_IDS: input_ids, ATTENTION_MASK: np.ascontiguousarray(mask)}
-        array, present = self._feed(feeds, past)
-        length = mask.shape[1]
-        return last_position(array) if last_only else array, State(
-            Buffer(present, mask, rows=length), length, self
-        )
-
-    def _empty(self, batch: int) -> ort.OrtValue:
-        """A state tensor without rows."""
-        heads, row_size = self._row_shape
-        return ort.OrtValue.ortvalue_from_numpy(np.zeros((batch, heads, 0, row_size), self._dtype))
-
-    def _feed(
-        self, feeds: dict[str, NDArray[np.int64]], past: Sequence[ort.OrtValue]
-    ) -> tuple[NDArray[np.float32], Sequence[ort.OrtValue]]:
-        """Run the graph; returns logits and the new state."""
-        values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
-        # The state stays in ONNX Runtime's own memory: as NumPy arrays it would be copied twice.
-        logits, *present = self._session.run_with_ort_values(
-            self._outputs, values | dict(zip(self._past, past, strict=True))
-        )
-        return logits.numpy(), present
-
-    def rewind(self, state: State, length: int) -> State | None:
-        """A copy of the first rows; see `Runner.rewind`."""
-        tensors = [
-            ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(tensor.numpy()[:, :, :length]))
-            for tensor in state.buffer.tensors
-        ]
-        return State(Buffer(tensors, state.mask[:, :length], rows=length), length, self)
+    def _bind(self) -> InPlaceBinding:
+        """Bind what has changed: the buffer, the number of sequences, or the size of the mask."""
+        before, buffer, count = self._buffer, self._make_room(), len(self.rows)
+        binding = self._binding
+        if binding is None or buffer is not before:
+            binding = self._bind_numpy([tensor[:count] for tensor in buffer.tensors])
+            binding.bind(INPUT_IDS, self._ids[:count])
+            binding.bind(PAST_LENGTHS, self._lengths)
+            binding.bind_logits(self._logits[:count])
+            self._scores = list(self._logits[:count, 0])
+            self._binding = binding
+        self._columns = mask_columns(self._longest + 1, buffer.capacity)
+        binding.bind(ATTENTION_MASK, np.ones((count, self._columns), np.int64))
+        return binding

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from doge_onnx.errors import InputError
-from doge_onnx.runtime.engine.state import State, max_rows
+from doge_onnx.runtime.engine.state import State
 
 
 def token_matrix(input_ids: ArrayLike, vocab_size: int) -> NDArray[np.int64]:
@@ -42,13 +42,11 @@ def token_matrix(input_ids: ArrayLike, vocab_size: int) -> NDArray[np.int64]:
     return np.ascontiguousarray(ids, np.int64)
 
 
-def token_mask(
-    attention_mask: ArrayLike | None, shape: tuple[int, ...]
-) -> NDArray[np.int64] | None:
-    """The mask of new tokens as int64 of `shape`, or None if there is none.
+def token_mask(attention_mask: ArrayLike | None, shape: tuple[int, ...]) -> NDArray[np.bool] | None:
+    """Which new ids are tokens, bool of `shape`; None if all are.
 
     Raises:
-        InputError: It has another shape, or holds something other than 0 and 1.
+        InputError: The mask has another shape, holds something other than 0 and 1, or no 1.
     """
     if attention_mask is None:
         return None
@@ -60,33 +58,22 @@ def token_mask(
         )
     if ((mask != 0) & (mask != 1)).any():
         raise InputError("attention_mask must hold 1 for a token and 0 for padding only")
-    return mask.astype(np.int64)
+    if not mask.any():
+        raise InputError("attention_mask holds no 1: at least one token is needed")
+    return mask.astype(bool)
 
 
-def check_room(
-    new: int, mask: NDArray[np.int64] | None, batch: int, state: State | None, context_length: int
-) -> None:
-    """Check that `new` more positions per sequence fit after `state`.
+def check_room(lengths: NDArray[np.int64], context_length: int) -> None:
+    """Check that sequences of so many tokens, int64 `[B]`, fit into the context.
 
     Raises:
-        InputError: A sequence would have more tokens than the context length, or more
-            rows, padding included, than a state may have.
+        InputError: One of them does not.
     """
-    tokens = np.full(batch, new, np.int64) if mask is None else mask.sum(axis=1)
-    past = 0
-    if state is not None:
-        tokens = tokens + state.num_tokens
-        past = state.length
-    longest = int(tokens.max())
+    longest = int(lengths.max())
     if longest > context_length:
         raise InputError(
-            f"row {int(tokens.argmax())} would have {longest} tokens, more than the context "
+            f"row {int(lengths.argmax())} would have {longest} tokens, more than the context "
             f"length of {context_length}"
-        )
-    if past + new > max_rows(context_length):
-        raise InputError(
-            f"the sequences would have {past + new} positions with their padding, more than the "
-            f"{max_rows(context_length)} that a state may hold"
         )
 
 

@@ -1,7 +1,7 @@
 """From a bundle to what runs it: which device, and whether CUDA replays decode steps there.
 
 Knows in which order to try. Does not know what a session needs (`session`), what a device lacks
-(`device`) or how a step is run (`step` and its children).
+(`device`) or how a graph is run (`runner` and its children).
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from doge_onnx.runtime.cuda.runner import (
     CudaWindowRunner,
 )
 from doge_onnx.runtime.engine import device as devices
-from doge_onnx.runtime.engine.growing_runner import CopyingRunner, GrowingRunner
+from doge_onnx.runtime.engine.copying_runner import CopyingRunner
+from doge_onnx.runtime.engine.growing_runner import GrowingRunner
 from doge_onnx.runtime.engine.runner import DEFAULT_CHUNK, Runner
 from doge_onnx.runtime.engine.session import has_logits_to_keep, open_session
 from doge_onnx.runtime.engine.window_runner import WindowRunner
@@ -88,7 +89,7 @@ def _on_cuda(
     verbose: bool,
     cuda_graph: bool | None,
 ) -> Runner:
-    problem = _never_captured(bundle)
+    problem = _changing_shapes(bundle)
     if problem is None and cuda_graph is not False:
         runner = _capturing(bundle, threads, chunk, verbose)
         if isinstance(runner, Runner):
@@ -113,22 +114,22 @@ def _capturing(
         return str(error)
     assert isinstance(runner, CudaGrowingRunner)
     try:
-        return runner.check_fixed_steps() or runner
+        return runner.use_fixed_steps(capture=True) or runner
     # A capture that fails says so when the graph is run, and in no class of its own. If it is
     # something else, it will be seen again without a capture.
     except Exception as error:
         return devices.cuda_failure(error) or " ".join(str(error).split())
 
 
-def _never_captured(bundle: Bundle) -> str | None:
-    """Why no step of such a bundle can be captured, or None if it may be possible."""
+def _changing_shapes(bundle: Bundle) -> str | None:
+    """Why the shapes of decode steps change, so that none can be captured; None if they do not."""
     manifest = bundle.manifest
     state = manifest.state
     if state.kind != "growing" or not state.in_place or manifest.activations == "float32":
-        return "its shapes change at each step; export with --device cuda"
-    window = bundle.read_json("config.json").get("keep_window_size")
-    if isinstance(window, int) and manifest.context_length > window:
-        return "which keys are in its window is computed with the length on the host"
+        return "its shapes change at each step; export it again for the device cuda"
+    window = state.keep_window_size
+    if window is not None and manifest.context_length > window:
+        return "it sorts the gates of all keys, of which each step has more"
     return None
 
 
@@ -145,7 +146,7 @@ def _runner(
     if not manifest.state.in_place:
         return CudaCopyingRunner(session, manifest, memory, chunk)
     runner = CudaGrowingRunner(session, manifest, memory, chunk, capture)
-    if not capture:
+    if not capture and _changing_shapes(bundle) is None:
         # What is wrong with them is left out, and masks grow instead.
-        runner.check_fixed_steps()
+        runner.use_fixed_steps(capture=False)
     return runner

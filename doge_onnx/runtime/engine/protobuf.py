@@ -33,13 +33,6 @@ def read_model(path: Path, read: Callable[[mmap.mmap], _Result]) -> _Result:
         raise BundleError(f"cannot read {path}: {error}") from None
 
 
-def messages(data: mmap.mmap, span: slice, wanted: int) -> Iterator[slice]:
-    """Where the messages or strings of the field `wanted` are, in the message at `span`."""
-    for number, value in fields(data, span):
-        if number == wanted and isinstance(value, slice):
-            yield value
-
-
 def fields(data: mmap.mmap, span: slice) -> Iterator[tuple[int, int | slice | None]]:
     """The fields of the message at `span`: number, and value or place; None for floats.
 
@@ -49,13 +42,13 @@ def fields(data: mmap.mmap, span: slice) -> Iterator[tuple[int, int | slice | No
     """
     position: int = span.start
     while position < span.stop:
-        tag, position = varint(data, position)
+        tag, position = _varint(data, position)
         wire_type = tag & 7
         value: int | slice | None = None
         if wire_type == _VARINT:
-            value, position = varint(data, position)
+            value, position = _varint(data, position)
         elif wire_type == _BYTES:
-            size, start = varint(data, position)
+            size, start = _varint(data, position)
             position = start + size
             value = slice(start, position)
         elif wire_type in (_FIXED32, _FIXED64):
@@ -67,7 +60,7 @@ def fields(data: mmap.mmap, span: slice) -> Iterator[tuple[int, int | slice | No
         yield tag >> 3, value
 
 
-def varint(data: mmap.mmap, position: int) -> tuple[int, int]:
+def _varint(data: mmap.mmap, position: int) -> tuple[int, int]:
     """The variable-length integer at `position`, and the position after it."""
     value = shift = 0
     while shift < 64:

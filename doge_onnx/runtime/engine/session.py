@@ -6,12 +6,6 @@ outputs of the state contract. Does not know how a step is run.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import sys
-import threading
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
@@ -20,17 +14,17 @@ from doge_onnx.bundle import MANIFEST_NAME, Bundle, Manifest
 from doge_onnx.errors import BundleError, CaptureError, DeviceError, InputError
 from doge_onnx.runtime.engine import device as devices
 from doge_onnx.runtime.engine.external_data import external_files
-from doge_onnx.runtime.engine.ort_file import is_ort_format
-
-INPUT_IDS = "input_ids"
-ATTENTION_MASK = "attention_mask"
-# Of graphs with a window state, which do not see the mask of all tokens.
-POSITION_IDS = "position_ids"
-LOGITS = "logits"
-# How many last positions get logits, 0 for all; a default-valued input that not every graph has.
-LOGITS_TO_KEEP = "logits_to_keep"
-# How many rows of the state there are, if the mask does not end with the new tokens; likewise.
-PAST_LENGTH = "past_length"
+from doge_onnx.runtime.engine.io_names import (
+    ATTENTION_MASK,
+    INPUT_IDS,
+    LOGITS,
+    LOGITS_TO_KEEP,
+    PAST_LENGTHS,
+    POSITION_IDS,
+    past_names,
+    present_names,
+)
+from doge_onnx.runtime.engine.threads import attention_by_heads, usable_cores
 
 _WARNING, _ERROR, _FATAL = 2, 3, 4
 # What ONNX Runtime says of an operator that it has no kernel for, or does not know at all.
@@ -48,24 +42,10 @@ _DTYPES = {
     "int8": "tensor(int8)",
 }
 
-# ONNX Runtime reads it when it makes a session, and from nowhere but the environment.
-_NO_FLASH_ATTENTION = "ORT_GQA_DISABLE_FLASH_ATTENTION"
-_ENVIRONMENT_LOCK = threading.Lock()
-
 # Element type and shape of an input or output; None is any size.
 _Signature = tuple[str, tuple[int | None, ...]]
 
 ort.disable_telemetry_events()
-
-
-def past_names(num_layers: int) -> list[str]:
-    """Names of the graph's state inputs: key and value of each layer in turn."""
-    return [f"past_key_values.{i}.{kind}" for i in range(num_layers) for kind in ("key", "value")]
-
-
-def present_names(num_layers: int) -> list[str]:
-    """Names of the graph's state outputs, in the order of `past_names`."""
-    return [f"present.{i}.{kind}" for i in range(num_layers) for kind in ("key", "value")]
 
 
 def open_session(
@@ -125,7 +105,7 @@ def open_session(
         threads = usable_cores()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    if is_ort_format(graph):
+    if bundle.manifest.ort_format:
         # Else the file is read whole and then copied: two and a half times its size at the peak.
         options.add_session_config_entry("session.use_memory_mapped_ort_model", "1")
         options.add_session_config_entry("session.use_ort_model_bytes_for_initializers", "1")
@@ -135,7 +115,7 @@ def open_session(
     # Threads without a head of their own would have nothing to do.
     by_heads = state.dtype == "float32" and isinstance(heads, int) and 0 < threads <= heads
     try:
-        with _attention_by_heads(by_heads):
+        with attention_by_heads(by_heads):
             session = ort.InferenceSession(
                 str(graph),
                 options,
@@ -154,7 +134,7 @@ def open_session(
             raise DeviceError(f"CUDA does not start here: {failure}") from error
         if any(words in reason for words in _LACKING):
             quantized = bundle.manifest.quantized
-            instead = "--precision fp32 --kv-cache fp32" if quantized else "--target portable"
+            instead = "weights and state in fp32" if quantized else "the target portable"
             reason = (
                 f"onnxruntime {ort.__version__} lacks a kernel that it needs; upgrade onnxruntime, "
                 f"or export with {instead} ({reason})"
@@ -166,73 +146,14 @@ def open_session(
     return session
 
 
-def usable_cores() -> int:
-    """Physical cores that this process may use, or 0, which lets ONNX Runtime decide.
-
-    A second thread on a core has no unit of its own to multiply with, and threads beyond what a
-    container may use stop each other in the middle of a step.
-    """
-    try:
-        processors = os.sched_getaffinity(0)
-    except AttributeError:  # not on Linux
-        return 0
-    cores = {
-        _read(f"/sys/devices/system/cpu/cpu{p}/topology/thread_siblings_list") or str(p)
-        for p in processors
-    }
-    return max(1, min(len(cores), _quota()))
-
-
-def _quota() -> int:
-    """Processors that the control group of this process may keep busy; many if it says nothing."""
-    words = _read("/sys/fs/cgroup/cpu.max").split() or [
-        _read(f"/sys/fs/cgroup/cpu/cpu.cfs_{name}_us") for name in ("quota", "period")
-    ]
-    if len(words) != 2 or not all(word.isdecimal() for word in words) or words[1] == "0":
-        return sys.maxsize
-    return int(words[0]) // int(words[1])
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="ascii").strip()
-    except OSError:
-        return ""
-
-
-@contextlib.contextmanager
-def _attention_by_heads(wanted: bool) -> Iterator[None]:
-    """Let the session that is made meanwhile compute attention head by head, if that is wanted.
-
-    One at a time, since it is the environment of the whole process; what other libraries make
-    in that moment is affected as well.
-
-    With fp32 rows that is 7 to 17 % of a step faster from 512 tokens on than what ONNX Runtime
-    does by default, and equal below; with int8 rows it is slower. A user's own choice stays.
-    """
-    with _ENVIRONMENT_LOCK:
-        if not wanted or _NO_FLASH_ATTENTION in os.environ:
-            yield
-            return
-        os.environ[_NO_FLASH_ATTENTION] = "1"
-        try:
-            yield
-        finally:
-            os.environ.pop(_NO_FLASH_ATTENTION, None)
-
-
 def has_logits_to_keep(session: ort.InferenceSession) -> bool:
     """Whether the graph can leave out the logits of all but the last positions."""
-    return _has_default(session, LOGITS_TO_KEEP)
+    return LOGITS_TO_KEEP in _optional_inputs(session)
 
 
-def has_past_length(session: ort.InferenceSession) -> bool:
-    """Whether the graph can be told where in its mask the new tokens are."""
-    return _has_default(session, PAST_LENGTH)
-
-
-def _has_default(session: ort.InferenceSession, name: str) -> bool:
-    return any(entry.name == name for entry in session.get_overridable_initializers())
+def _optional_inputs(session: ort.InferenceSession) -> set[str]:
+    """Names of the inputs that have a default."""
+    return {entry.name for entry in session.get_overridable_initializers()}
 
 
 def _check_signature(session: ort.InferenceSession, manifest: Manifest, graph: str) -> None:
@@ -248,6 +169,8 @@ def _check_signature(session: ort.InferenceSession, manifest: Manifest, graph: s
         inputs[POSITION_IDS] = ids
     inputs |= dict.fromkeys(past_names(state.num_layers), cache)
     outputs = {LOGITS: logits} | dict.fromkeys(present_names(state.num_layers), cache)
+    if state.kind == "growing" and state.in_place and PAST_LENGTHS not in _optional_inputs(session):
+        raise BundleError(f"{graph} lacks the input {PAST_LENGTHS!r} that its manifest implies")
     for what, expected, entries in (
         ("input", inputs, session.get_inputs()),
         ("output", outputs, session.get_outputs()),

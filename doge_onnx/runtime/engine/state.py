@@ -1,4 +1,4 @@
-"""The recurrent state between two steps, in buffers with room to grow.
+"""The state of a batch of sequences between two steps, in buffers with room to grow.
 
 Knows how states share a buffer, when one may extend it in place and when it must copy.
 Does not know ONNX Runtime or what the rows mean: who runs the graph claims the rows,
@@ -19,46 +19,43 @@ _FIRST_CAPACITY = 256
 
 
 class Buffer:
-    """Storage of one or more states: rows of every cache tensor, and their mask.
+    """Storage of one or more states: rows of every key and value tensor.
 
-    States share a buffer because a state is a prefix of the one that follows it. Rows
-    below `rows` belong to some state and are never written again; a state that ends
-    exactly there is the newest and may claim the rows that follow.
+    States share a buffer because a state is a prefix of the one that follows it. In each
+    sequence, rows below `lengths` belong to some state and are never written again; a state that
+    ends exactly there is the newest and may claim the rows that follow.
 
     Attributes:
         tensors: Keys and values in the order of the graph's inputs, each with space for
             `capacity` rows: `[batch, heads, capacity, row_size]`. What they are (NumPy
-            arrays, values of ONNX Runtime) is the business of who runs the graph.
-        mask: int64 `[batch, capacity]`, 1 where a row is a token and 0 where it is padding.
-        rows: Number of rows that are written or claimed.
+            arrays, tensors of a device) is the business of who runs the graph.
+        capacity: Number of rows that fit, for each sequence.
+        lengths: int64 `[batch]`, number of rows that are written or claimed.
     """
 
-    def __init__(self, tensors: Sequence[Any], mask: NDArray[np.int64], rows: int = 0) -> None:
+    def __init__(self, tensors: Sequence[Any], capacity: int, lengths: NDArray[np.int64]) -> None:
         self.tensors = tensors
-        self.mask = mask
-        self.rows = rows
+        self.capacity = capacity
+        self.lengths = lengths
         self._lock = threading.Lock()
 
-    @property
-    def capacity(self) -> int:
-        """Number of rows that fit."""
-        return int(self.mask.shape[1])
+    def claim(self, starts: NDArray[np.int64], end: int) -> bool:
+        """Take the rows of each sequence from `starts` to `end` for one writer.
 
-    def claim(self, start: int, end: int) -> bool:
-        """Take the rows from `start` to `end` for one writer; False if that cannot be.
-
-        It cannot be if they do not fit, or if another state was continued from `start`
-        before. A writer that fails must `release` the rows.
+        Returns:
+            False if that cannot be, because they do not fit, or because another state was
+            continued from `starts` before. A writer must `release` the rows that it did not
+            write.
         """
         with self._lock:
-            if self.rows != start or end > self.capacity:
+            if end > self.capacity or not np.array_equal(self.lengths, starts):
                 return False
-            self.rows = end
+            self.lengths = np.full_like(starts, end)
             return True
 
-    def release(self, start: int) -> None:
-        """Undo a claim: the rows from `start` on were not written after all."""
-        self.rows = start
+    def release(self, lengths: NDArray[np.int64]) -> None:
+        """Give back what was claimed, but for the first `lengths` rows of each sequence."""
+        self.lengths = lengths
 
 
 class State:
@@ -66,79 +63,44 @@ class State:
 
     Has value semantics: a step never changes the state it starts from, so any state may
     be kept and continued again later, as often as wanted.
+
+    Attributes:
+        lengths: Number of tokens that each sequence was fed, int64 `[batch_size]`; padding does
+            not count.
     """
 
-    def __init__(
-        self,
-        buffer: Buffer,
-        length: int,
-        owner: object,
-        num_tokens: NDArray[np.int64] | None = None,
-    ) -> None:
+    def __init__(self, buffer: Buffer, lengths: NDArray[np.int64], owner: object) -> None:
         self.buffer = buffer
-        self._length = length
+        self.lengths = lengths
         self._owner = owner
-        self._num_tokens = num_tokens
 
     @property
     def batch_size(self) -> int:
         """Number of sequences."""
-        return int(self.buffer.mask.shape[0])
-
-    @property
-    def length(self) -> int:
-        """Number of tokens that each sequence was fed, padding included."""
-        return self._length
-
-    @property
-    def mask(self) -> NDArray[np.int64]:
-        """1 for a token, 0 for padding: int64 `[batch_size, length]`.
-
-        A state of constant size does not remember it.
-        """
-        return self.buffer.mask[:, : self._length]
-
-    @property
-    def num_tokens(self) -> NDArray[np.int64]:
-        """Tokens of each sequence, padding not counted: int64 `[batch_size]`."""
-        if self._num_tokens is not None:
-            return self._num_tokens
-        tokens: NDArray[np.int64] = self.mask.sum(axis=1)
-        return tokens
+        return len(self.lengths)
 
     def belongs_to(self, owner: object) -> bool:
         """Whether `owner` is what made this state."""
         return self._owner is owner
 
     def __repr__(self) -> str:
-        return f"State(batch_size={self.batch_size}, length={self.length})"
+        return f"State(batch_size={self.batch_size}, lengths={self.lengths.tolist()})"
 
 
-def max_rows(context_length: int) -> int:
-    """Most rows a sequence may take, padding included.
-
-    Left padding makes a batch longer than any of its sequences: a short one may reach
-    the context length after the padding that the longest prompt, itself no longer than
-    that, forced on it.
-    """
-    return 2 * context_length
-
-
-def grown_capacity(rows: int, context_length: int, follow: int | None = None) -> int:
+def grown_capacity(rows: int, limit: int, most: int | None = None) -> int:
     """Capacity of a new buffer for at least `rows` rows.
 
     Doubles, so that copying costs O(1) per row over a whole run, but reserves no more
-    than the context length before padding makes that necessary.
+    than the limit, unless more are there already.
 
     Args:
         rows: Rows that must fit.
-        context_length: Most tokens of a sequence.
-        follow: Most rows that will follow those, if that is known.
+        limit: Most rows that a sequence can have.
+        most: Most rows that it will have, if that is known.
     """
-    if follow is not None:
-        return min(rows + follow, grown_capacity(rows + 1, context_length))
+    if most is not None:
+        return max(rows, min(most, grown_capacity(rows + 1, limit)))
     capacity = _FIRST_CAPACITY
     while capacity < rows:
         capacity *= 2
-    limit = context_length if rows <= context_length else max_rows(context_length)
     return max(rows, min(capacity, limit))

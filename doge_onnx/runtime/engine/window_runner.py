@@ -1,4 +1,4 @@
-"""Steps of graphs whose state has as many rows as the model's window has keys, and no more.
+"""Runs graphs whose state has as many rows as the model's window has keys, and no more.
 
 Knows how many rows a state needs, what a free row looks like, and that the graph overwrites
 rows in place. Which rows it overwrites is the graph's own business.
@@ -13,17 +13,18 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from doge_onnx.bundle import CLOSED_GATE, Manifest
+from doge_onnx.bundle import Manifest
 from doge_onnx.errors import InputError
-from doge_onnx.runtime.engine.binding import Bindings, InPlaceBinding
-from doge_onnx.runtime.engine.runner import DEFAULT_CHUNK, Runner
-from doge_onnx.runtime.engine.session import ATTENTION_MASK, INPUT_IDS, POSITION_IDS
-from doge_onnx.runtime.engine.state import Buffer, State
+from doge_onnx.runtime.engine.binding import Binding, Bindings, InPlaceBinding
+from doge_onnx.runtime.engine.io_names import ATTENTION_MASK, INPUT_IDS, POSITION_IDS
+from doge_onnx.runtime.engine.padded_runner import PaddedRunner, PaddedState
+from doge_onnx.runtime.engine.runner import DEFAULT_CHUNK
+from doge_onnx.runtime.engine.state import Buffer
 
 _MAX_TOKENS = 2**24
 
 
-class WindowRunner(Runner):
+class WindowRunner(PaddedRunner):
     """For graphs with a state of constant size.
 
     The graph wants a row for each new token that is free or may be overwritten. So a state
@@ -37,61 +38,61 @@ class WindowRunner(Runner):
         assert window is not None
         super().__init__(session, manifest, min(chunk, window))
         self._window = self._most_rows = window
-        self._gate = manifest.state.head_dim
-        self._bindings: Bindings[Any] = Bindings(self._bind)
+        self._closing = manifest.state.closing
+        self._bindings = Bindings(self.bind)
 
-    def _bind(self, tensors: Sequence[Any], mask: NDArray[np.int64]) -> Any:
-        return InPlaceBinding(self._session, self._names, tensors, mask, self.vocab_size)
+    def bind(self, tensors: Sequence[Any]) -> Binding:
+        """What runs the graph on the tensors of a state."""
+        return InPlaceBinding(self._session, self._names, tensors, self.vocab_size)
 
     def _run(
         self,
         input_ids: NDArray[np.int64],
-        mask: NDArray[np.int64] | None,
-        state: State | None,
+        mask: NDArray[np.int64],
+        state: PaddedState | None,
         last_only: bool,
         consume: bool,
         capacity: int,
-    ) -> tuple[NDArray[np.float32], State]:
+    ) -> tuple[NDArray[np.float32], PaddedState]:
         batch, new = input_ids.shape
-        past = 0 if state is None else state.length
-        seen = np.zeros(batch, np.int64) if state is None else state.num_tokens
-        if mask is None:
-            mask = np.ones_like(input_ids)
-        counts = seen[:, None] + mask.cumsum(axis=1)
+        before = np.zeros(batch, np.int64) if state is None else state.lengths
+        counts = before[:, np.newaxis] + mask.cumsum(axis=1)
         if counts.max() >= _MAX_TOKENS:
             raise InputError(
                 f"a text of more than {_MAX_TOKENS} tokens is too long for this state: it tells "
                 "tokens apart by their positions, in float32"
             )
-        buffer = self._buffer(state, batch, past + new, consume, capacity)
+        columns = new if state is None else state.columns + new
+        buffer = self._writable(state, batch, columns, consume, capacity)
         binding = self._bindings.of(buffer)
         binding.put(INPUT_IDS, input_ids)
         binding.put(ATTENTION_MASK, mask)
         binding.put(POSITION_IDS, np.maximum(counts - 1, 0))
-        return binding.run(last_only), State(buffer, past + new, self, counts[:, -1])
+        return binding.run(last_only), PaddedState(buffer, counts[:, -1], self, columns)
 
-    def _buffer(
-        self, state: State | None, batch: int, total: int, consume: bool, capacity: int
+    def _writable(
+        self, state: PaddedState | None, batch: int, columns: int, consume: bool, capacity: int
     ) -> Buffer:
-        """A buffer that holds `state`, is the caller's, and has the rows that `total` tokens need.
+        """A buffer that holds `state`, is the caller's, and has the rows that all columns need.
 
         A step overwrites rows, so unless the state may be consumed it gets a copy.
         """
-        rows: int = 0 if state is None else state.buffer.tensors[0].shape[2]
-        needed = min(total, self._window)
+        rows = 0 if state is None else state.buffer.capacity
+        needed = min(columns, self._window)
         if state is not None and consume and needed <= rows:
             return state.buffer
         if needed > rows:
-            needed = min(self._window, capacity)
-        tensors = self._allocate(state, batch, rows, max(rows, needed))
-        return Buffer(tensors, np.empty((batch, 0), np.int64))
+            rows = min(self._window, capacity)
+        tensors = self._new_tensors(state, batch, rows)
+        return Buffer(tensors, rows, np.zeros(batch, np.int64))
 
-    def _allocate(self, state: State | None, batch: int, rows: int, capacity: int) -> list[Any]:
+    def _new_tensors(self, state: PaddedState | None, batch: int, capacity: int) -> list[Any]:
         """Tensors of `capacity` rows: those of `state`, and free ones."""
         heads, row_size = self._row_shape
+        rows = 0 if state is None else state.buffer.capacity
         tensors = [np.zeros((batch, heads, capacity, row_size), self._dtype) for _ in self._names]
         for key in tensors[::2]:
-            key[:, :, rows:, self._gate] = CLOSED_GATE
+            key[:, :, rows:, self._closing.channels] = self._closing.value
         if state is not None:
             for target, source in zip(tensors, state.buffer.tensors, strict=True):
                 target[:, :, :rows] = source

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from doge_onnx.errors import InputError
-from doge_onnx.runtime.engine.runner import Best
+from doge_onnx.runtime.engine.runner import TopLogits
 from doge_onnx.runtime.generation.config import GenerationConfig
 from doge_onnx.runtime.generation.output import FinishReason, Piece, Timings, TokenLogprob
 from doge_onnx.runtime.generation.processors import make_processors
@@ -79,7 +79,7 @@ class GeneratedSequence:
         """Why the sequence has ended; None while it goes on."""
         return self._finish_reason
 
-    def choose(self, logits: NDArray[np.float32] | Best) -> int:
+    def choose(self, logits: NDArray[np.float32] | TopLogits) -> int:
         """Choose the next token.
 
         Args:
@@ -90,7 +90,7 @@ class GeneratedSequence:
             InputError: The options leave no token, or a processor or sampler of the caller's own
                 returns something else than it should.
         """
-        if isinstance(logits, Best):
+        if isinstance(logits, TopLogits):
             token_id = int(logits.ids[self._sampler(logits.logits)])
             self._chosen = _Chosen(token_id, None, None)
         else:

@@ -1,20 +1,22 @@
 """Chat templates: from the messages of a conversation to the prompt that a model was tuned on.
 
-Knows what of Jinja a template of the Hugging Face Hub may use, and that its words are those of
-a stranger: it runs in Jinja's sandbox, on plain data, for a limited number of steps. Renders
-exactly what transformers renders. Does not know tokens or the model.
+Knows what of Jinja a template of the Hugging Face Hub may use, and renders exactly what
+transformers renders. Does not know tokens or the model.
+
+A template is a stranger's program. It runs in Jinja's sandbox, on plain data: it reaches no
+files, no network and no objects of Python. A loop ends with what it goes over, range() gives at
+most 100,000 numbers, recursion ends at Python's own limit, and the numbers that a template
+multiplies and the text that it writes are limited. What a hostile template may still cost is
+time, since loops may be nested, and memory: neither is limited here.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from doge_onnx.bundle import Bundle
@@ -26,12 +28,9 @@ if TYPE_CHECKING:
 _FILE_NAME = "chat_template.jinja"
 _CONFIG_NAME = "tokenizer_config.json"
 _TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
-# Lines of Python that rendering may execute: some seconds' worth. A template has a few for each
-# message.
-_MAX_STEPS = 5_000_000
-# Of a number that it computes: more than any template needs.
+# Bits of a product or power that a template computes: more than any template needs.
 _MAX_BITS = 10_000
-# Characters that it may write: more than any context takes.
+# Characters that a template may write: more than any context takes.
 _MAX_SIZE = 16_000_000
 
 
@@ -89,7 +88,8 @@ class ChatTemplate:
 
         Raises:
             InputError: No messages, ones of another form, or ones that the template refuses.
-            BundleError: The template is no valid Jinja, or does not come to an end.
+            BundleError: The template is no valid Jinja, writes too much, or does what the
+                sandbox does not allow.
             MissingExtraError: Jinja is not installed.
         """
         variables = {
@@ -105,23 +105,28 @@ class ChatTemplate:
         pieces: list[str] = []
         room = _MAX_SIZE
         try:
-            with _limited_steps(_MAX_STEPS):
-                for piece in template.generate(variables):
-                    pieces.append(piece)
-                    room -= len(piece)
-                    if room < 0:
-                        raise _WithoutEnd
-        except _WithoutEnd:
+            for piece in template.generate(variables):
+                pieces.append(piece)
+                room -= len(piece)
+                if room < 0:
+                    break
+        except jinja2.exceptions.SecurityError as error:
             raise BundleError(
-                f"{self._origin}: the chat template does not come to an end"
+                f"{self._origin}: the sandbox stops the chat template: {_reason(error)}"
             ) from None
         except jinja2.TemplateError as error:
-            raise InputError(f"{self._origin}: the chat template refuses this: {error}") from None
+            raise InputError(
+                f"{self._origin}: the chat template refuses this: {_reason(error)}"
+            ) from None
         # Whatever Python raises: a template adds, subscripts and calls as it likes.
         except Exception as error:
             raise InputError(
                 f"{self._origin}: the chat template fails with these messages: {_reason(error)}"
             ) from None
+        if room < 0:
+            raise BundleError(
+                f"{self._origin}: the chat template writes more than {_MAX_SIZE} characters"
+            )
         return "".join(pieces)
 
     @functools.cached_property
@@ -136,14 +141,22 @@ class ChatTemplate:
             return _environment().from_string(self._source)
         except jinja2.TemplateSyntaxError as error:
             raise BundleError(
-                f"{self._origin}: the chat template is no valid Jinja, line {error.lineno}: {error}"
+                f"{self._origin}: the chat template is no valid Jinja, line {error.lineno}: "
+                f"{_reason(error)}"
             ) from None
         except RecursionError:
             raise BundleError(f"{self._origin}: the chat template is nested too deeply") from None
+        # Jinja compiles a template to Python, which has limits of its own: of nested loops, of
+        # the digits of a number.
+        except Exception as error:
+            raise BundleError(
+                f"{self._origin}: Python cannot compile the chat template: {_reason(error)}"
+            ) from None
 
 
-def _reason(error: BaseException) -> str:
-    return str(error) or type(error).__name__
+def _reason(error: Exception) -> str:
+    """What an error says, in one line: its text may be the template's own."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _default(templates: Any, origin: Path) -> str | None:
@@ -205,7 +218,7 @@ def _environment() -> jinja2.Environment:
             return jinja2.nodes.Scope(body).set_lineno(line)
 
     class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-        """Also refuses numbers that take for ever to multiply: they are one step, however large."""
+        """Also refuses products of huge numbers: Python cannot be interrupted in one."""
 
         intercepted_binops = frozenset({"*", "**"})
 
@@ -215,7 +228,7 @@ def _environment() -> jinja2.Environment:
             if isinstance(left, int) and isinstance(right, int):
                 bits = left.bit_length() * (abs(right) if operator == "**" else 1)
                 if max(bits, right.bit_length()) > _MAX_BITS:
-                    raise _WithoutEnd
+                    raise jinja2.exceptions.SecurityError(f"a number of more than {_MAX_BITS} bits")
             return super().call_binop(context, operator, left, right)
 
     environment = Sandbox(
@@ -252,32 +265,3 @@ def _raise_exception(message: str) -> None:
 
 def _strftime_now(form: str) -> str:
     return datetime.now().strftime(form)
-
-
-class _WithoutEnd(BaseException):
-    """Too many steps or too much text. No Exception, or what a template calls could catch it."""
-
-
-@contextlib.contextmanager
-def _limited_steps(most: int) -> Iterator[None]:
-    """Raise _WithoutEnd in what would execute more lines of Python than that.
-
-    Jinja compiles templates to Python, so this ends loops, recursion and macros alike. A thread
-    could not be stopped from outside, and only the main one could be sent a signal.
-    """
-    left = most
-
-    def count(_frame: FrameType, _event: str, _argument: Any) -> Any:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise _WithoutEnd
-        return count
-
-    # A debugger's, or that of whoever measures coverage.
-    previous = sys.gettrace()
-    sys.settrace(count)
-    try:
-        yield
-    finally:
-        sys.settrace(previous)

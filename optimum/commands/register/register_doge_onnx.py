@@ -1,7 +1,7 @@
 """Read by `optimum-cli` at every start: teaches it to export a Doge.
 
-Optimum finds plugins by the name of this directory, which several packages share. So there must
-be no `__init__.py` here or above.
+Optimum finds plugins in this directory, which several packages share as a namespace. So neither
+it nor its parents may have an `__init__.py`.
 """
 
 from typing import Any
@@ -10,5 +10,5 @@ from doge_onnx.optimum.command import plug_in
 
 plug_in()
 
-# Commands of its own; it changes one that is there.
+# No new commands: the plugin changes an existing one.
 REGISTER_COMMANDS: list[Any] = []

@@ -1,0 +1,74 @@
+"""How many bytes of its weights a graph reads in a decode step.
+
+Knows which inputs of which operators are tables of which a step reads some rows only. Does not
+know what the weights mean, nor the rows of the state, which a step reads as well.
+"""
+
+from __future__ import annotations
+
+import math
+
+import onnx_ir as ir
+
+from doge_onnx.manifest import WeightsRead
+
+# Inputs of which an operator reads only the rows that another input names: the rows of embeddings,
+# experts and their scales, and the rotation of each position.
+_TABLES = {
+    "Gather": {0},
+    "GatherBlockQuantized": {0, 2, 3},
+    "RotaryEmbedding": {2, 3},
+    "GroupQueryAttention": {7, 8},
+}
+# Where these operators have the indices of the rows. Attention has none: a row for each token.
+_INDICES = {"Gather": 1, "GatherBlockQuantized": 1}
+
+
+def weights_read(model: ir.Model) -> WeightsRead:
+    """The weights that a decode step of `model` reads, before the model is saved.
+
+    What the graph computes of weights alone is computed once, as it is loaded: who looks rows up
+    in the result is taken to look them up in the weight.
+    """
+    weights = [value for value in model.graph.initializers.values() if not value.is_graph_input()]
+    constants = set(weights)
+    for node in model.graph:
+        if all(value is None or value in constants for value in node.inputs):
+            constants.update(node.outputs)
+    whole = per_token = 0
+    for weight in weights:
+        assert weight.const_value is not None
+        size, shape = weight.const_value.nbytes, weight.const_value.shape.numpy()
+        rows = _rows_per_token(weight, constants)
+        if rows is None:
+            whole += size
+        else:
+            per_token += rows * size // (shape[0] if shape else 1)
+    return WeightsRead(whole, per_token)
+
+
+def _rows_per_token(value: ir.Value, constants: set[ir.Value]) -> int | None:
+    """How many rows of a constant each token looks up; None if something reads all of it."""
+    most = 0
+    for node, number in value.uses():
+        if node.outputs[0] in constants:
+            rows = _rows_per_token(node.outputs[0], constants)
+        elif number in _TABLES.get(node.op_type, ()):
+            rows = _looked_up(node)
+        else:
+            rows = None
+        if rows is None:
+            return None
+        most = max(most, rows)
+    return most
+
+
+def _looked_up(node: ir.Node) -> int:
+    """How many rows of a table an operator looks up for each token."""
+    if node.op_type not in _INDICES:
+        return 1
+    indices = node.inputs[_INDICES[node.op_type]]
+    assert indices is not None
+    assert indices.shape is not None
+    # Batch and length have names; what has a number is there for each token.
+    return math.prod(size for size in indices.shape if isinstance(size, int))

@@ -1,0 +1,110 @@
+"""What a fresh process needs until it has a first token, and how much memory it takes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from doge_onnx.errors import BundleError
+from doge_onnx.measure.memory import peak_memory
+from doge_onnx.measure.workload import Cell, Spread, generate_plain, random_prompts
+from doge_onnx.runtime.model import load
+
+# What a fresh process runs: first what `doge_onnx.load` imports, then what measures it.
+_FRESH = """
+import time
+started = time.perf_counter()
+import doge_onnx.runtime.model
+seconds = time.perf_counter() - started
+from doge_onnx.measure.start_up import print_start
+print_start(seconds)
+"""
+
+
+@dataclass(frozen=True)
+class StartReport:
+    """What a fresh process needs to get going, its files in the system's cache already.
+
+    Attributes:
+        import_seconds: For importing what `doge_onnx.load` needs.
+        load_seconds: For `doge_onnx.load` alone, which checks every file; no imports.
+        first_token_seconds: From the beginning of the imports to the first token of a prompt
+            of one token: imports, load and the first step together.
+        context: Tokens of the prompt that the process then continued.
+        peak_memory_bytes: The most resident memory that it had; None if the system does not
+            tell.
+        peak_to_file: Its median, divided by the bytes of graph and weights on the disk.
+    """
+
+    import_seconds: Spread
+    load_seconds: Spread
+    first_token_seconds: Spread
+    context: int
+    peak_memory_bytes: Spread | None
+    peak_to_file: float | None
+
+
+def measure_start(
+    path: Path,
+    threads: int | None,
+    context: int,
+    tokens: int,
+    device: str = "auto",
+    cuda_graph: bool | None = None,
+) -> dict[str, Any]:
+    """Load a bundle and generate with it in a fresh process; what that one printed.
+
+    Raises:
+        BundleError: The process failed.
+    """
+    arguments = json.dumps([str(path), threads, context, tokens, device, cuda_graph])
+    done = subprocess.run(
+        [sys.executable, "-c", _FRESH, arguments], capture_output=True, check=False
+    )
+    if done.returncode != 0:
+        lines = done.stderr.decode(errors="replace").split("\n")
+        reason = next((line for line in reversed(lines) if line.strip()), "it said nothing")
+        raise BundleError(
+            f"a fresh process with {path} ended with exit code {done.returncode}: {reason}"
+        )
+    measured: dict[str, Any] = json.loads(done.stdout)
+    return measured
+
+
+def print_start(import_seconds: float) -> None:
+    """Be the fresh process of `measure_start`, whose imports took `import_seconds`."""
+    bundle, threads, context, tokens, device, cuda_graph = json.loads(sys.argv[1])
+    started = time.perf_counter()
+    model = load(bundle, device, threads, cuda_graph=cuda_graph)
+    loaded = time.perf_counter()
+    vocab_size = model.manifest.vocab_size
+    generate_plain(model, random_prompts(Cell(1, 1), vocab_size), 1)
+    first = time.perf_counter()
+    generate_plain(model, random_prompts(Cell(context, 1), vocab_size), tokens + 1)
+    measured = {
+        "import_seconds": import_seconds,
+        "load_seconds": loaded - started,
+        "first_token_seconds": import_seconds + first - started,
+        "peak_memory_bytes": peak_memory(),
+    }
+    sys.stdout.write(json.dumps(measured))
+
+
+def summarise_start(starts: Sequence[dict[str, Any]], context: int, file_bytes: int) -> StartReport:
+    """The figures of several fresh processes, of which each took a prompt of `context`."""
+    peaks = [start["peak_memory_bytes"] for start in starts]
+    peak = None if None in peaks else Spread.of(peaks)
+    return StartReport(
+        import_seconds=Spread.of([start["import_seconds"] for start in starts]),
+        load_seconds=Spread.of([start["load_seconds"] for start in starts]),
+        first_token_seconds=Spread.of([start["first_token_seconds"] for start in starts]),
+        context=context,
+        peak_memory_bytes=peak,
+        peak_to_file=None if peak is None else peak.median / file_bytes,
+    )

@@ -1,0 +1,55 @@
+"""What a measurement runs: prompts of given lengths, and as many steps as are wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from doge_onnx.runtime.generation.config import GenerationConfig
+from doge_onnx.runtime.generation.output import Completion
+from doge_onnx.runtime.model import Model
+
+# Greedy whatever the bundle recommends, and no token ends a text: each run has as many steps as it
+# was asked for.
+_PLAIN = GenerationConfig(
+    temperature=0,
+    min_new_tokens=0,
+    repetition_penalty=1,
+    no_repeat_ngram_size=0,
+    ignore_eos=True,
+)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """One figure, measured several times."""
+
+    median: float
+    min: float
+    max: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """The spread of at least one value."""
+        return cls(float(np.median(values)), float(min(values)), float(max(values)))
+
+
+class Cell(NamedTuple):
+    """A prompt of `context` tokens in each of `batch` sequences."""
+
+    context: int
+    batch: int
+
+
+def random_prompts(cell: Cell, vocab_size: int) -> list[list[int]]:
+    """Token ids `[batch, context]`, always the same ones for a cell."""
+    ids: list[list[int]] = np.random.default_rng(cell).integers(0, vocab_size, cell[::-1]).tolist()
+    return ids
+
+
+def generate_plain(model: Model, prompts: list[list[int]], count: int) -> list[Completion]:
+    """Generate up to `count` tokens, or up to the context, whatever the bundle recommends."""
+    return model.generate_batch(prompts, _PLAIN, max_new_tokens=count)

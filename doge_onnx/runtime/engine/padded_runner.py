@@ -1,0 +1,145 @@
+"""Runs graphs in which the tokens of all sequences of a batch end together.
+
+Knows how unequal sequences are padded on the left, and how a long prompt is cut into chunks. The
+runners of such graphs are `copying_runner` and `window_runner`; which others there are, and why, is
+in `runner`.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Collection, Sequence
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from doge_onnx.bundle import Manifest
+from doge_onnx.runtime.engine.runner import DEFAULT_CHUNK, DecodeSession, Runner, Scores
+from doge_onnx.runtime.engine.state import Buffer, State, grown_capacity
+
+# Any id does, since its mask keeps everything from seeing it.
+_PADDING_ID = 0
+
+
+class PaddedState(State):
+    """A state of which all sequences have as many columns.
+
+    Attributes:
+        columns: Tokens that each sequence was fed, padding included.
+    """
+
+    def __init__(
+        self, buffer: Buffer, lengths: NDArray[np.int64], owner: object, columns: int
+    ) -> None:
+        super().__init__(buffer, lengths, owner)
+        self.columns = columns
+
+
+class PaddedRunner(Runner):
+    """Feeds a batch as a matrix, with a mask of its padding."""
+
+    def __init__(
+        self, session: ort.InferenceSession, manifest: Manifest, chunk: int = DEFAULT_CHUNK
+    ) -> None:
+        super().__init__(session, manifest, chunk)
+        # Rows that a state without padding never exceeds.
+        self._most_rows = manifest.context_length
+
+    def feed(
+        self,
+        tokens: Sequence[NDArray[np.int64]],
+        state: State | None,
+        last_only: bool,
+        consume: bool = False,
+        most_tokens: int | None = None,
+    ) -> tuple[list[NDArray[np.float32]], State]:
+        """Feed each sequence of a batch its new tokens; see `Runner.feed`."""
+        assert state is None or isinstance(state, PaddedState)
+        ids, mask = left_pad(tokens)
+        new = ids.shape[1]
+        end = new if state is None else state.columns + new
+        # For all chunks at once, so that no state between two of them is ever copied.
+        capacity = grown_capacity(end, self._most_rows, most_tokens)
+        parts = []
+        for start in range(0, new, self._chunk):
+            columns = slice(start, start + self._chunk)
+            logits, state = self._run(
+                np.ascontiguousarray(ids[:, columns]),
+                np.ascontiguousarray(mask[:, columns]),
+                state,
+                last_only,
+                # States between two chunks are nobody else's.
+                consume or start > 0,
+                capacity,
+            )
+            parts.append(logits)
+        assert state is not None
+        every = parts[-1] if last_only or len(parts) == 1 else np.concatenate(parts, axis=1)
+        kept = [min(len(row), every.shape[1]) for row in tokens]
+        return [row[len(row) - count :] for row, count in zip(every, kept, strict=True)], state
+
+    def decode(self, state: State) -> DecodeSession:
+        """Go on from `state`, which nobody will use again, one token at a time."""
+        return _PaddedSession(self, state)
+
+    @abstractmethod
+    def _run(
+        self,
+        input_ids: NDArray[np.int64],
+        mask: NDArray[np.int64],
+        state: PaddedState | None,
+        last_only: bool,
+        consume: bool,
+        capacity: int,
+    ) -> tuple[NDArray[np.float32], PaddedState]:
+        """Feed at most a chunk of new tokens.
+
+        Args:
+            input_ids: int64 `[B, S]`, C-contiguous.
+            mask: int64 `[B, S]`, C-contiguous, 0 where an id is padding.
+            state: See `feed`.
+            last_only: Compute logits for the last position only.
+            consume: See `feed`.
+            capacity: Rows of a buffer, if a new one is made.
+
+        Returns:
+            Logits `[B, 1, V]` or `[B, S, V]`, and the state.
+        """
+
+
+class _PaddedSession(DecodeSession):
+    """Feeds a sequence that has ended padding."""
+
+    def __init__(self, runner: PaddedRunner, state: State) -> None:
+        self.rows = list(range(state.batch_size))
+        self._runner, self._state = runner, state
+
+    def step(self, token_ids: Sequence[int], top: int | None = None) -> Sequence[Scores]:
+        """Feed the next token of each sequence; see `DecodeSession.step`."""
+        tokens = [np.empty(0, np.int64)] * self._state.batch_size
+        for row, token_id in zip(self.rows, token_ids, strict=True):
+            tokens[row] = np.array([token_id], np.int64)
+        logits, self._state = self._runner.feed(tokens, self._state, last_only=True, consume=True)
+        return [logits[row][0] for row in self.rows]
+
+    def remove(self, rows: Collection[int]) -> None:
+        """Let sequences leave; see `DecodeSession.remove`."""
+        self.rows = [row for row in self.rows if row not in rows]
+
+    def end(self) -> State:
+        """The state after all that was fed; see `DecodeSession.end`."""
+        return self._state
+
+
+def left_pad(
+    tokens: Sequence[Sequence[int] | NDArray[np.int64]],
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Sequences as one matrix, so that all end together, and its mask; both int64 `[B, S]`."""
+    longest = max(len(row) for row in tokens)
+    ids = np.full((len(tokens), longest), _PADDING_ID, np.int64)
+    mask = np.zeros_like(ids)
+    for number, row in enumerate(tokens):
+        ids[number, longest - len(row) :] = row
+        mask[number, longest - len(row) :] = 1
+    return ids, mask
