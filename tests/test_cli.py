@@ -157,6 +157,7 @@ def test_errors_keep_brackets_and_stay_on_one_line(tmp_path):
 # --- export and verify ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_export_makes_a_verified_bundle_and_says_what_it_made(tmp_path):
     out = tmp_path / "out"
     result = invoke("export", TINY_CHECKPOINT, out, "--context-length", "512")
@@ -187,6 +188,7 @@ def test_export_of_something_else_leaves_nothing_behind(tmp_path):
     assert list(tmp_path.iterdir()) == [model]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
 @pytest.mark.parametrize(
     ("number", "code", "last"),

@@ -17,7 +17,7 @@ from typer.main import get_command
 from doge_onnx import cli
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 MODEL = "SmallDoge/Doge-160M"
 
 
