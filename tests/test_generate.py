@@ -16,8 +16,6 @@ from watching import Fault
 import doge_onnx
 from doge_onnx.bundle import Bundle
 from doge_onnx.errors import InputError
-from doge_onnx.runtime.engine.runner import DecodeSession
-from doge_onnx.runtime.engine.state import State
 from doge_onnx.runtime.generation.config import GenerationConfig
 from doge_onnx.runtime.generation.defaults import Defaults
 from doge_onnx.runtime.model import Model
@@ -33,47 +31,39 @@ def model(request, tmp_path_factory):
 
 
 class Script:
-    """Runs no graph: whatever the prompts, row b is to say `texts[b]`, token by token."""
+    """Runs no graph: whatever the prompts, sequence b is to say `texts[b]`, token by token.
+
+    Attributes:
+        fed: For each step, the new tokens of each sequence that took part, by its number.
+    """
 
     def __init__(self, tokenizer: Tokenizer, *texts: str | list[int]) -> None:
         self.tokens = [
             tokenizer.encode(text)[1:] if isinstance(text, str) else list(text) for text in texts
         ]
-        # What each step after the prompts was fed, by row.
-        self.fed: list[dict[int, int]] = []
+        self.fed: list[dict[int, list[int]]] = []
+        self.rows = list(range(len(texts)))
 
     def feed(self, tokens, state, last_only, consume=False, most_tokens=None):
-        self.prompts = [row.tolist() for row in tokens]
-        lengths = np.array([len(row) for row in tokens])
-        rows = range(len(tokens))
-        return [self.say(row, 0)[np.newaxis] for row in rows], State(None, lengths, self)
+        self.fed.append({row: ids.tolist() for row, ids in enumerate(tokens)})
+        return [logits[None] for logits in self._logits()], None
 
     def decode(self, state):
-        return Reading(self, state.batch_size)
-
-    def say(self, row: int, step: int) -> np.ndarray:
-        tokens = self.tokens[row]
-        logits = np.ones(VOCAB, np.float32)
-        logits[tokens[step] if step < len(tokens) else EOS] = 10
-        return logits
-
-
-class Reading(DecodeSession):
-    """Goes on with a script; notes which rows are fed what."""
-
-    def __init__(self, script: Script, batch: int) -> None:
-        self.rows = list(range(batch))
-        self.script = script
+        return self
 
     def step(self, token_ids, top=None):
-        self.script.fed.append(dict(zip(self.rows, token_ids, strict=True)))
-        return [self.script.say(row, len(self.script.fed)) for row in self.rows]
+        self.fed.append({row: [token] for row, token in zip(self.rows, token_ids, strict=True)})
+        return self._logits()
 
     def remove(self, rows):
         self.rows = [row for row in self.rows if row not in rows]
 
-    def end(self):
-        raise NotImplementedError
+    def _logits(self):
+        step = len(self.fed) - 1
+        result = np.ones((len(self.rows), VOCAB), np.float32)
+        for logits, row in zip(result, self.rows, strict=True):
+            logits[self.tokens[row][step] if step < len(self.tokens[row]) else EOS] = 10
+        return list(result)
 
 
 @pytest.fixture
@@ -141,13 +131,15 @@ def test_without_a_limit_the_text_goes_on_to_the_end_of_the_context(model):
     assert out.finish_reason == "length"
 
 
-def test_a_row_that_has_ended_leaves_the_batch(scripted):
+def test_a_sequence_that_has_ended_is_fed_no_more(scripted):
     model, script = scripted("x", "long text")
-    model.generate_batch(["a", "bb"])
-    short, long = script.tokens
-    # Together as long as both run, the end of text of the first included; then the other alone.
-    assert script.fed[0] == {0: short[0], 1: long[0]}
-    assert script.fed[1:] == [{1: token} for token in long[1:]]
+    short, long = model.generate_batch(["a", "bb"])
+    assert script.fed[0] == {0: model.tokenizer.encode("a"), 1: model.tokenizer.encode("bb")}
+    # Both run for as many tokens as the first has; the last of each is not fed.
+    assert [list(step) for step in script.fed[1:]] == [[0, 1]] * (len(short.token_ids) - 1) + [
+        [1]
+    ] * (len(long.token_ids) - len(short.token_ids))
+    assert [step[1][0] for step in script.fed[1:]] == long.token_ids[:-1]
 
 
 def test_end_of_text_ends_a_text(scripted):
@@ -155,7 +147,7 @@ def test_end_of_text_ends_a_text(scripted):
     out = model.generate("x")
     assert (out.text, out.finish_reason) == ("the cat", "eos")
     assert out.token_ids == [*script.tokens[0], EOS]
-    assert len(script.fed) == len(out.token_ids) - 1
+    assert len(script.fed) == len(out.token_ids)
 
 
 def test_end_of_text_at_the_limit_is_still_end_of_text(scripted):
@@ -179,7 +171,7 @@ def test_a_stop_string_that_spans_tokens_ends_the_text_before_it(scripted):
     assert (out.text, out.finish_reason) == ("the cat. Th", "stop")
     # The tokens of the stop string are there, and the model was not run for more.
     assert model.tokenizer.decode(out.token_ids).startswith("the cat. The en")
-    assert len(out.token_ids) == len(script.fed) + 1 < len(script.tokens[0])
+    assert len(out.token_ids) == len(script.fed) < len(script.tokens[0])
     model, _ = scripted(text)
     pieces = list(model.stream("x", stop=["End", "e en"]))
     assert text_of(pieces) == out.text
