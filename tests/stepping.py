@@ -91,12 +91,12 @@ class Window:
         """Logits `[B, S, V]` of `ids`, fed in pieces that end at `cuts` or are of W tokens."""
         mask = torch.ones_like(ids) if mask is None else mask
         positions = torch.clamp(mask.cumsum(dim=1) - 1, min=0)
-        state = self._free_rows(len(ids), self.rows)
+        state = self.free_rows(len(ids), self.rows)
         pieces = []
         for start, end in spans(ids.shape[1], cuts, longest=self.state.window):
             missing = min(end, self.state.window) - state[0][0].shape[2]
             if missing > 0:
-                free = self._free_rows(len(ids), missing)
+                free = self.free_rows(len(ids), missing)
                 state = [
                     tuple(torch.cat(parts, dim=2) for parts in zip(*pairs, strict=True))
                     for pairs in zip(state, free, strict=True)
@@ -107,7 +107,7 @@ class Window:
             pieces.append(logits)
         return torch.cat(pieces, dim=1)
 
-    def _free_rows(self, batch: int, rows: int) -> list[tuple[Tensor, ...]]:
+    def free_rows(self, batch: int, rows: int) -> list[tuple[Tensor, ...]]:
         heads = self.state.heads
         key = torch.zeros(batch, heads.num_keys, rows, heads.row)
         value = torch.zeros_like(key)

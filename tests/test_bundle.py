@@ -537,7 +537,7 @@ def test_sizes_of_a_manifest_are_positive(field):
 
 
 def test_a_mount_point_is_not_replaced(path, monkeypatch):
-    monkeypatch.setattr(Path, "is_mount", lambda self: True)
+    monkeypatch.setattr("os.path.ismount", lambda path: True)
     with pytest.raises(BundleError, match="is a mount point"):
         bundle.check_destination(path, force=True)
 

@@ -110,6 +110,7 @@ def window(tmp_path_factory) -> Path:
     return export(model, model.parent / "out", state="window", verify=False).path
 
 
+@pytest.mark.slow
 def test_an_export_takes_the_license_over(window):
     block = read_block(window)
     assert block["license"] == "apache-2.0"
@@ -296,6 +297,7 @@ def clear_tokens(model, prompt: list[int], generated: list[int]) -> int:
     return int(close[0]) if len(close) else len(generated)
 
 
+@pytest.mark.external
 @pytest.mark.parametrize("target", ["tiny_bundle", "tiny_portable_bundle"])
 def test_the_snippet_for_onnxruntime_genai_runs(target, request):
     bundle = request.getfixturevalue(target)
@@ -335,6 +337,7 @@ def conversational(request, tmp_path_factory) -> Path:
     return export(model, root / "bundle", layout="hub", verify=False).path
 
 
+@pytest.mark.external
 def test_the_snippets_of_a_conversational_model_send_a_message(conversational):
     assert "conversational" in read_block(conversational)["tags"]
     python, genai = code_blocks(conversational, "python")
@@ -365,6 +368,7 @@ def test_a_template_that_cannot_be_used_is_none_to_the_card(tmp_path, tiny_bundl
     assert "conversational" not in read_block(copy)["tags"]
 
 
+@pytest.mark.external
 @pytest.mark.parametrize("kind", ["fp32", "fp16"])
 def test_the_snippet_for_transformers_js_runs(kind, tiny_hub_bundle):
     bundle = tiny_hub_bundle(kind)
@@ -394,6 +398,7 @@ def test_the_card_of_the_hub_layout_is_that_of_a_model_for_transformers_js(tiny_
     assert f"| graph and weights | {size / 1e6:.1f} MB |\n" in text
 
 
+@pytest.mark.slow
 def test_a_window_has_no_snippet_for_tools_that_cannot_feed_it(window):
     (code,) = code_blocks(window, "python")
     assert "doge_onnx.load" in code

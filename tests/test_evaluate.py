@@ -186,6 +186,7 @@ def eager(checkpoint):
     return EagerModel(checkpoint, 64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny", "eager"])
 def test_a_seed_makes_a_text_and_every_row_another(name, request):
     model = request.getfixturevalue(name)
@@ -366,6 +367,7 @@ def test_a_context_of_one_token_has_nothing_to_predict(tmp_path):
         doge_onnx.evaluate(path)
 
 
+@pytest.mark.slow
 def test_a_window_state_is_read_past_its_window(main_checkpoint, tmp_path):
     wide = Path(shutil.copytree(main_checkpoint, tmp_path / "checkpoint"))
     config = json.loads((wide / "config.json").read_text())

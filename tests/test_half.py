@@ -35,6 +35,8 @@ from doge_onnx.export.verify import RELATIVE_TOLERANCES
 from doge_onnx.runtime.engine.device import missing_for_cuda
 from doge_onnx.runtime.text.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.slow
+
 HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 

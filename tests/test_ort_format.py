@@ -25,6 +25,8 @@ from doge_onnx.export import exporter, ort_format
 from doge_onnx.export.exporter import export
 from doge_onnx.runtime.engine.external_data import external_files
 
+pytestmark = pytest.mark.slow
+
 MOE = {"is_moe": True, "num_experts": 49, "num_experts_per_tok": 5, "num_hidden_layers": 1}
 NEAREST = {"rounding": "nearest"}
 # Config of the checkpoint, options of the export.
@@ -130,6 +132,7 @@ def test_the_card_and_genai_name_the_file(shipped):
     assert config["model"]["decoder"]["filename"] == "model.ort"
 
 
+@pytest.mark.external
 def test_onnxruntime_genai_runs_it(shipped):
     prompt = random_ids(12, 97)
     expected = doge_onnx.load(shipped).generate(prompt, max_new_tokens=20)

@@ -26,6 +26,8 @@ from doge_onnx.export.quantize import RECIPES, quantize, recipe_for
 from doge_onnx.export.state_rows import CLOSED_GATE, Int8Rows
 from doge_onnx.export.step import RecurrentStep
 
+pytestmark = pytest.mark.slow
+
 MOE = {"is_moe": True, "num_experts": 49, "num_experts_per_tok": 5, "num_hidden_layers": 2}
 # Widths that no block divides, biases, a head of its own; mixtures; a group of three.
 ODD = {

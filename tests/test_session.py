@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -17,7 +16,6 @@ from onnx import TensorProto, helper
 import doge_onnx
 from doge_onnx.bundle import seal
 from doge_onnx.errors import BundleError, InputError
-from doge_onnx.runtime.engine import session
 from doge_onnx.runtime.engine.external_data import external_files
 
 
@@ -148,13 +146,23 @@ def test_a_graph_that_onnx_runtime_refuses_gives_one_line(tmp_path):
         ({"num_layers": 3}, r"lacks the input 'past_key_values\.2\.key'"),
         ({"num_layers": 1}, r"has the input 'past_key_values\.1\.key'"),
         ({"num_heads": 2}, r"input 'past_key_values\.0\.key' is tensor\(float\)"),
-        ({"row_size": 8}, r"input 'past_key_values\.0\.key' is tensor\(float\)"),
+        ({"row_size": 24}, r"input 'past_key_values\.0\.key' is tensor\(float\)"),
         ({"vocab_size": 5}, "output 'logits' is"),
     ],
 )
 def test_a_manifest_that_does_not_fit_its_graph_is_refused(tmp_path, change, message):
     path = fake_bundle.write(tmp_path / "b", **change)
     with pytest.raises(BundleError, match=message):
+        doge_onnx.load(path)
+
+
+def test_a_graph_that_cannot_be_told_the_lengths_of_its_rows_is_refused(tmp_path):
+    model = fake_bundle.model()
+    # As an initializer alone it is a number that nobody can change.
+    (entry,) = (entry for entry in model.graph.input if entry.name == "past_lengths")
+    model.graph.input.remove(entry)
+    path = fake_bundle.write(tmp_path / "b", graph=model.SerializeToString())
+    with pytest.raises(BundleError, match="lacks the input 'past_lengths' that its manifest"):
         doge_onnx.load(path)
 
 
@@ -171,92 +179,6 @@ def test_wrong_options_are_refused(tmp_path, options, message):
     path = fake_bundle.write(tmp_path / "b")
     with pytest.raises(InputError, match=message):
         doge_onnx.load(path, **options)
-
-
-def test_threads_reach_onnx_runtime(tmp_path):
-    model = doge_onnx.load(fake_bundle.write(tmp_path / "b"), threads=1)
-    options = model._runner._session.get_session_options()
-    assert (options.intra_op_num_threads, options.inter_op_num_threads) == (1, 1)
-
-
-def test_without_a_number_there_is_a_thread_for_each_usable_core(tmp_path):
-    model = doge_onnx.load(fake_bundle.write(tmp_path / "b"))
-    options = model._runner._session.get_session_options()
-    assert options.intra_op_num_threads == session.usable_cores()
-
-
-@pytest.mark.parametrize(
-    ("processors", "files", "expected"),
-    [
-        ({0, 1, 2, 3}, {}, 4),
-        # Of two cores with two processors each.
-        ({0, 1, 2, 3}, {"siblings": {0: "0,2", 1: "1,3", 2: "0,2", 3: "1,3"}}, 2),
-        ({0, 2}, {"siblings": {0: "0,2", 2: "0,2"}}, 1),
-        ({0, 1, 2, 3}, {"cpu.max": "max 100000"}, 4),
-        ({0, 1, 2, 3}, {"cpu.max": "250000 100000"}, 2),
-        ({0, 1, 2, 3}, {"cpu.max": "50000 100000"}, 1),
-        ({0, 1, 2, 3}, {"cpu.cfs_quota_us": "-1", "cpu.cfs_period_us": "100000"}, 4),
-        ({0, 1, 2, 3}, {"cpu.cfs_quota_us": "300000", "cpu.cfs_period_us": "100000"}, 3),
-    ],
-)
-def test_usable_cores(monkeypatch, processors, files, expected):
-    def read(path):
-        name = path.rpartition("/")[2]
-        if name == "thread_siblings_list":
-            return files.get("siblings", {}).get(int(path.split("/")[5][3:]), "")
-        return files.get(name, "")
-
-    monkeypatch.setattr(session.os, "sched_getaffinity", lambda _: processors, raising=False)
-    monkeypatch.setattr(session, "_read", read)
-    assert session.usable_cores() == expected
-
-
-def test_where_the_system_does_not_say_onnx_runtime_chooses(monkeypatch):
-    monkeypatch.delattr(session.os, "sched_getaffinity", raising=False)
-    assert session.usable_cores() == 0
-
-
-@pytest.mark.parametrize(
-    ("heads", "threads", "dtype", "users", "expected"),
-    [
-        (2, 2, "float32", None, "1"),
-        (2, 1, "float32", None, "1"),
-        (2, 3, "float32", None, None),
-        (2, 2, "int8", None, None),
-        (None, 1, "float32", None, None),
-        ("2", 1, "float32", None, None),
-        (2, 2, "float32", "0", "0"),
-        (2, 2, "int8", "1", "1"),
-    ],
-)
-def test_how_attention_is_computed(tmp_path, monkeypatch, heads, threads, dtype, users, expected):
-    name = "ORT_GQA_DISABLE_FLASH_ATTENTION"
-    monkeypatch.delenv(name, raising=False)
-    if users is not None:
-        monkeypatch.setenv(name, users)
-    seen = []
-    make = session.ort.InferenceSession
-
-    def recording(*args, **options):
-        seen.append(os.environ.get(name))
-        return make(*args, **options)
-
-    monkeypatch.setattr(session.ort, "InferenceSession", recording)
-    config = {"num_attention_heads": heads}
-    doge_onnx.load(fake_bundle.write(tmp_path / "b", config=config, dtype=dtype), threads=threads)
-    assert seen == [expected]
-    assert os.environ.get(name) == users
-
-
-def test_both_ways_to_compute_attention_give_the_same(tmp_path):
-    ids = np.random.default_rng(0).integers(0, fake_bundle.VOCAB, 200).tolist()
-    for name, heads in (("one", 1), ("other", None)):
-        path = fake_bundle.write(tmp_path / name, config={"num_attention_heads": heads})
-        model = doge_onnx.load(path, threads=1, prefill_chunk=64)
-        logits, state = model.forward([ids[:150]], logits="all")
-        rest, _ = model.forward([ids[150:]], state, logits="all")
-        got = np.concatenate([logits, rest], axis=1)[0]
-        np.testing.assert_allclose(got, fake_bundle.reference(ids), atol=1e-2)
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "tokenizer.json", "config.json"])

@@ -6,11 +6,13 @@ import fake_bundle
 import numpy as np
 import pytest
 from fake_bundle import CONTEXT, VOCAB, reference
+from runners import WatchedSession, model_on, on_host
 
 import doge_onnx
+from doge_onnx.bundle import Bundle
 from doge_onnx.errors import InputError
-from doge_onnx.runtime.engine import growing_runner as growing
-from doge_onnx.runtime.engine.state import Buffer, grown_capacity, max_rows
+from doge_onnx.runtime.engine.loader import open_runner
+from doge_onnx.runtime.engine.state import Buffer, grown_capacity
 
 TOLERANCE = 1e-3  # logits are up to 300
 
@@ -54,7 +56,8 @@ def test_shapes_and_types(model):
     assert last.dtype == everything.dtype == np.float32
     _close(everything[0], reference(ids))
     _close(last[0, 0], reference(ids)[-1])
-    assert (state.batch_size, state.length, state.num_tokens.tolist()) == (1, 5, [5])
+    assert (state.batch_size, state.lengths.tolist()) == (1, [5])
+    assert state.lengths.dtype == np.int64
 
 
 @pytest.mark.parametrize("cuts", [[1] * 12, [12], [5, 1, 1, 5], [1, 10, 1]])
@@ -108,6 +111,7 @@ def test_a_batch_of_unequal_prompts_with_padding_anywhere(model):
     logits, state = model.forward(ids, logits="all", attention_mask=mask)
     for row, prompt in zip(logits, (a, b, c), strict=True):
         _close(row[-len(prompt) :], reference(prompt))
+        assert not row[: -len(prompt)].any()
     # A turn of several tokens after a past, again of unequal lengths: padding in the middle.
     d, e, f = _ids(4, 4), _ids(2, 5), _ids(1, 6)
     ids = [d, [5, 5, *e], [0, 0, 0, *f]]
@@ -115,14 +119,28 @@ def test_a_batch_of_unequal_prompts_with_padding_anywhere(model):
     logits, state = model.forward(ids, state, logits="all", attention_mask=mask)
     for row, past, new in zip(logits, (a, b, c), (d, e, f), strict=True):
         _close(row[-len(new) :], reference(past + new)[len(past) :])
+    # Padding behind the tokens and between them.
+    ids, mask = [[*d, 0], [*e, 0, 0, 0], [3, *f, 0, 0, 1]], [[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]]
+    mask.append([1, 1, 0, 0, 1])
+    logits, longer = model.forward(ids, state, logits="all", attention_mask=mask)
+    last, _ = model.forward(ids, state, attention_mask=mask)
+    rows = [([*a, *d], d), ([*b, *e], e), ([*c, *f], [3, *f, 1])]
+    for got, end, real, (past, new) in zip(logits, last, mask, rows, strict=True):
+        real = np.array(real, bool)
+        truth = reference(past + new)[len(past) :]
+        _close(got[real], truth)
+        assert not got[~real].any()
+        # The last of them is the last token, wherever that stands.
+        _close(end[0], truth[-1])
+    assert longer.lengths.tolist() == [15, 7, 9]
     # One token each, one row taking a rest.
     last, state = model.forward([[1], [2], [3]], state, attention_mask=[[True], [False], [True]])
     _close(last[0, 0], reference([*a, *d, 1])[-1])
+    assert not last[1].any()
     last, state = model.forward([[4], [4], [4]], state)
     _close(last[1, 0], reference([*b, *e, 4])[-1])
     _close(last[2, 0], reference([*c, *f, 3, 4])[-1])
-    assert state.num_tokens.tolist() == [13, 6, 8]
-    assert state.length == 13
+    assert state.lengths.tolist() == [13, 6, 8]
 
 
 def test_several_tokens_after_a_past_extend_a_batch_in_place(in_place):
@@ -141,7 +159,7 @@ def test_nothing_of_the_cache_is_copied_per_token(in_place):
     _, state = in_place.forward([ids[:3]])
     addresses = [_addresses(state)]
     for position in range(3, CONTEXT):
-        before = [t[:, :, : state.length].copy() for t in state.buffer.tensors]
+        before = [t[:, :, :position].copy() for t in state.buffer.tensors]
         logits, state = in_place.forward([ids[position : position + 1]], state)
         if _addresses(state) != addresses[-1]:
             addresses.append(_addresses(state))
@@ -174,70 +192,81 @@ def test_an_old_state_outlives_the_growth_of_its_buffer(in_place):
         (256, 2048, 256),
         (257, 2048, 512),
         (1025, 2048, 2048),
-        (2049, 2048, 4096),
+        (2049, 2048, 2049),
         (1, 100, 100),
-        (101, 100, 200),
+        (101, 100, 101),
         (1030, 1100, 1100),
-        (1101, 1100, 2048),
+        (1101, 1100, 1101),
     ],
 )
 def test_capacity_doubles_up_to_the_context(rows, context, expected):
     assert grown_capacity(rows, context) == expected
-    assert rows <= expected <= max_rows(context)
 
 
 @pytest.mark.parametrize(
-    ("rows", "context", "follow", "expected"),
+    ("rows", "context", "most", "expected"),
     [
-        (16, 2048, 32, 48),
-        (16, 2048, 2000, 256),
-        (512, 2048, 1536, 1024),
-        (512, 2048, 0, 512),
-        (2048, 2048, 0, 2048),
-        (300, 300, 20, 320),
-        (300, 300, 500, 512),
+        (16, 2048, 48, 48),
+        (16, 2048, 2016, 256),
+        (512, 2048, 2048, 1024),
+        (512, 2048, 512, 512),
+        (2048, 2048, 2048, 2048),
+        # Room for a step after a prompt, unless none follows.
+        (256, 2048, 257, 257),
+        (256, 2048, 600, 512),
+        (300, 300, 300, 300),
     ],
 )
-def test_capacity_is_no_more_than_will_be_needed(rows, context, follow, expected):
-    assert grown_capacity(rows, context, follow) == expected
+def test_capacity_is_no_more_than_will_be_needed(rows, context, most, expected):
+    assert grown_capacity(rows, context, most) == expected
 
 
 def test_rows_can_be_claimed_once_and_only_at_the_end():
-    buffer = Buffer([], np.zeros((1, 8), np.int64), rows=2)
-    assert buffer.claim(2, 5)
-    assert not buffer.claim(2, 3)
-    assert not buffer.claim(4, 6)
-    assert not buffer.claim(5, 9)
-    assert buffer.claim(5, 8)
-    buffer.release(5)
-    assert buffer.claim(5, 6)
+    def lengths(*values):
+        return np.array(values, np.int64)
+
+    buffer = Buffer([], 8, lengths(2, 1))
+    assert buffer.claim(lengths(2, 1), 5)
+    # From there on they are somebody's, and before there, too.
+    assert not buffer.claim(lengths(2, 1), 3)
+    assert not buffer.claim(lengths(4, 4), 6)
+    buffer.release(lengths(5, 3))
+    # Both must end where the rows do, and there must be room.
+    assert not buffer.claim(lengths(5, 2), 6)
+    assert not buffer.claim(lengths(5, 3), 9)
+    assert buffer.claim(lengths(5, 3), 8)
+    buffer.release(lengths(5, 3))
+    assert buffer.claim(lengths(5, 3), 6)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_a_step_that_fails_leaves_the_old_state_as_it_was(in_place, monkeypatch, error):
+def test_a_step_that_fails_leaves_the_old_state_as_it_was(tmp_path, error):
+    path = fake_bundle.write(tmp_path / "b", with_tokenizer=False)
+    session = WatchedSession(path)
+    model = model_on(path, on_host(path, session))
     start, end = _ids(6), _ids(3, 1)
-    _, state = in_place.forward([start])
+    _, state = model.forward([start])
     addresses = _addresses(state)
-    session = in_place._runner._session
 
-    def fail(binding):
+    def fail():
         # What a run that is interrupted half-way may leave behind.
         for tensor in state.buffer.tensors:
             tensor[:, :, 6:9] = 1e9
         raise error
 
-    with monkeypatch.context() as patch:
-        patch.setattr(session, "run_with_iobinding", fail)
-        with pytest.raises(error):
-            in_place.forward([end], state)
-    logits, after = in_place.forward([end], state, logits="all")
+    session.hook = fail
+    with pytest.raises(error):
+        model.forward([end], state)
+    session.hook = lambda: None
+    logits, after = model.forward([end], state, logits="all")
     _close(logits[0], reference(start + end)[6:])
     assert _addresses(after) == addresses
 
 
 def test_a_state_without_tokens_of_a_row_is_finite(model):
     logits, state = model.forward([_ids(2), [0, 0]], attention_mask=[[1, 1], [0, 0]])
-    assert np.isfinite(logits).all()
+    assert state.lengths.tolist() == [2, 0]
+    assert not logits[1].any()
     logits, _ = model.forward([[7], [8]], state)
     _close(logits[1, 0], reference([8])[-1])
 
@@ -250,11 +279,24 @@ def test_a_text_may_fill_the_context_but_no_more(model):
         model.forward([[1]], state)
     with pytest.raises(InputError, match="row 1 would have 301 tokens"):
         model.forward([[0] * 301] * 2, attention_mask=[[0] + [1] * 300, [1] * 301])
-    # Padding takes no place in the context, but it is not free either.
-    padding = [[0] * CONTEXT]
-    _, state = model.forward(padding, state, attention_mask=padding)
-    with pytest.raises(InputError, match="601 positions with their padding, more than the 600"):
-        model.forward([[0]], state, attention_mask=[[0]])
+    # Padding takes no place in the context, however much of it there is.
+    logits, state = model.forward([[0] * 600 + [5]], attention_mask=[[0] * 600 + [1]])
+    _close(logits[0, 0], reference([5])[-1])
+    assert state.lengths.tolist() == [1]
+
+
+def test_a_full_row_does_not_keep_others_from_going_on(model):
+    full, short = _ids(CONTEXT), _ids(3, 1)
+    padding = [0] * (CONTEXT - 3)
+    _, state = model.forward(
+        [full, padding + short], attention_mask=[[1] * CONTEXT, [*padding, 1, 1, 1]]
+    )
+    for token in (7, 8):
+        logits, state = model.forward([[0], [token]], state, attention_mask=[[0], [1]])
+        short.append(token)
+        _close(logits[1, 0], reference(short)[-1])
+        assert not logits[0].any()
+    assert state.lengths.tolist() == [CONTEXT, 5]
 
 
 @pytest.mark.parametrize(
@@ -289,6 +331,7 @@ def test_wrong_ids_are_refused(in_place, ids, message):
         ([[1, 2]], "1 for a token and 0 for padding"),
         ([[1, -1]], "1 for a token and 0 for padding"),
         ([[1.0, 0.5]], "whole numbers"),
+        ([[0, 0]], "holds no 1: at least one token is needed"),
     ],
 )
 def test_wrong_masks_are_refused(in_place, mask, message):
@@ -309,17 +352,14 @@ def test_wrong_states_are_refused(in_place, tmp_path):
         in_place.forward([[1]], logits="first")
 
 
-def test_a_prompt_in_chunks_moves_no_rows(tmp_path, monkeypatch):
+def test_a_prompt_in_chunks_moves_no_rows(tmp_path):
     path = fake_bundle.write(tmp_path / "b", with_tokenizer=False)
-    model = doge_onnx.load(path, prefill_chunk=10)
-    made = []
-    buffer = growing.Buffer
-    monkeypatch.setattr(
-        growing, "Buffer", lambda *args, **rows: made.append(1) or buffer(*args, **rows)
-    )
+    session = WatchedSession(path)
+    model = model_on(path, on_host(path, session, chunk=10))
     ids = _ids(280)
     logits, state = model.forward([ids])
-    assert len(made) == 1
+    assert len(session.batches) == 28
+    assert session.bound == 1
     assert state.buffer.capacity == CONTEXT
     _close(logits[0, 0], reference(ids)[-1])
 
@@ -340,33 +380,57 @@ def test_generating_and_feeding_do_not_disturb_each_other(in_place):
     _close(logits[0, 0], reference([*start, *end, 7])[-1])
 
 
-def test_a_decoder_leaves_older_states_as_they_were(in_place):
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory):
+    path = fake_bundle.write(tmp_path_factory.mktemp("bundle") / "b", with_tokenizer=False)
+    return open_runner(Bundle.open(path), "cpu")
+
+
+def _feed(runner, ids, state=None):
+    logits, state = runner.feed([np.array(ids)], state, last_only=False)
+    return logits[0], state
+
+
+def test_a_decode_session_leaves_older_states_as_they_were(runner):
     start, end = _ids(6), _ids(5, 1)
-    _, state = in_place.forward([start])
-    first, after = in_place.forward([end[:1]], state)
-    runner = in_place._runner
-    decoder = runner.decoder(after)
+    _, state = _feed(runner, start)
+    first, after = _feed(runner, end[:1], state)
+    session = runner.decode(after)
     branch = [3, 4, 5]
     for position, token in enumerate(branch):
-        decoder.tokens[0, 0] = token
-        (scores,) = decoder.step(None)
+        (scores,) = session.step([token])
         _close(scores, reference([*start, end[0], *branch[: position + 1]])[-1])
-        # The older state is continued while the decoder has the rest of its buffer.
-        logits, _ = in_place.forward([end], state, logits="all")
-        _close(logits[0], reference(start + end)[6:])
-    np.testing.assert_array_equal(first, in_place.forward([end[:1]], state)[0])
+        # The older state is continued while the session has the rest of its buffer.
+        logits, _ = _feed(runner, end, state)
+        _close(logits, reference(start + end)[6:])
+    np.testing.assert_array_equal(first, _feed(runner, end[:1], state)[0])
 
 
-def test_a_decoder_of_a_state_that_was_continued_copies_it(in_place):
+def test_a_decode_session_of_a_state_that_was_continued_copies_it(runner):
     start = _ids(6)
-    _, state = in_place.forward([start])
-    _, other = in_place.forward([[9]], state)
-    decoder = in_place._runner.decoder(state)
-    decoder.tokens[0, 0] = 5
-    (scores,) = decoder.step(None)
+    _, state = _feed(runner, start)
+    _, other = _feed(runner, [9], state)
+    (scores,) = runner.decode(state).step([5])
     _close(scores, reference([*start, 5])[-1])
-    logits, _ = in_place.forward([[8]], other)
-    _close(logits[0, 0], reference([*start, 9, 8])[-1])
+    logits, _ = _feed(runner, [8], other)
+    _close(logits[0], reference([*start, 9, 8])[-1])
+
+
+def test_the_state_of_a_decode_session_that_has_ended_is_continued_in_its_place(runner):
+    start = _ids(6)
+    _, state = _feed(runner, start)
+    session = runner.decode(state)
+    for token in (3, 4):
+        session.step([token])
+    after = session.end()
+    assert after.lengths.tolist() == [8]
+    logits, longer = _feed(runner, [5, 6], after)
+    _close(logits, reference([*start, 3, 4, 5, 6])[8:])
+    assert _addresses(longer) == _addresses(after)
+    # One that never did a step gives back what it was given.
+    again = runner.decode(longer).end()
+    assert again.lengths.tolist() == [10]
+    _close(_feed(runner, [7], again)[0][0], reference([*start, 3, 4, 5, 6, 7])[-1])
 
 
 @pytest.fixture(scope="module")
@@ -408,7 +472,7 @@ def test_states_of_int8_have_value_semantics(int8):
     assert out == [token, int(expected.argmax())]
 
 
-def test_padding_is_closed_in_int8(int8):
+def test_padding_is_left_out_of_int8(int8):
     alone, state = int8.forward([[5, 6, 7]])
     logits, padded = int8.forward([[0, 5, 6, 7]], attention_mask=[[0, 1, 1, 1]])
     np.testing.assert_allclose(logits, alone, atol=TOLERANCE)

@@ -22,6 +22,8 @@ from doge_onnx.errors import (
 from doge_onnx.export import verify as verifier
 from doge_onnx.export.exporter import export
 
+pytestmark = pytest.mark.slow
+
 
 def test_an_export_is_compared_with_the_reference(main):
     parity = main.report.parity

@@ -12,6 +12,8 @@ from stepping import Growing, Window, each, fresh_text, pad, random_text, row
 
 import doge_onnx
 
+pytestmark = pytest.mark.slow
+
 STATES = {"growing": Growing, "window": Window}
 DYNAMIC = {"rope_type": "dynamic", "factor": 3.0, "rope_theta": 1e4}
 # Many tokens, so that a long text can do without any of them twice.
@@ -156,7 +158,7 @@ def test_ties_are_told_apart_at_any_position(tmp_path):
 @torch.no_grad()
 def _final_state(window, ids, first_position=0):
     """The layout of the state and the state after `ids`, in steps of 7."""
-    state = window._free_rows(1, window.rows)
+    state = window.free_rows(1, window.rows)
     positions = torch.arange(len(ids)).unsqueeze(0) + first_position
     for start in range(0, len(ids), 7):
         tokens = row(ids)[:, start : start + 7]
@@ -198,18 +200,15 @@ TARGETS = [("ort", "growing"), ("ort", "window"), ("portable", "growing"), ("por
 
 
 @pytest.fixture(scope="module", params=TARGETS, ids="-".join)
-def bundle(request, long_text, tmp_path_factory):
+def path(request, long_text, make_bundle):
     target, state = request.param
-    out = tmp_path_factory.mktemp("bundle") / "out"
-    doge_onnx.export(
-        long_text(16)[0].directory,
-        out,
-        target=target,
-        state=state,
-        context_length=400,
-        verify=False,
-    )
-    return doge_onnx.load(out)
+    options = {"target": target, "state": state, "context_length": 400, "verify": False}
+    return make_bundle(long_text(16)[0].directory, **options).path
+
+
+@pytest.fixture(scope="module")
+def bundle(path):
+    return doge_onnx.load(path)
 
 
 def run_bundle(bundle, ids, mask=None, cuts=()):
@@ -296,9 +295,9 @@ def test_generate_and_stream(bundle, long_text):
     assert [token for piece in pieces for token in piece.token_ids] == truths[2]
 
 
-def test_a_prompt_in_chunks(bundle, long_text):
+def test_a_prompt_in_chunks(path, long_text):
     _, ids, truth = long_text(16)
-    chunked = doge_onnx.load(bundle._bundle.path, prefill_chunk=7)
+    chunked = doge_onnx.load(path, prefill_chunk=7)
     logits, state = chunked.forward([ids[:200]], logits="all")
     assert_close(logits[0], truth[:200])
     last, _ = chunked.forward([ids[200:300]], state)

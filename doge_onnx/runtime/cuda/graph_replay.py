@@ -1,13 +1,13 @@
 """Decode steps whose shapes and addresses never change, which CUDA captures once and replays.
 
 Knows what such a step reads and writes beside the state, when it is captured, and how to find out
-whether a replay computes what the step does. Does not know whose state it is (`resident`).
+whether a replay computes what the step does. Does not know whose state it is (`runner`).
 
 Facts about ONNX Runtime that all of this rests on: a session that was made for it captures the
 third run with a new graph id, after two ordinary ones that it makes by itself. It keeps what it
 captured for each thread, and forgets nothing before the session ends. A replay uses the temporary
 memory of the captured run, which is free for other runs in between, but not at the same time; who
-uses a device takes turns (`turns`).
+uses a device takes turns (`lock`).
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from doge_onnx.runtime.engine.state import Buffer
 # Steps on the same tensors before they are captured, which takes as long as three.
 _BEFORE_CAPTURE = 4
 # For each shape: a captured graph takes memory for as long as the model is loaded.
-_MOST_GRAPHS = 8
+MOST_GRAPHS = 8
 # Bytes of states that are kept for later texts of the same shape, beside that of the last text.
-_MOST_FREE = 2 << 30
+MOST_FREE = 2 << 30
 # Steps that are looked at before any text.
 _CHECKED_STEPS = 4
 # Of the largest logit. A replay runs the same kernels; lengths that were captured with their
@@ -160,7 +160,7 @@ class FixedSteps:
                 continue
             sizes = (tensor.value.tensor_size_in_bytes() for tensor in step.tensors)
             more = sum(sizes) if number > 0 else 0
-            if size + more <= _MOST_FREE:
+            if size + more <= MOST_FREE:
                 size += more
                 self._free.appendleft(step)
         return taken
@@ -232,7 +232,7 @@ class FixedSteps:
 
     def _new(self, tensors: Sequence[Tensor]) -> FixedStep:
         graph, shape = None, tensors[0].shape
-        if self._capture and self._graphs[shape] < _MOST_GRAPHS:
+        if self._capture and self._graphs[shape] < MOST_GRAPHS:
             self._graphs[shape] += 1
             graph = devices.captured_run(self._graphs.total())
         return FixedStep(self._session, self._names, tensors, self._memory, self._vocab_size, graph)

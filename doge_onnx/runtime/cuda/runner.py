@@ -40,7 +40,7 @@ from doge_onnx.runtime.engine.window_runner import WindowRunner
 # Tokens that go through the graph at once: a device with its own memory is busy with many only.
 CUDA_CHUNK = 2048
 # Candidates beyond those that a sampler asked for, in case that some equal the last of them.
-_SPARE = 16
+SPARE = 16
 
 
 class CudaBinding:
@@ -334,7 +334,7 @@ class _CudaSession(InPlaceSession):
         return self._candidates(logits, *finder.read(), top)
 
     def _find(self, binding: CudaBinding | FixedStep, logits: Tensor, top: int) -> TopFinder:
-        count = 1 if top == 1 else min(top + _SPARE, logits.shape[2])
+        count = 1 if top == 1 else min(top + SPARE, logits.shape[2])
         if self._finder is None or self._count != count:
             # A single one is what the next step feeds, and goes where that reads.
             ids = binding.ids if top == 1 else None

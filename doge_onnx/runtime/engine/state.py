@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 # Small enough to cost little, large enough that short replies never grow their buffer.
-_FIRST_CAPACITY = 256
+FIRST_CAPACITY = 256
 
 
 class Buffer:
@@ -100,7 +100,7 @@ def grown_capacity(rows: int, limit: int, most: int | None = None) -> int:
     """
     if most is not None:
         return max(rows, min(most, grown_capacity(rows + 1, limit)))
-    capacity = _FIRST_CAPACITY
+    capacity = FIRST_CAPACITY
     while capacity < rows:
         capacity *= 2
     return max(rows, min(capacity, limit))

@@ -1,0 +1,104 @@
+"""How many threads a session has, and how attention is shared out among them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import fake_bundle
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+import doge_onnx
+from doge_onnx.bundle import Bundle
+from doge_onnx.runtime.engine.session import open_session
+from doge_onnx.runtime.engine.threads import usable_cores
+
+
+def test_threads_reach_onnx_runtime(tmp_path):
+    bundle = Bundle.open(fake_bundle.write(tmp_path / "b"))
+    options = open_session(bundle, threads=1).get_session_options()
+    assert (options.intra_op_num_threads, options.inter_op_num_threads) == (1, 1)
+
+
+def test_without_a_number_there_is_a_thread_for_each_usable_core(tmp_path):
+    bundle = Bundle.open(fake_bundle.write(tmp_path / "b"))
+    options = open_session(bundle).get_session_options()
+    assert options.intra_op_num_threads == usable_cores()
+
+
+@pytest.mark.parametrize(
+    ("processors", "files", "expected"),
+    [
+        ({0, 1, 2, 3}, {}, 4),
+        # Of two cores with two processors each.
+        ({0, 1, 2, 3}, {"siblings": {0: "0,2", 1: "1,3", 2: "0,2", 3: "1,3"}}, 2),
+        ({0, 2}, {"siblings": {0: "0,2", 2: "0,2"}}, 1),
+        ({0, 1, 2, 3}, {"cpu.max": "max 100000"}, 4),
+        ({0, 1, 2, 3}, {"cpu.max": "250000 100000"}, 2),
+        ({0, 1, 2, 3}, {"cpu.max": "50000 100000"}, 1),
+        ({0, 1, 2, 3}, {"cpu.cfs_quota_us": "-1", "cpu.cfs_period_us": "100000"}, 4),
+        ({0, 1, 2, 3}, {"cpu.cfs_quota_us": "300000", "cpu.cfs_period_us": "100000"}, 3),
+    ],
+)
+def test_usable_cores(monkeypatch, processors, files, expected):
+    def read(path, encoding):
+        if path.name == "thread_siblings_list":
+            files_of_cores = files.get("siblings", {})
+            return files_of_cores.get(int(path.parent.parent.name.removeprefix("cpu")), "")
+        if path.name not in files:
+            raise FileNotFoundError(path)
+        return files[path.name] + "\n"
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: processors, raising=False)
+    monkeypatch.setattr(Path, "read_text", read)
+    assert usable_cores() == expected
+
+
+def test_where_the_system_does_not_say_onnx_runtime_chooses(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert usable_cores() == 0
+
+
+@pytest.mark.parametrize(
+    ("heads", "threads", "dtype", "users", "expected"),
+    [
+        (2, 2, "float32", None, "1"),
+        (2, 1, "float32", None, "1"),
+        (2, 3, "float32", None, None),
+        (2, 2, "int8", None, None),
+        (None, 1, "float32", None, None),
+        ("2", 1, "float32", None, None),
+        (2, 2, "float32", "0", "0"),
+        (2, 2, "int8", "1", "1"),
+    ],
+)
+def test_how_attention_is_computed(tmp_path, monkeypatch, heads, threads, dtype, users, expected):
+    name = "ORT_GQA_DISABLE_FLASH_ATTENTION"
+    monkeypatch.delenv(name, raising=False)
+    if users is not None:
+        monkeypatch.setenv(name, users)
+    seen = []
+    make = ort.InferenceSession
+
+    def recording(*args, **options):
+        seen.append(os.environ.get(name))
+        return make(*args, **options)
+
+    monkeypatch.setattr(ort, "InferenceSession", recording)
+    config = {"num_attention_heads": heads}
+    doge_onnx.load(fake_bundle.write(tmp_path / "b", config=config, dtype=dtype), threads=threads)
+    assert seen == [expected]
+    assert os.environ.get(name) == users
+
+
+def test_both_ways_to_compute_attention_give_the_same(tmp_path):
+    ids = np.random.default_rng(0).integers(0, fake_bundle.VOCAB, 200).tolist()
+    for name, heads in (("one", 1), ("other", None)):
+        path = fake_bundle.write(tmp_path / name, config={"num_attention_heads": heads})
+        model = doge_onnx.load(path, threads=1, prefill_chunk=64)
+        logits, state = model.forward([ids[:150]], logits="all")
+        rest, _ = model.forward([ids[150:]], state, logits="all")
+        got = np.concatenate([logits, rest], axis=1)[0]
+        np.testing.assert_allclose(got, fake_bundle.reference(ids), atol=1e-2)
