@@ -11,11 +11,11 @@ import onnx
 import onnxruntime as ort
 import pytest
 from conftest import TINY_CHECKPOINT
-from runners import model_on, on_device
+from runners import PassingSession, model_on, on_device
 from typer.testing import CliRunner
 
 import doge_onnx
-from doge_onnx.bundle import Bundle, seal
+from doge_onnx.bundle import seal
 from doge_onnx.cli import app
 from doge_onnx.errors import BundleError, DeviceError, InputError
 from doge_onnx.runtime.cuda import helper_graphs as graphs
@@ -27,7 +27,6 @@ from doge_onnx.runtime.cuda.runner import (
 )
 from doge_onnx.runtime.engine import device as devices
 from doge_onnx.runtime.engine.runner import TopLogits
-from doge_onnx.runtime.engine.session import open_session
 
 FP32 = fake_bundle.manifest()
 FP16 = replace(FP32, device="cuda", precision="fp16", activations="float16")
@@ -298,17 +297,11 @@ def test_a_buffer_on_a_device_grows(tmp_path, monkeypatch):
     )
 
 
-class Equalising:
+class Equalising(PassingSession):
     """A session that changes the logits that were computed: most become equal."""
 
-    def __init__(self, path):
-        self._session = open_session(Bundle.open(path))
-
-    def __getattr__(self, name):
-        return getattr(self._session, name)
-
     def run_with_iobinding(self, binding, options):
-        self._session.run_with_iobinding(binding, options)
+        self.session.run_with_iobinding(binding, options)
         (logits,) = (value for value in binding.get_outputs() if len(value.shape()) == 3)
         if logits.shape()[1] == 1:
             row = np.linspace(-1, 1, fake_bundle.VOCAB, dtype=np.float32)
