@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import hashlib
 import json
 import os
@@ -154,7 +155,7 @@ def write_parity(bundle: Bundle, parity: dict[str, Any]) -> None:
     with _disk_errors(path):
         scratch = path / f".{MANIFEST_NAME}.tmp"
         try:
-            scratch.write_text(manifest.to_json(), encoding="utf-8")
+            scratch.write_text(manifest.to_json(), encoding="utf-8", newline="\n")
             scratch.replace(path / MANIFEST_NAME)
         finally:
             scratch.unlink(missing_ok=True)
@@ -181,7 +182,8 @@ def check_destination(out: Path, force: bool) -> None:
         raise BundleError(f"{out} exists; choose another place, or force its replacement")
     if out.is_symlink() or not out.is_dir():
         raise BundleError(f"{out} is not a directory; force replaces bundles only")
-    if out.is_mount():
+    # Not Path.is_mount, which Windows lacks before Python 3.12.
+    if os.path.ismount(out):
         raise BundleError(f"{out} is a mount point; name a directory inside of it")
     # Forcing must never delete a directory that is no bundle and only has this name.
     if any(out.iterdir()) and not (out / MANIFEST_NAME).is_file():
@@ -204,6 +206,9 @@ def writing(out: Path, force: bool = False) -> Iterator[Path]:
         try:
             scratch.mkdir()
             yield scratch
+            # A session that waits for the collector still maps its files, and Windows renames no
+            # directory with such a file.
+            gc.collect()
             _replace_directory(scratch, out)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -216,7 +221,7 @@ def seal(directory: Path, manifest: Manifest) -> Manifest:
         for name, path in _files(directory)
     }
     manifest = replace(manifest, files=files)
-    (directory / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+    (directory / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8", newline="\n")
     return manifest
 
 

@@ -222,8 +222,7 @@ def generate(
     """
     for name in cli_options.REPORTED:
         if options.get(name) and not json:
-            flag = f"--{name.replace('_', '-')}"
-            raise typer.BadParameter("it needs --json", param_hint=flag)
+            raise typer.BadParameter("it needs --json", param_hint=cli_options.flag(name))
     if system is not None and not chat:
         raise typer.BadParameter("it needs --chat", param_hint="--system")
     text: Any = _prompt(prompt)

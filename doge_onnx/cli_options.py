@@ -104,7 +104,7 @@ def generation_options(
 
         @functools.wraps(command)
         def run(**arguments: Any) -> None:
-            given = {name: arguments.pop(name) for name in names}
+            given = {name: _value(name, arguments.pop(name)) for name in names}
             options = {name: value for name, value in given.items() if value is not None}
             command(**arguments, options=options)
 
@@ -124,16 +124,11 @@ def _generation_parameters(without: Collection[str]) -> Iterator[inspect.Paramet
         option: Option = entry.metadata["option"]
         if option.kind is None or entry.name in without:
             continue
-        flag = f"--{entry.name.replace('_', '-')}"
-        words = [option.help]
-        if entry.name in REPORTED:
-            words.append("Needs --json.")
-        if option.several:
-            words.append("May be given several times.")
-        if option.kind is not bool:
-            words.append(f"Default: {option.default}.")
         info = typer.Option(
-            flag, metavar=option.metavar, help=" ".join(words), callback=_reader(entry.name, option)
+            flag(entry.name),
+            metavar=option.metavar,
+            help=_help(entry.name, option),
+            callback=_checker(entry.name, option),
         )
         kind: Any = GenericAlias(list, option.kind) if option.several else option.kind
         yield inspect.Parameter(
@@ -144,19 +139,39 @@ def _generation_parameters(without: Collection[str]) -> Iterator[inspect.Paramet
         )
 
 
-def _reader(name: str, option: Option) -> Callable[[Any], Any]:
-    """What makes the value of an option out of what the command line holds, and checks it."""
+def flag(name: str) -> str:
+    """What an option of the library is called on the command line."""
+    return f"--{name.replace('_', '-')}"
 
-    def read(value: Any) -> Any:
-        if value is None or value == []:
-            return None
-        if name == "logit_bias":
-            value = _biases(value)
-        if not option.valid(value):
+
+def _help(name: str, option: Option) -> str:
+    words = [option.help]
+    if name in REPORTED:
+        words.append("Needs --json.")
+    if option.several:
+        words.append("May be given several times.")
+    if option.kind is not bool:
+        words.append(f"Default: {option.default}.")
+    return " ".join(words)
+
+
+def _checker(name: str, option: Option) -> Callable[[Any], Any]:
+    """What refuses a value that the option may not have."""
+
+    def check(given: Any) -> Any:
+        value = _value(name, given)
+        if value is not None and not option.valid(value):
             raise typer.BadParameter(f"it must be {option.words}, not {value!r}")
-        return value
+        return given
 
-    return read
+    return check
+
+
+def _value(name: str, given: Any) -> Any:
+    """The value of an option, from what the command line holds; None where it is not given."""
+    if given is None or given == []:
+        return None
+    return _biases(given) if name == "logit_bias" else given
 
 
 def _biases(entries: list[str]) -> dict[int, float]:

@@ -168,7 +168,7 @@ class Manifest:
         if not isinstance(raw, dict):
             raise BundleError(f"{origin} does not hold a JSON object; export again")
         version = raw.get("format_version")
-        if not isinstance(version, int) or version < 1:
+        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
             raise BundleError(f"{origin} has no format_version; it is not a bundle's manifest")
         if version > FORMAT_VERSION:
             raise BundleError(

@@ -19,7 +19,7 @@ def main() -> None:
     model = doge_onnx.load(bundle)
     # For another text each time, try temperature=0.8, top_p=0.95 instead.
     for piece in model.stream(prompt, max_new_tokens=60, temperature=0):
-        print(piece, end="", flush=True)
+        print(piece.text, end="", flush=True)
     print()
 
 

@@ -10,6 +10,8 @@ import doge_onnx
 pytest_plugins = ["exported"]
 
 TINY_CHECKPOINT = Path(__file__).parent.parent / "examples" / "doge-tiny"
+# Fixtures that export a real checkpoint; a test with one of them is marked as slow.
+EXPORTS = {"tiny_bundle", "tiny_portable_bundle", "tiny_hub_bundle", "tiny_ort", "make_bundle"}
 
 
 def pytest_configure():
@@ -17,6 +19,13 @@ def pytest_configure():
     # that it is buffered.
     for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "PYTHONUNBUFFERED"):
         os.environ.pop(name, None)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if EXPORTS.intersection(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,6 @@ from doge_onnx.export import checkpoint as checkpoint_reader
 from doge_onnx.export.checkpoint import Checkpoint
 from doge_onnx.export.growing_state import GrowingState
 from doge_onnx.export.operators import FUSED, STANDARD
-from doge_onnx.export.state_rows import CLOSED_GATE
 from doge_onnx.export.step import RecurrentStep, State
 from doge_onnx.export.window_state import WindowState
 
@@ -112,7 +111,8 @@ class Window:
         heads = self.state.heads
         key = torch.zeros(batch, heads.num_keys, rows, heads.row)
         value = torch.zeros_like(key)
-        key[..., heads.dim] = CLOSED_GATE
+        closing = self.state.closing
+        key[..., closing.channels] = closing.value
         return [(key, value)] * self.layers
 
 

@@ -11,9 +11,10 @@ from exported import in_ort_format
 import doge_onnx
 from doge_onnx.runtime.text.tokenizer import Tokenizer
 
-pytestmark = pytest.mark.skipif(
-    aarch64.unavailable() is not None, reason=str(aarch64.unavailable())
-)
+pytestmark = [
+    pytest.mark.external,
+    pytest.mark.skipif(aarch64.unavailable() is not None, reason=str(aarch64.unavailable())),
+]
 
 PROMPTS = ("It was a dark and stormy night", "Once upon a time")
 NEW_TOKENS = 12

@@ -13,21 +13,20 @@ from dataclasses import replace
 
 import fake_bundle
 import numpy as np
-import onnx
 import pytest
 from fake_bundle import CONTEXT, HEADS, LAYERS, ROW, VOCAB
-from onnx import TensorProto, helper
 from typer.testing import CliRunner
 
 import doge_onnx
 from doge_onnx import cli, cli_options
 from doge_onnx.bundle import GRAPH_NAME, Bundle, read_manifest
 from doge_onnx.errors import BundleError, InputError
-from doge_onnx.measure import bench
-from doge_onnx.measure.bench import Cell, Samples, Spread
+from doge_onnx.manifest import WeightsRead
+from doge_onnx.measure import bandwidth, bench, memory, start_up
+from doge_onnx.measure.bench import Samples
+from doge_onnx.measure.workload import Cell, Spread, generate_plain, random_prompts
 from doge_onnx.runtime.cuda.device_memory import DeviceMemory
 from doge_onnx.runtime.engine.external_data import external_files
-from doge_onnx.runtime.engine.weights import Table, Weights, read_weights
 from doge_onnx.runtime.generation.output import Timings
 
 ROW_BYTES = 2 * LAYERS * HEADS * ROW * 4
@@ -44,162 +43,31 @@ def fake(tmp_path):
 
 @pytest.fixture(autouse=True)
 def small_array(monkeypatch):
-    monkeypatch.setattr(bench, "_MAX_ARRAY_BYTES", 2**20)
-
-
-# --- the weights that a step reads --------------------------------------------------------
-
-
-def save(path, nodes, tensors):
-    graph = helper.make_graph(nodes, "g", [], [], tensors)
-    path.write_bytes(helper.make_model(graph).SerializeToString())
-    return path
-
-
-def tensor(name, shape, kind=TensorProto.FLOAT):
-    result = onnx.TensorProto(name=name, data_type=kind, dims=shape)
-    result.data_location = TensorProto.EXTERNAL
-    return result
-
-
-def test_tables_are_told_from_what_is_read_whole(fake):
-    weights = fake_bundle.weights()
-    tables = {(len(weights[name]), weights[name].nbytes) for name in ("embed", "position")}
-    graph = onnx.load(fake / GRAPH_NAME).graph
-    total = sum(onnx.numpy_helper.to_array(entry).nbytes for entry in graph.initializer)
-    found = read_weights(fake / GRAPH_NAME)
-    assert {(table.rows, table.size) for table in found.tables} == tables
-    assert found.whole == total - sum(size for _, size in tables)
-
-
-def test_a_table_that_is_also_the_head_is_read_whole(tmp_path):
-    nodes = [
-        helper.make_node("Gather", ["tied", "ids"], ["x"]),
-        helper.make_node("FusedMatMul", ["x", "tied"], ["logits"]),
-        helper.make_node("Gather", ["tied", "more"], ["v"]),
-        helper.make_node("Gather", ["untied", "ids"], ["y"]),
-        # What is looked up in is a table, what says where to look is none.
-        helper.make_node("Gather", ["z", "where"], ["w"]),
-    ]
-    tensors = [
-        tensor("tied", [50, 4]),
-        tensor("untied", [30, 4]),
-        tensor("where", [3], TensorProto.INT64),
-    ]
-    found = read_weights(save(tmp_path / "m", nodes, tensors))
-    assert found == Weights(50 * 16 + 3 * 8, (Table(30, 30 * 16),))
-
-
-def test_a_weight_in_another_shape_is_the_same_weight(tmp_path):
-    nodes = [
-        helper.make_node("Unsqueeze", ["table_s", "axes"], ["table_s3"]),
-        helper.make_node("Reshape", ["table_s3", "shape"], ["table_s4"]),
-        helper.make_node("GatherBlockQuantized", ["table", "ids", "table_s4"], ["x"]),
-        helper.make_node("Unsqueeze", ["tied_s", "axes"], ["tied_s3"]),
-        helper.make_node("GatherBlockQuantized", ["tied", "ids", "tied_s3"], ["y"]),
-        helper.make_node("MatMulNBits", ["y", "tied", "tied_s"], ["logits"]),
-    ]
-    tensors = [
-        tensor("table", [64, 2, 16], TensorProto.UINT8),
-        tensor("table_s", [64, 2]),
-        tensor("tied", [32, 2, 16], TensorProto.UINT8),
-        tensor("tied_s", [32, 2]),
-    ]
-    found = read_weights(save(tmp_path / "m", nodes, tensors))
-    assert found.whole == 32 * 32 + 32 * 8
-    assert set(found.tables) == {Table(64, 64 * 32), Table(64, 64 * 8)}
-
-
-def test_quantized_weights_count_with_their_scales(tmp_path):
-    nodes = [
-        helper.make_node("GatherBlockQuantized", ["q", "ids", "rows_s"], ["x"]),
-        helper.make_node("MatMulNBits", ["x", "q", "s"], ["logits"]),
-        helper.make_node("DequantizeLinear", ["packed", "scalar"], ["y"]),
-        helper.make_node("RotaryEmbedding", ["y", "p", "cos", "cos"], ["z"]),
-    ]
-    tensors = [
-        tensor("q", [64, 2, 16], TensorProto.UINT8),
-        tensor("s", [64, 2]),
-        tensor("rows_s", [64, 2, 1]),
-        tensor("packed", [5, 3], TensorProto.INT4),
-        tensor("scalar", [], TensorProto.FLOAT16),
-        tensor("cos", [40, 8]),
-    ]
-    found = read_weights(save(tmp_path / "m", nodes, tensors))
-    assert found.whole == 64 * 32 + 64 * 8 + 8 + 2
-    assert set(found.tables) == {Table(64, 64 * 8), Table(40, 40 * 32)}
-
-
-def test_dimensions_in_one_field_are_read_too(tmp_path):
-    # Model, graph, initializer: dims [300, 2] packed, float, named "w".
-    entry = b"\x0a\x03\xac\x02\x02" + b"\x10\x01" + b"\x42\x01w"
-    graph = b"\x2a" + bytes([len(entry)]) + entry
-    (tmp_path / "m").write_bytes(b"\x3a" + bytes([len(graph)]) + graph)
-    assert read_weights(tmp_path / "m") == Weights(2400, ())
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b"\x3a\x7f\x01", b"\xff" * 20, b"\x3b", b"\x3a\x02\x2a\x04\x10\x01\x10\x01"]
-)
-def test_what_is_no_model_is_refused(content, tmp_path):
-    (tmp_path / "m").write_bytes(content)
-    with pytest.raises(BundleError, match="not a readable ONNX model"):
-        read_weights(tmp_path / "m")
-    with pytest.raises(BundleError, match="cannot read"):
-        read_weights(tmp_path / "missing")
-
-
-def test_rows_are_counted_for_each_token_up_to_the_whole_table():
-    weights = Weights(1000, (Table(100, 800), Table(64, 640)))
-    assert weights.step_bytes(1) == 1000 + 8 + 10
-    assert weights.step_bytes(3) == 1000 + 3 * 8 + 3 * 10
-    assert weights.step_bytes(3, experts=64, experts_per_token=5) == 1000 + 3 * 8 + 15 * 10
-    assert weights.step_bytes(90, experts=64, experts_per_token=5) == 1000 + 90 * 8 + 640
-
-
-def test_an_exported_model_reads_its_parameters_once(tiny_bundle):
-    parameters = read_manifest(tiny_bundle).parameters
-    # Besides them there are small constants and zeros that fill matrices up.
-    read = read_weights(tiny_bundle / GRAPH_NAME).step_bytes(batch=1)
-    assert 4 * parameters <= read < 1.05 * 4 * parameters
+    monkeypatch.setattr(bandwidth, "MAX_ARRAY_BYTES", 2**20)
 
 
 # --- the bytes of a step ------------------------------------------------------------------
 
 
 def test_a_step_reads_weights_and_every_row_of_the_state():
-    weights, manifest = Weights(1000, (Table(100, 800),)), fake_bundle.manifest()
-    assert bench.step_bytes(weights, manifest, {}, Cell(20, 1), 1) == 1008 + 20 * ROW_BYTES
+    manifest = fake_bundle.manifest(weights_read=WeightsRead(whole=1000, per_token=8))
+    assert bench.step_bytes(manifest, Cell(20, 1), 1) == 1008 + 20 * ROW_BYTES
     # 20, 21 and 22 rows.
-    assert bench.step_bytes(weights, manifest, {}, Cell(20, 1), 3) == 1008 + 21 * ROW_BYTES
-    assert bench.step_bytes(weights, manifest, {}, Cell(20, 4), 3) == 1032 + 4 * 21 * ROW_BYTES
+    assert bench.step_bytes(manifest, Cell(20, 1), 3) == 1008 + 21 * ROW_BYTES
+    assert bench.step_bytes(manifest, Cell(20, 4), 3) == 1032 + 4 * 21 * ROW_BYTES
 
 
 def test_an_int8_state_is_a_quarter():
-    manifest = fake_bundle.manifest(dtype="int8")
-    assert bench.step_bytes(Weights(0, ()), manifest, {}, Cell(20, 1), 1) == 20 * ROW_BYTES // 4
+    manifest = fake_bundle.manifest(dtype="int8", weights_read=WeightsRead(0, 0))
+    assert bench.step_bytes(manifest, Cell(20, 1), 1) == 20 * ROW_BYTES // 4
 
 
 def test_a_window_state_reads_no_more_than_its_window():
-    manifest = fake_bundle.manifest(kind="window", keep_window_size=21)
+    manifest = fake_bundle.manifest(
+        kind="window", keep_window_size=21, weights_read=WeightsRead(0, 0)
+    )
     # 20, 21, 21 and 21 rows.
-    read = bench.step_bytes(Weights(0, ()), manifest, {}, Cell(20, 1), 4)
-    assert read == round(20.75 * ROW_BYTES)
-
-
-@pytest.mark.parametrize(
-    ("config", "rows"),
-    [
-        ({"is_moe": True, "num_experts": 64, "num_experts_per_tok": 5}, 5),
-        ({"is_moe": False, "num_experts": 64, "num_experts_per_tok": 5}, 1),
-        ({"is_moe": True, "num_experts": None}, 1),
-        ({}, 1),
-    ],
-)
-def test_the_config_says_how_many_experts_a_token_uses(config, rows):
-    weights, manifest = Weights(0, (Table(64, 640),)), fake_bundle.manifest()
-    read = bench.step_bytes(weights, manifest, config, Cell(1, 1), 1)
-    assert read == rows * 10 + ROW_BYTES
+    assert bench.step_bytes(manifest, Cell(20, 1), 4) == round(20.75 * ROW_BYTES)
 
 
 # --- what is run, and in which order ------------------------------------------------------
@@ -227,11 +95,11 @@ def test_the_longest_context_that_fits_runs_in_full(fake):
     tokens = 3
     (cell,), _ = bench.choose_cells(read_manifest(fake), [CONTEXT - tokens - 1], [1], tokens)
     model = doge_onnx.load(fake)
-    prompts = bench.random_prompts(cell, VOCAB)
-    assert len(workload.generate_plain(model, prompts, tokens + 1)[0].token_ids) == tokens + 1
+    prompts = random_prompts(cell, VOCAB)
+    assert len(generate_plain(model, prompts, tokens + 1)[0].token_ids) == tokens + 1
     # One more does not.
-    longer = bench.random_prompts(Cell(cell.context + 1, 1), VOCAB)
-    assert len(workload.generate_plain(model, longer, tokens + 1)[0].token_ids) == tokens
+    longer = random_prompts(Cell(cell.context + 1, 1), VOCAB)
+    assert len(generate_plain(model, longer, tokens + 1)[0].token_ids) == tokens
 
 
 class Script:
@@ -260,13 +128,13 @@ def test_repetitions_alternate_and_warm_up_does_not_count():
 
 
 def test_prompts_are_random_but_always_the_same():
-    prompts = bench.random_prompts(Cell(40, 3), VOCAB)
+    prompts = random_prompts(Cell(40, 3), VOCAB)
     assert np.shape(prompts) == (3, 40)
     assert len({tuple(prompt) for prompt in prompts}) == 3
     assert 0 <= np.min(prompts) < VOCAB // 4
     assert VOCAB * 3 // 4 < np.max(prompts) < VOCAB
-    assert bench.random_prompts(Cell(40, 3), VOCAB) == prompts
-    assert bench.random_prompts(Cell(40, 2), VOCAB)[0] != prompts[0]
+    assert random_prompts(Cell(40, 3), VOCAB) == prompts
+    assert random_prompts(Cell(40, 2), VOCAB)[0] != prompts[0]
 
 
 def test_neither_an_end_of_text_nor_recommended_options_change_a_run(tmp_path):
@@ -281,7 +149,7 @@ def test_neither_an_end_of_text_nor_recommended_options_change_a_run(tmp_path):
     assert len(model.generate([3, 4], max_new_tokens=9).token_ids) == 1
     plain = fake_bundle.write(tmp_path / "plain", generation={"eos_token_id": []})
     expected = doge_onnx.load(plain).generate([3, 4], max_new_tokens=9, temperature=0).token_ids
-    assert workload.generate_plain(model, [[3, 4]], 9)[0].token_ids == expected
+    assert generate_plain(model, [[3, 4]], 9)[0].token_ids == expected
     assert len(expected) == 9
 
 
@@ -314,7 +182,7 @@ def start(number, peak):
 
 
 def test_the_figures_of_fresh_processes():
-    found = bench.summarise_start([start(1, 500), start(3, 700), start(2, 600)], 16, 400)
+    found = start_up.summarise_start([start(1, 500), start(3, 700), start(2, 600)], 16, 400)
     assert found.import_seconds == Spread(2, 1, 3)
     assert found.load_seconds == Spread(20, 10, 30)
     assert found.first_token_seconds == Spread(200, 100, 300)
@@ -323,33 +191,33 @@ def test_the_figures_of_fresh_processes():
 
 
 def test_memory_that_the_system_does_not_tell_is_none():
-    found = bench.summarise_start([start(1, None), start(2, None)], 16, 400)
+    found = start_up.summarise_start([start(1, None), start(2, None)], 16, 400)
     assert (found.peak_memory_bytes, found.peak_to_file) == (None, None)
 
 
 def test_peak_memory_remembers_what_is_free_again():
-    before = bench.peak_memory()
+    before = memory.peak_memory()
     assert before is not None
     # More than the process has ever had, whatever other tests left behind.
     array = np.ones(before + 2**20, np.uint8)
     del array
-    assert bench.peak_memory() > before
+    assert memory.peak_memory() > before
 
 
 def test_the_array_is_small_where_memory_is_short(monkeypatch):
-    monkeypatch.setattr(bench, "_MAX_ARRAY_BYTES", 2**30)
-    for kilobytes, expected in ((2**30, 2**30), (2**20, 2**28), (10, 2**24), (None, 2**30)):
-        monkeypatch.setattr(bench, "_proc_kilobytes", lambda *_, value=kilobytes: value)
-        assert bench._array_bytes() == expected
+    monkeypatch.setattr(bandwidth, "MAX_ARRAY_BYTES", 2**30)
+    for available, expected in ((2**40, 2**30), (2**30, 2**28), (10, 2**24), (None, 2**30)):
+        monkeypatch.setattr(bandwidth, "available_memory", lambda value=available: value)
+        assert bandwidth.array_bytes() == expected
 
 
 def test_bandwidth_is_the_best_of_several_reads(monkeypatch):
     # Reads of 4, 2 and 5 seconds.
     clock = iter([0.0, 4.0, 10.0, 12.0, 20.0, 25.0])
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(bench, "_READS", 3)
-    monkeypatch.setattr(bench, "_array_bytes", lambda: 8000)
-    assert bench.read_bandwidth(3) == 4000
+    monkeypatch.setattr(bandwidth.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(bandwidth, "READS", 3)
+    monkeypatch.setattr(bandwidth, "array_bytes", lambda: 8000)
+    assert bandwidth.read_bandwidth(3) == 4000
 
 
 # --- the whole ----------------------------------------------------------------------------
@@ -390,9 +258,9 @@ def test_a_report_holds_every_cell_and_the_best_bandwidth(fake, scripted):
     assert (report.threads, scripted["threads"]) == (1, 1)
     # 512 do not fit: the prompt, two steps, and the token that the last one chooses.
     assert scripted["start"] == (1, CONTEXT - 3, 2)
-    weights = read_weights(fake / GRAPH_NAME)
     for cell in report.cells:
-        expected = weights.step_bytes(cell.batch) + cell.batch * ROW_BYTES * (cell.context + 0.5)
+        weights = fake_bundle.WEIGHTS_READ.step_bytes(cell.batch)
+        expected = weights + cell.batch * ROW_BYTES * (cell.context + 0.5)
         assert cell.bytes_per_step == expected
         assert cell.mbu == pytest.approx(expected / cell.step_seconds.median / 3e9)
     assert report.file_bytes == (fake / GRAPH_NAME).stat().st_size
@@ -402,7 +270,7 @@ def test_a_report_holds_every_cell_and_the_best_bandwidth(fake, scripted):
 
 def test_without_threads_the_bandwidth_has_those_of_a_model(fake, scripted):
     report = doge_onnx.bench(fake, contexts=[4], batches=[1], tokens=1, repetitions=1)
-    assert report.threads == scripted["threads"] == bench.default_threads()
+    assert report.threads == scripted["threads"] == bandwidth.default_threads()
     assert 1 <= report.threads <= os.cpu_count()
 
 
@@ -437,7 +305,7 @@ def test_a_broken_bundle_is_refused_before_anything_is_measured(fake, scripted):
 
 def test_a_process_that_fails_is_one_line(tmp_path):
     with pytest.raises(BundleError) as caught:
-        bench.measure_start(tmp_path, None, 16, 2)
+        start_up.measure_start(tmp_path, None, 16, 2)
     assert "ended with exit code 1: " in str(caught.value)
     assert "is not a bundle" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -598,7 +466,7 @@ def test_a_failure_is_one_line_and_no_result(options, tmp_path):
 
 
 def test_bandwidth_of_a_device_is_that_of_its_copies_alone(monkeypatch):
-    monkeypatch.setattr(bench, "_MAX_ARRAY_BYTES", 2**16)
+    monkeypatch.setattr(bandwidth, "MAX_ARRAY_BYTES", 2**16)
     events = []
     empty = DeviceMemory.empty
 
@@ -611,7 +479,7 @@ def test_bandwidth_of_a_device_is_that_of_its_copies_alone(monkeypatch):
         return events.count("clock") * 2.0
 
     monkeypatch.setattr(DeviceMemory, "empty", watched)
-    monkeypatch.setattr(bench.time, "perf_counter", clock)
+    monkeypatch.setattr(bandwidth.time, "perf_counter", clock)
     # Read once and written once, in the two seconds between any two looks at the clock.
-    assert bench.copy_bandwidth(DeviceMemory("cpu")) == 2**16
-    assert events == ["memory"] * 2 + ["clock"] * 2 * bench._READS
+    assert bandwidth.copy_bandwidth(DeviceMemory("cpu")) == 2**16
+    assert events == ["memory"] * 2 + ["clock"] * 2 * bandwidth.READS

@@ -22,7 +22,7 @@ from environments import environment
 from tokenizers import Tokenizer
 
 import doge_onnx
-from doge_onnx.bundle import Bundle, read_manifest, seal
+from doge_onnx.bundle import Bundle, read_manifest
 from doge_onnx.config import DogeConfig
 from doge_onnx.export import card, metadata
 from doge_onnx.export.checkpoint import Source
@@ -110,6 +110,7 @@ def window(tmp_path_factory) -> Path:
     return export(model, model.parent / "out", state="window", verify=False).path
 
 
+@pytest.mark.slow
 def test_an_export_takes_the_license_over(window):
     block = read_block(window)
     assert block["license"] == "apache-2.0"
@@ -296,6 +297,7 @@ def clear_tokens(model, prompt: list[int], generated: list[int]) -> int:
     return int(close[0]) if len(close) else len(generated)
 
 
+@pytest.mark.external
 @pytest.mark.parametrize("target", ["tiny_bundle", "tiny_portable_bundle"])
 def test_the_snippet_for_onnxruntime_genai_runs(target, request):
     bundle = request.getfixturevalue(target)
@@ -335,6 +337,7 @@ def conversational(request, tmp_path_factory) -> Path:
     return export(model, root / "bundle", layout="hub", verify=False).path
 
 
+@pytest.mark.external
 def test_the_snippets_of_a_conversational_model_send_a_message(conversational):
     assert "conversational" in read_block(conversational)["tags"]
     python, genai = code_blocks(conversational, "python")
@@ -359,12 +362,13 @@ def test_the_snippets_of_a_conversational_model_send_a_message(conversational):
 def test_a_template_that_cannot_be_used_is_none_to_the_card(tmp_path, tiny_bundle):
     copy = shutil.copytree(tiny_bundle, tmp_path / "copy")
     (copy / "tokenizer_config.json").write_text('{"chat_template": 1}', encoding="utf-8")
-    seal(copy, read_manifest(copy))
+    draft = Bundle.draft(copy, read_manifest(copy))
     config = DogeConfig.from_file(TINY_CHECKPOINT / "config.json")
-    card.write(Source(TINY_CHECKPOINT, "tiny", None), config, {}, copy)
+    card.write(Source(TINY_CHECKPOINT, "tiny", None), config, {}, draft)
     assert "conversational" not in read_block(copy)["tags"]
 
 
+@pytest.mark.external
 @pytest.mark.parametrize("kind", ["fp32", "fp16"])
 def test_the_snippet_for_transformers_js_runs(kind, tiny_hub_bundle):
     bundle = tiny_hub_bundle(kind)
@@ -394,6 +398,7 @@ def test_the_card_of_the_hub_layout_is_that_of_a_model_for_transformers_js(tiny_
     assert f"| graph and weights | {size / 1e6:.1f} MB |\n" in text
 
 
+@pytest.mark.slow
 def test_a_window_has_no_snippet_for_tools_that_cannot_feed_it(window):
     (code,) = code_blocks(window, "python")
     assert "doge_onnx.load" in code
@@ -443,7 +448,7 @@ def test_the_snippet_for_transformers_js_is_shown_where_it_finds_the_graph(
     ("graph", "state", "change"),
     [
         ("onnx/model.onnx", {"kind": "window"}, {}),
-        ("onnx/model_quantized.onnx", {"dtype": "float16"}, {"activations": "float16"}),
+        ("onnx/model_quantized.onnx", {"dtype": "float16"}, {"device": "cuda"}),
     ],
 )
 def test_what_transformers_js_cannot_run_has_no_snippet_for_it(tiny_bundle, graph, state, change):

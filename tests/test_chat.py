@@ -218,6 +218,7 @@ def test_answers_that_are_sampled_draw_numbers_of_their_own(model):
     assert first[0] != first[1]
 
 
+@pytest.mark.slow
 def test_a_conversation_with_a_state_of_constant_size(tmp_path):
     checkpoint = tmp_path / "checkpoint"
     older_checkpoints.make(

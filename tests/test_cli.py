@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from subprocess import PIPE
 
@@ -21,6 +22,7 @@ from doge_onnx import cli, cli_options
 from doge_onnx.bundle import MANIFEST_NAME, read_manifest
 from doge_onnx.export import exporter, half, lowering, quantize
 from doge_onnx.runtime.engine import device
+from doge_onnx.runtime.generation.config import GenerationConfig
 from doge_onnx.runtime.model import Model
 
 PROMPT = "It was a dark and stormy night"
@@ -121,11 +123,19 @@ def test_help_imports_nothing_slow():
         ["generate", "bundle", "x", "--temperature", "nan"],
         ["generate", "bundle", "x", "--top-k", "0"],
         ["generate", "bundle", "x", "--top-p", "1.1"],
+        ["generate", "bundle", "x", "--top-p", "0"],
         ["generate", "bundle", "x", "--min-p", "-0.1"],
         ["generate", "bundle", "x", "--repetition-penalty", "-1"],
         ["generate", "bundle", "x", "--seed", "-1"],
         ["generate", "bundle", "x", "--threads", "0"],
         ["generate", "bundle", "x", "--logprobs"],
+        ["generate", "bundle", "x", "--top-logprobs", "3"],
+        ["generate", "bundle", "x", "--logit-bias", "5"],
+        ["generate", "bundle", "x", "--logit-bias", "five=1"],
+        ["generate", "bundle", "x", "--logit-bias", "5=nan"],
+        ["generate", "bundle", "x", "--stop", ""],
+        ["generate", "bundle", "x", "--sampler", "greedy"],
+        ["chat", "bundle", "--logprobs"],
         ["generate", "bundle", "x", "--device", "abacus"],
         ["export", "model", "out", "--device", "auto"],
     ],
@@ -147,6 +157,7 @@ def test_errors_keep_brackets_and_stay_on_one_line(tmp_path):
 # --- export and verify ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_export_makes_a_verified_bundle_and_says_what_it_made(tmp_path):
     out = tmp_path / "out"
     result = invoke("export", TINY_CHECKPOINT, out, "--context-length", "512")
@@ -177,6 +188,7 @@ def test_export_of_something_else_leaves_nothing_behind(tmp_path):
     assert list(tmp_path.iterdir()) == [model]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
 @pytest.mark.parametrize(
     ("number", "code", "last"),
@@ -239,15 +251,22 @@ def test_generate_prints_the_text_alone(tiny_bundle):
     assert (result.exit_code, result.stdout, result.stderr) == (0, expected.text + "\n", "")
 
 
-@pytest.mark.parametrize(("way", "more"), [("stream", []), ("generate", ["--json", "--logprobs"])])
+@pytest.mark.parametrize(
+    ("way", "more"),
+    [("stream", []), ("generate", ["--json", "--logprobs", "--top-logprobs=2"])],
+)
 def test_generate_passes_every_option_on(tiny_bundle, monkeypatch, way, more):
     options = {
         "max_new_tokens": 3,
+        "min_new_tokens": 1,
         "temperature": 0.9,
         "top_k": 50,
         "top_p": 0.95,
         "min_p": 0.01,
         "repetition_penalty": 1.2,
+        "presence_penalty": -0.5,
+        "frequency_penalty": 0.5,
+        "no_repeat_ngram_size": 3,
         "seed": 7,
     }
     calls = []
@@ -264,16 +283,20 @@ def test_generate_passes_every_option_on(tiny_bundle, monkeypatch, way, more):
     monkeypatch.setattr(doge_onnx, "load", recording_load)
     monkeypatch.setattr(Model, way, recording_run)
     given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    given += ["--stop=one", "--stop=two", "--threads=1", "--prefill-chunk=4"]
+    given += ["--stop=one", "--stop=two", "--logit-bias=5=-1.5", "--logit-bias=6=2", "--ignore-eos"]
+    given += ["--threads=1", "--prefill-chunk=4"]
     given += ["--device=cpu", "--no-cuda-graph", "--verbose"]
     result = invoke("generate", tiny_bundle, PROMPT, *given, *more)
     assert result.exit_code == 0, result.output
     loading = {"device": "cpu", "threads": 1, "prefill_chunk": 4, "verbose": True}
     loading["cuda_graph"] = False
+    several = {"stop": ["one", "two"], "logit_bias": {5: -1.5, 6: 2.0}, "ignore_eos": True}
     assert calls == [
         ((str(tiny_bundle),), loading),
-        ((PROMPT,), options | {"stop": ["one", "two"], "logprobs": bool(more)}),
+        ((PROMPT,), options | several | ({"logprobs": True, "top_logprobs": 2} if more else {})),
     ]
+    shown = {entry.name for entry in fields(GenerationConfig)} - {"processors", "sampler"}
+    assert shown == options.keys() | several.keys() | {"logprobs", "top_logprobs"}
 
 
 def test_generate_gives_a_program_what_the_library_returns(tiny_bundle):
@@ -291,6 +314,13 @@ def test_generate_gives_a_program_what_the_library_returns(tiny_bundle):
     assert json.loads(invoke("generate", tiny_bundle, PROMPT, *given).stdout) == shown
     result = json.loads(invoke("generate", tiny_bundle, PROMPT, *given, "--logprobs").stdout)
     assert result.pop("logprobs") == pytest.approx(expected.logprobs, abs=1e-3)
+    assert result == shown
+    result = json.loads(invoke("generate", tiny_bundle, PROMPT, *given, "--top-logprobs=2").stdout)
+    assert result.pop("logprobs") == pytest.approx(expected.logprobs, abs=1e-3)
+    top = result.pop("top_logprobs")
+    # The text is greedy, so that the most likely tokens are its own.
+    assert [first["token_id"] for first, _ in top] == expected.token_ids
+    assert [first["logprob"] for first, _ in top] == pytest.approx(expected.logprobs, abs=1e-3)
     assert result == shown
 
 
@@ -356,8 +386,7 @@ def test_no_prompt_on_a_terminal_is_wrong_usage(tiny_bundle):
         ([], b"", ["prompt is empty"]),
         (["-"], b"caf\xe9", ["standard input", "UTF-8"]),
         (["word " * 3000], None, ["2048", "tokens"]),
-        (["x", "--top-p", "0"], None, ["top_p"]),
-        (["x", "--stop", ""], None, ["stop"]),
+        (["x", "--logit-bias", "99999=1"], None, ["logit_bias", "99999"]),
         (["x", "--device", "cuda"], None, ["fp32", "half precision only", "for the device cuda"]),
     ],
 )
@@ -382,7 +411,7 @@ def test_generate_interrupted_ends_the_line_and_says_so(tiny_bundle, monkeypatch
     monkeypatch.setattr(Model, "stream", interrupted)
     result = invoke("generate", tiny_bundle, PROMPT)
     assert result.exit_code == 130
-    assert (result.stdout, result.stderr) == (f"{piece}\n", "error: interrupted\n")
+    assert (result.stdout, result.stderr) == (f"{piece.text}\n", "error: interrupted\n")
 
 
 def test_pipes_carry_utf8_whatever_the_locale(tiny_bundle):
@@ -456,4 +485,23 @@ def test_info_gives_the_manifest_to_a_program(tiny_bundle):
     result = invoke("info", tiny_bundle, "--json")
     assert (result.exit_code, result.stderr) == (0, "")
     written = (tiny_bundle / MANIFEST_NAME).read_text(encoding="utf-8")
-    assert json.loads(result.stdout) == json.loads(written)
+    assert json.loads(result.stdout) == json.loads(written) | {"ignored_generation_options": []}
+
+
+def test_info_names_what_a_bundle_asks_for_and_nobody_does(bundle_copy):
+    asked = {"do_sample": True, "top_k": 5, "typical_p": 0.9, "num_beams": 4}
+    (bundle_copy / "generation_config.json").write_text(json.dumps(asked), encoding="utf-8")
+    shown = invoke("info", bundle_copy).stdout
+    assert "asked for, not done  num_beams, typical_p\n" in shown
+    result = json.loads(invoke("info", bundle_copy, "--json").stdout)
+    assert result["ignored_generation_options"] == ["num_beams", "typical_p"]
+
+
+def test_export_names_once_what_a_checkpoint_asks_for_and_nobody_does(tmp_path):
+    model = shutil.copytree(TINY_CHECKPOINT, tmp_path / "model")
+    asked = {"top_k": 5, "typical_p": 0.9, "num_beams": 4}
+    (model / "generation_config.json").write_text(json.dumps(asked), encoding="utf-8")
+    result = invoke("export", model, tmp_path / "out", "--no-verify")
+    assert result.exit_code == 0, result.output
+    line = "generation_config.json asks for num_beams, typical_p, which this package does not do"
+    assert result.stderr.count(line) == 1

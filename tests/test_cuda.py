@@ -33,6 +33,8 @@ from doge_onnx.export.verify import RELATIVE_TOLERANCES
 from doge_onnx.runtime.engine.device import missing_for_cuda
 from doge_onnx.runtime.text.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.external
+
 # Arithmetic on lengths: of one number each.
 _LENGTHS = {"Cast", "Max", "Mod", "Squeeze", "Sub"}
 _RUN = {

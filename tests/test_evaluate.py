@@ -186,6 +186,7 @@ def eager(checkpoint):
     return EagerModel(checkpoint, 64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny", "eager"])
 def test_a_seed_makes_a_text_and_every_row_another(name, request):
     model = request.getfixturevalue(name)
@@ -366,6 +367,7 @@ def test_a_context_of_one_token_has_nothing_to_predict(tmp_path):
         doge_onnx.evaluate(path)
 
 
+@pytest.mark.slow
 def test_a_window_state_is_read_past_its_window(main_checkpoint, tmp_path):
     wide = Path(shutil.copytree(main_checkpoint, tmp_path / "checkpoint"))
     config = json.loads((wide / "config.json").read_text())
@@ -485,8 +487,10 @@ def test_the_card_and_the_manifest_show_the_figures(tiny_bundle, checkpoint, tmp
     assert "Quality" not in before
     assert "Quality" not in invoke("info", copy).stdout
     report = evaluate(BundleScorer(copy), EagerModel(checkpoint, 64), max_tokens=TOKENS)
-    bundles.write_quality(copy, report.as_dict())
-    card.write(checkpoints.find(TINY_CHECKPOINT), checkpoint.config, {}, copy)
+    manifest = replace(Bundle.open(copy).manifest, quality=report.as_dict())
+    draft = Bundle.draft(copy, manifest)
+    card.write(checkpoints.find(TINY_CHECKPOINT), checkpoint.config, {}, draft)
+    bundles.seal(copy, manifest)
     opened = Bundle.open(copy)
     assert opened.manifest.quality == report.as_dict()
     shown = (copy / "README.md").read_text(encoding="utf-8")

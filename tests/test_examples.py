@@ -26,6 +26,7 @@ def run(script, *arguments):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["tiny_bundle", "tiny_portable_bundle"])
 def test_both_examples_print_the_greedy_text_and_nothing_else(target, request):
     bundle = request.getfixturevalue(target)

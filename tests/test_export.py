@@ -33,6 +33,8 @@ from doge_onnx.errors import (
 from doge_onnx.export import exporter
 from doge_onnx.export.exporter import export
 
+pytestmark = pytest.mark.slow
+
 # The graph.
 
 

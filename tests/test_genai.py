@@ -18,6 +18,8 @@ from environments import environment
 import doge_onnx
 from doge_onnx.runtime.text.tokenizer import TextStream, Tokenizer
 
+pytestmark = pytest.mark.external
+
 PROMPT = "It was a dark and stormy night"
 # Lengths differ, and one is a single token.
 PROMPTS = [PROMPT, "Hello", "The cat sat on the mat, and then it said"]

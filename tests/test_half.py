@@ -35,6 +35,8 @@ from doge_onnx.export.verify import RELATIVE_TOLERANCES
 from doge_onnx.runtime.engine.device import missing_for_cuda
 from doge_onnx.runtime.text.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.slow
+
 HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -83,6 +85,7 @@ def tiny_fp16(tmp_path_factory):
 def test_an_export_for_cuda_is_fp16_and_compared(tiny_fp16):
     manifest, parity = tiny_fp16.manifest, tiny_fp16.parity
     assert (manifest.precision, manifest.activations) == ("fp16", "float16")
+    assert manifest.device == "cuda"
     assert (manifest.state.dtype, manifest.state.item_size) == ("float16", 2)
     assert not manifest.quantized
     assert parity is not None

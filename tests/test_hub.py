@@ -70,6 +70,7 @@ def test_only_the_files_of_a_model_are_fetched(hub, original):
     assert read(source.directory).tensors.keys() == read(original).tensors.keys()
 
 
+@pytest.mark.slow
 def test_the_card_of_an_export_names_what_it_was_made_from(hub, tmp_path):
     files = hub.repositories[MODEL]["main"]
     files["README.md"] = b"---\nlicense: apache-2.0\nlanguage: en\n---\n# Doge\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import inspect
 import subprocess
 import sys
@@ -107,7 +108,8 @@ def test_chat_templates_alone_need_jinja(tmp_path):
 
 def test_the_package_alone_imports_nothing_heavy():
     heavy = EXTRA | {"numpy", "onnxruntime", "tokenizers"}
-    assert _run("import doge_onnx; print(doge_onnx.__version__)", blocked=heavy) == "0.1.0\n"
+    code = "import doge_onnx; print(doge_onnx.__version__, 'Model' in dir(doge_onnx))"
+    assert _run(code, blocked=heavy) == f"{doge_onnx.__version__} True\n"
 
 
 @pytest.mark.parametrize("call", ["export('model', 'out')", "verify('bundle', 'model')"])
@@ -166,5 +168,26 @@ def test_the_wrappers_have_the_signatures_of_what_they_call():
 
 
 def test_the_version_is_that_of_the_distribution():
-    pyproject = Path(__file__).parents[1] / "pyproject.toml"
-    assert doge_onnx.__version__ == tomllib.loads(pyproject.read_text())["project"]["version"]
+    # It is written down in the package alone.
+    assert importlib.metadata.version("doge-onnx") == doge_onnx.__version__
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())
+    assert project["project"]["dynamic"] == ["version"]
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "doge_onnx.__version__"}
+
+
+def test_all_public_names_are_there_and_listed():
+    code = """
+        import doge_onnx
+        names = set(doge_onnx.__all__)
+        assert names <= set(dir(doge_onnx))
+        print(sorted(name for name in names if getattr(doge_onnx, name, None) is None))
+        try:
+            doge_onnx.NoSuchName
+        except AttributeError as error:
+            print(error)
+    """
+    assert _run(code) == "[]\nmodule 'doge_onnx' has no attribute 'NoSuchName'\n"
+    assert doge_onnx.Model.generate is not None
+    for name in ("Chat", "Completion", "GenerationConfig", "LogitsProcessor", "Model", "Piece"):
+        assert name in doge_onnx.__all__
+        assert getattr(doge_onnx, name).__name__ == name

@@ -19,6 +19,8 @@ from doge_onnx.errors import BundleError
 from doge_onnx.export import exporter, quantize
 from doge_onnx.runtime.engine.external_data import external_files
 
+pytestmark = pytest.mark.slow
+
 MOE = {"is_moe": True, "num_experts": 49, "num_experts_per_tok": 5, "num_hidden_layers": 2}
 GENAI = """
 import sys
@@ -131,6 +133,7 @@ def test_the_bare_loop_reads_it(tiny_hub_bundle):
         assert (result.stdout, result.stderr) == (expected + "\n", "")
 
 
+@pytest.mark.external
 def test_onnxruntime_genai_reads_it(pair, split):
     python = environment(Path(__file__).parent / "requirements" / "genai.txt")
     for bundle in (pair[1], split):

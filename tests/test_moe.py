@@ -12,6 +12,8 @@ from stepping import Growing, Window, each, fresh_text, pad, random_text, row
 import doge_onnx
 from doge_onnx.export import step as step_module
 
+pytestmark = pytest.mark.slow
+
 VOCABULARY = older_checkpoints.SMALL["vocab_size"]
 
 # Number of experts and how many of them each token gets.

@@ -20,6 +20,8 @@ import doge_onnx
 from doge_onnx.errors import ConfigError, DogeOnnxError
 from doge_onnx.export import checkpoint as checkpoint_reader
 
+pytestmark = pytest.mark.slow
+
 VOCABULARY = older_checkpoints.SMALL["vocab_size"]
 
 VARIANTS = {

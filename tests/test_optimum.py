@@ -22,6 +22,8 @@ from onnx import TensorProto, helper
 import doge_onnx
 from doge_onnx.bundle import Bundle
 
+pytestmark = pytest.mark.external
+
 TINY = ROOT / "examples" / "doge-tiny"
 PROMPT = "It was a dark and stormy night"
 PROMPTS = [PROMPT, "The old man", "Once"]

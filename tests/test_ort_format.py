@@ -9,6 +9,7 @@ from pathlib import Path
 
 import checkpoints
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from checkpoints import random_ids
@@ -23,8 +24,8 @@ from doge_onnx.errors import BundleError, DogeOnnxError
 from doge_onnx.export import exporter, ort_format
 from doge_onnx.export.exporter import export
 from doge_onnx.runtime.engine.external_data import external_files
-from doge_onnx.runtime.engine.ort_file import read_graph
-from doge_onnx.runtime.engine.weights import read_weights
+
+pytestmark = pytest.mark.slow
 
 MOE = {"is_moe": True, "num_experts": 49, "num_experts_per_tok": 5, "num_hidden_layers": 1}
 NEAREST = {"rounding": "nearest"}
@@ -52,12 +53,6 @@ def test_the_logits_are_those_of_the_onnx_format(case, tmp_path):
     checkpoint = checkpoints.make(tmp_path / "checkpoint", **config)
     onnx = export(checkpoint, tmp_path / "onnx", verify=False, **options).path
     ort = in_ort_format(onnx, tmp_path / "ort")
-    sizes = [
-        sorted(table.size for table in read_weights(path).tables if table.rows == 49)
-        for path in (onnx / GRAPH_NAME, ort / "model.ort")
-    ]
-    assert sizes[0] == sizes[1]
-    assert bool(sizes[0]) == ("mixture" in case)
     ids = random_ids(40, 97)
     results = []
     for path in (onnx, ort):
@@ -88,15 +83,18 @@ def test_the_text_is_that_of_the_onnx_format(tiny_ort, tiny_bundle):
     assert texts[0] == texts[1]
 
 
-def test_the_list_of_operators_is_what_a_reduced_build_reads(tiny_ort):
+def test_the_list_of_operators_is_what_a_reduced_build_reads(tiny_ort, tiny_bundle):
     path = tiny_ort / ort_format.OPERATORS_NAME
     operators, types = parse_config(str(path), enable_type_reduction=True)
     # Layouts of one kind of processor would be in a domain of their own.
     assert set(operators) == {"ai.onnx", "com.microsoft"}
+    # What is computed of constants alone has been, and needs no operator any more.
     listed = {
         name for versions in operators.values() for names in versions.values() for name in names
     }
-    assert listed == {node.kind for node in read_graph(tiny_ort / "model.ort")[1]}
+    graph = onnx.load(tiny_bundle / GRAPH_NAME).graph
+    assert "Cos" not in listed
+    assert {node.op_type for node in graph.node} - listed <= {"Cos", "Sin"}
     assert "GroupQueryAttention" in operators["com.microsoft"][1]
     assert types is not None
     assert path.read_text(encoding="utf-8").splitlines()[1] == "# - model.ort"
@@ -119,12 +117,11 @@ def test_a_tied_table_is_in_the_file_once(precision, tmp_path, monkeypatch):
     assert external_files(ort.path / "model.ort") == set()
 
 
-def test_bench_knows_what_a_step_reads(tiny_ort, tiny_bundle):
-    expected = read_weights(tiny_bundle / GRAPH_NAME).step_bytes(1)
-    # Constants are folded: the rotations become tables, and small ones go.
-    assert abs(read_weights(tiny_ort / "model.ort").step_bytes(1) - expected) < 0.01 * expected
+def test_bench_knows_what_a_step_reads(tiny_ort):
     report = doge_onnx.bench(tiny_ort, contexts=[16], batches=[1], repetitions=1, tokens=4)
+    manifest = Bundle.open(tiny_ort).manifest
     assert report.file_bytes == (tiny_ort / "model.ort").stat().st_size
+    assert report.cells[0].bytes_per_step > manifest.weights_read.step_bytes(1)
     assert report.cells[0].mbu > 0
 
 
@@ -135,6 +132,7 @@ def test_the_card_and_genai_name_the_file(shipped):
     assert config["model"]["decoder"]["filename"] == "model.ort"
 
 
+@pytest.mark.external
 def test_onnxruntime_genai_runs_it(shipped):
     prompt = random_ids(12, 97)
     expected = doge_onnx.load(shipped).generate(prompt, max_new_tokens=20)
@@ -183,16 +181,6 @@ def test_what_onnx_runtime_says_of_a_failed_conversion_is_passed_on(tmp_path):
     (tmp_path / GRAPH_NAME).write_bytes(b"no graph")
     with pytest.raises(BundleError, match="cannot write the ORT format"):
         ort_format.convert(tmp_path / GRAPH_NAME)
-
-
-@pytest.mark.parametrize("content", [b"", b"no flatbuffer", b"\x08\0\0\0ORTM" + b"\xff" * 64])
-def test_a_file_that_is_no_ort_model_is_refused(content, tmp_path):
-    path = tmp_path / "model.ort"
-    path.write_bytes(content)
-    with pytest.raises(BundleError, match=r"model\.ort is not a readable ORT model"):
-        read_weights(path)
-    with pytest.raises(BundleError, match="cannot read"):
-        read_weights(tmp_path / "missing.ort")
 
 
 def test_onnx_under_the_other_name_does_not_load(tiny_bundle, tmp_path):

@@ -14,9 +14,10 @@ from environments import interpreter
 
 import doge_onnx
 from doge_onnx import cli_output
-from doge_onnx.bundle import read_manifest
+from doge_onnx.bundle import check_destination, read_manifest
+from doge_onnx.errors import BundleError
 from doge_onnx.export import exporter
-from doge_onnx.measure import bench
+from doge_onnx.measure import bench, memory
 from doge_onnx.runtime.engine.threads import usable_cores
 
 # How Windows writes "\n" into a text file that is opened without more words.
@@ -102,20 +103,41 @@ def test_pipes_get_utf_8_and_plain_newlines(newline, monkeypatch):
     assert raw.getvalue() == "Schrödinger 猫\n".encode()
 
 
-def test_threads_and_memory_without_what_linux_tells(monkeypatch):
+@pytest.fixture
+def no_linux(monkeypatch):
+    """Neither /proc and /sys, nor what Python has on Linux alone, nor on POSIX alone."""
+    read_text = Path.read_text
+
+    def checked(self, *args, **options):
+        if self.parts[:2] in (("/", "proc"), ("/", "sys")):
+            raise FileNotFoundError(2, "there is no such file", str(self))
+        return read_text(self, *args, **options)
+
+    monkeypatch.setattr(Path, "read_text", checked)
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
-    assert usable_cores() == 0
-    # As where there is neither /proc nor the module `resource`.
-    monkeypatch.setattr(bench, "_proc_kilobytes", lambda *_: None)
     monkeypatch.setitem(sys.modules, "resource", None)
-    assert bench.peak_memory() is None
+
+
+def test_threads_and_memory_without_what_linux_tells(no_linux):
+    assert usable_cores() == 0
+    assert memory.peak_memory() is None
     assert bench.default_threads() >= 1
 
 
-def test_a_bundle_runs_without_what_linux_tells(monkeypatch, tmp_path):
-    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+def test_a_bundle_runs_without_what_linux_tells(no_linux, tmp_path):
     model = doge_onnx.load(fake_bundle.write(tmp_path / "bundle"))
     assert len(model.generate("the cat", max_new_tokens=3).token_ids) == 3
+
+
+def test_a_bundle_is_replaced_where_paths_know_no_mounts(monkeypatch, tmp_path):
+    def is_mount(self):
+        raise NotImplementedError("Path.is_mount() is unsupported on this system")
+
+    monkeypatch.setattr(Path, "is_mount", is_mount)
+    path = fake_bundle.write(tmp_path / "bundle")
+    check_destination(path, force=True)
+    with pytest.raises(BundleError, match="mount point"):
+        check_destination(Path(path.anchor), force=True)
 
 
 @pytest.mark.parametrize("name", ["SIGHUP", "SIGBREAK"])

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import older_checkpoints
 import oracle
+import pytest
 from checkpoints import assert_close
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
@@ -22,6 +23,8 @@ from stepping import Growing, Window, pad, random_text, row
 
 import doge_onnx
 from doge_onnx.export import checkpoint as checkpoint_reader
+
+pytestmark = pytest.mark.slow
 
 _ASKED = int(os.environ.get("PROPERTY_EXAMPLES", "0"))
 

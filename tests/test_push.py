@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import doge_onnx
 from doge_onnx import cli
-from doge_onnx.bundle import MANIFEST_NAME, read_manifest, replace_file
+from doge_onnx.bundle import MANIFEST_NAME, read_manifest, seal
 from doge_onnx.errors import BundleError, HubError
 
 REPO = "user/doge-onnx"
@@ -234,7 +234,8 @@ def test_other_refusals_name_repository_and_endpoint(hub, bundle, status):
 
 
 def test_metadata_that_the_hub_does_not_take(hub, bundle):
-    replace_file(bundle, "README.md", "---\nlicense: invalid\n---\n")
+    (bundle / "README.md").write_text("---\nlicense: invalid\n---\n", encoding="utf-8")
+    seal(bundle, read_manifest(bundle))
     assert '"license" must be one of [apache-2.0, mit]' in refusal(bundle, REPO)
     assert not hub.commits
 

@@ -15,7 +15,7 @@ from stepping import row
 
 import doge_onnx
 from doge_onnx import cli_output
-from doge_onnx.bundle import CLOSED_GATE, GRAPH_NAME, MANIFEST_NAME, read_manifest
+from doge_onnx.bundle import GRAPH_NAME, MANIFEST_NAME, read_manifest
 from doge_onnx.errors import DogeOnnxError, QualityError
 from doge_onnx.export import checkpoint as checkpoint_reader
 from doge_onnx.export import exporter, lowering, quality
@@ -23,8 +23,10 @@ from doge_onnx.export.exporter import export
 from doge_onnx.export.growing_state import GrowingState
 from doge_onnx.export.operators import STANDARD
 from doge_onnx.export.quantize import RECIPES, quantize, recipe_for
-from doge_onnx.export.state_rows import Int8Rows
+from doge_onnx.export.state_rows import CLOSED_GATE, Int8Rows
 from doge_onnx.export.step import RecurrentStep
+
+pytestmark = pytest.mark.slow
 
 MOE = {"is_moe": True, "num_experts": 49, "num_experts_per_tok": 5, "num_hidden_layers": 2}
 # Widths that no block divides, biases, a head of its own; mixtures; a group of three.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fake_bundle
+import numpy as np
 import pytest
 import tokenizers
 from hypothesis import given, settings
@@ -211,3 +212,20 @@ def test_only_what_may_become_a_stop_string_is_held_back():
     ]
     assert finder.found
     assert finder.push("after") == "" == finder.flush()
+
+
+def test_a_tokenizer_gives_text_back(byte_level):
+    ids = byte_level.encode("the café")
+    assert byte_level.token(ids[0]) == fake_bundle.BOS
+    assert byte_level.decode(ids) == "the café"
+    assert byte_level.decode(np.array(ids), skip_special_tokens=False) == "<s>the café"
+    # What is no token has no text.
+    assert byte_level.decode([*ids, 10**6]) == "the café"
+    assert byte_level.token(10**6) is None
+    assert byte_level.decode([]) == ""
+
+
+@pytest.mark.parametrize("ids", [[-1], [1.5], ["a"], [None], [2**40]])
+def test_what_is_no_token_id_has_no_text(byte_level, ids):
+    with pytest.raises(InputError, match="token ids are whole numbers"):
+        byte_level.decode(ids)

@@ -22,6 +22,8 @@ from doge_onnx.errors import (
 from doge_onnx.export import verify as verifier
 from doge_onnx.export.exporter import export
 
+pytestmark = pytest.mark.slow
+
 
 def test_an_export_is_compared_with_the_reference(main):
     parity = main.report.parity
@@ -55,7 +57,7 @@ def copy(main, tmp_path) -> Path:
 
 
 def test_verify_writes_its_figures_and_nothing_else(copy, main):
-    bundles.write_parity(copy, {})
+    bundles.write_parity(Bundle.open(copy), {})
     before = tree(copy)
     said: list[str] = []
     report = doge_onnx.verify(copy, main.checkpoint, progress=said.append)

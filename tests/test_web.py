@@ -22,6 +22,8 @@ import doge_onnx
 from doge_onnx.bundle import Bundle, read_manifest, seal
 from doge_onnx.export import exporter
 
+pytestmark = pytest.mark.external
+
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 DRIVER = ROOT / "tests" / "javascript"

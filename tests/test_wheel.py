@@ -12,6 +12,8 @@ import pytest
 
 import doge_onnx
 
+pytestmark = pytest.mark.external
+
 PROMPT = "It was a dark and stormy night"
 ROOT = Path(__file__).parents[1]
 # Whatever is added here, every board has to download.

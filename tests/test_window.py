@@ -12,6 +12,8 @@ from stepping import Growing, Window, each, fresh_text, pad, random_text, row
 
 import doge_onnx
 
+pytestmark = pytest.mark.slow
+
 STATES = {"growing": Growing, "window": Window}
 DYNAMIC = {"rope_type": "dynamic", "factor": 3.0, "rope_theta": 1e4}
 # Many tokens, so that a long text can do without any of them twice.

@@ -23,7 +23,10 @@ from doge_onnx.measure import bench, evaluate, start_up, workload
 from doge_onnx.runtime import chat as conversation
 from doge_onnx.runtime import model
 from doge_onnx.runtime.engine import state
+from doge_onnx.runtime.generation import config as options
 from doge_onnx.runtime.generation import output as completion
+from doge_onnx.runtime.generation import processors, sampling
+from doge_onnx.runtime.text import tokenizer
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 # As wide as a narrow terminal, whatever the real one is.
@@ -37,10 +40,15 @@ CLASSES: dict[str, tuple[type, ...]] = {
     "A loaded model": (
         model.Model,
         conversation.Chat,
-        state.State,
+        options.GenerationConfig,
         completion.Completion,
         completion.Piece,
+        completion.TokenLogprob,
         completion.Timings,
+        tokenizer.Tokenizer,
+        processors.LogitsProcessor,
+        sampling.Sampler,
+        state.State,
     ),
     "Reports": (
         exporter.ExportReport,
@@ -60,8 +68,21 @@ CLASSES: dict[str, tuple[type, ...]] = {
         manifest.WeightsRead,
     ),
 }
+# Names for annotations, which have no docstring.
+TYPES = {
+    "Prompt": "what `Model.generate` continues: text, token ids or messages.",
+    "GenerationOptions": "the fields of `GenerationConfig` as keyword arguments, a `TypedDict`.",
+    "FinishReason": 'why a text ended: "eos", "stop" or "length".',
+}
 # Names without an underscore that only the package itself uses.
-INTERNAL = {"Completion.join", "State.belongs_to", "Manifest.from_json", "Spread.of"}
+INTERNAL = {
+    "Completion.join",
+    "GenerationConfig.given",
+    "Manifest.from_json",
+    "Spread.of",
+    "State.belongs_to",
+    "Tokenizer.visible",
+}
 _SECTION = re.compile(r"^(Args|Attributes|Returns|Yields|Raises|Example):$")
 _TITLES = {"Args": "Arguments", "Attributes": "Attributes", "Raises": "Raises"}
 
@@ -107,13 +128,15 @@ def library() -> str:
     parts = [
         f"# Python API\n\n{NOTE}\n{summary.strip()}\n\n"
         f"```python\nimport doge_onnx\n\n{code}\n```\n\nAll of this is typed. Names that are not "
-        "here may change at any time.\n",
+        "here may change at any time. Classes of a loaded model are in `doge_onnx`, too.\n",
         "## Functions\n",
     ]
     parts += [_function(f"doge_onnx.{function.__name__}", function) for function in FUNCTIONS]
     for title, classes in CLASSES.items():
         parts.append(f"## {title}\n")
         parts += [part for entry in classes for part in _class(entry)]
+    parts.append("## Types\n")
+    parts.append("\n".join(f"- `{name}`: {words}" for name, words in TYPES.items()) + "\n")
     parts.append("## Errors\n\nAll are in `doge_onnx`, and children of `DogeOnnxError`.\n")
     found = [(name, entry) for name, entry in vars(errors).items() if name in doge_onnx.__all__]
     parts.append("\n".join(f"- `{name}`: {inspect.getdoc(entry)}" for name, entry in found) + "\n")
@@ -131,20 +154,38 @@ def _class(entry: type) -> Iterator[str]:
         for name, kind in inspect.get_annotations(entry).items()
     }
     words = _docstring(entry, types)
-    if dataclasses.is_dataclass(entry) and "Attributes:" not in words:
+    if entry is options.GenerationConfig:
+        words += _options()
+    elif dataclasses.is_dataclass(entry) and "Attributes:" not in words:
         words += (
             "\nAttributes: " + ", ".join(f"`{n}` (`{kind}`)" for n, kind in types.items()) + ".\n"
         )
     yield f"### {entry.__name__}\n\n{words}"
     for name, member in vars(entry).items():
         full = f"{entry.__name__}.{name}"
-        if name.startswith("_") or full in INTERNAL:
+        if (name.startswith("_") and name != "__call__") or full in INTERNAL:
             continue
         if isinstance(member, property):
             kind = inspect.get_annotations(member.fget)["return"] if member.fget else ""
             yield f"#### {full}\n\n`{kind}`. {_docstring(member)}"
         elif inspect.isfunction(member):
             yield _function(full, member, "####")
+
+
+def _options() -> str:
+    """The options of generation as the attributes of their class."""
+    items = []
+    for field in dataclasses.fields(options.GenerationConfig):
+        option: options.Option = field.metadata["option"]
+        items.append(
+            f"- `{field.name}` (`{field.type}`): {option.help} {_capitalized(option.words)}. "
+            f"Default: {option.default}.\n"
+        )
+    return "\nAttributes:\n\n" + "".join(items)
+
+
+def _capitalized(words: str) -> str:
+    return words[0].upper() + words[1:]
 
 
 def _signature(name: str, function: Any) -> str:
@@ -157,7 +198,8 @@ def _signature(name: str, function: Any) -> str:
         if parameter.kind is parameter.KEYWORD_ONLY and not keyword_only:
             keyword_only = True
             shown.append("*")
-        text = f"{parameter.name}: {parameter.annotation}"
+        stars = "**" if parameter.kind is parameter.VAR_KEYWORD else ""
+        text = f"{stars}{parameter.name}: {parameter.annotation}"
         if parameter.default is not parameter.empty:
             default = parameter.default
             text += f" = {json.dumps(default) if isinstance(default, str) else default}"

@@ -31,7 +31,7 @@ def write(source: Source, config: DogeConfig, taken_over: Metadata, draft: Bundl
         draft: The bundle, before it is sealed.
     """
     text = render(source, config, taken_over, draft.manifest, _is_conversational(draft))
-    (draft.path / CARD_NAME).write_text(text, encoding="utf-8")
+    (draft.path / CARD_NAME).write_text(text, encoding="utf-8", newline="\n")
 
 
 def _is_conversational(bundle: Bundle) -> bool:

@@ -42,9 +42,8 @@ def check(source: Source, progress: Callable[[str], None]) -> None:
         except BundleError as error:
             raise CheckpointError(str(error)) from None
         if defaults.ignored:
-            progress(
-                f"{path.name} asks for what this package does not do: {', '.join(defaults.ignored)}"
-            )
+            ignored = ", ".join(defaults.ignored)
+            progress(f"{path.name} asks for {ignored}, which this package does not do")
     tokenizer = source.directory / TOKENIZER_NAME
     if not tokenizer.is_file():
         progress(f"no {TOKENIZER_NAME}: the bundle will take token ids only")
