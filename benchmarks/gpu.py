@@ -103,9 +103,7 @@ def compare_greedy(scratch: Path, device: str = CUDA) -> dict[str, Any]:
     exact = doge_onnx.export(TINY, scratch / "tiny-fp32", verify=False).path
     half = doge_onnx.export(TINY, scratch / "tiny-fp16", device=CUDA, verify=False).path
     cpu, gpu = doge_onnx.load(exact, device="cpu"), doge_onnx.load(half, device=device)
-    tokenizer = cpu._tokenizer
-    assert tokenizer is not None
-    prompt = tokenizer.encode(PROMPT)
+    prompt = cpu.tokenizer.encode(PROMPT)
     ids = gpu.generate(prompt, max_new_tokens=GREEDY_TOKENS).token_ids
     truth = cpu.forward([prompt + ids[:-1]], logits="all")[0][0, len(prompt) - 1 :]
     ties = []

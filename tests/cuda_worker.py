@@ -16,70 +16,81 @@ from collections import Counter
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
+
+from doge_onnx.bundle import Bundle
 from doge_onnx.runtime.cuda.graph_replay import FixedSteps
-from doge_onnx.runtime.cuda.runner import _CudaSession
-from doge_onnx.runtime.engine.device import CUDA_PROVIDER, placed
-from doge_onnx.runtime.model import Model, load
+from doge_onnx.runtime.engine.device import CUDA, CUDA_PROVIDER, placed
+from doge_onnx.runtime.engine.loader import open_runner
+from doge_onnx.runtime.engine.runner import Runner
+from doge_onnx.runtime.engine.session import open_session
+from doge_onnx.runtime.generation.defaults import Defaults
+from doge_onnx.runtime.model import Model
 
 STEPS = 10
 # What happened while steps were captured.
 recorded: set[str] = set()
 
 
-def events(model: Model, prompts: list[list[int]], **options) -> dict[str, int]:
-    """What a decode step does: for each kind of it, the most that a step had."""
-    log = Path(os.environ["CUDA_STAND_IN_LOG"])
-    seen: list[Counter[str]] = []
-    step = _CudaSession.step
+def events(
+    runner: Runner, prompts: list[list[int]], top: int | None, ended: int | None = None
+) -> dict[str, int]:
+    """What a decode step does: for each kind of it, the most that a step had.
 
-    def watched(decoder, *args):
+    Args:
+        runner: Runs the model.
+        prompts: What comes before the steps.
+        top: How many of the largest logits are looked at.
+        ended: Which of the sequences leaves early.
+    """
+    log = Path(os.environ["CUDA_STAND_IN_LOG"])
+    _, state = runner.feed([np.array(ids) for ids in prompts], None, last_only=True)
+    session = runner.decode(state)
+    seen: list[Counter[str]] = []
+    for number in range(STEPS + 8):
+        if number == 2 and ended is not None:
+            session.remove([ended])
         log.write_text("")
-        result = step(decoder, *args)
+        session.step([3] * len(session.rows), top)
         seen.append(Counter(log.read_text().splitlines()))
         recorded.update(line for line in seen[-1] if line.startswith(("captured", "forbidden")))
-        return result
-
-    _CudaSession.step = watched
-    try:
-        # Nothing ends a text.
-        model.generate_batch(prompts, max_new_tokens=STEPS + 8, ignore_eos=True, **options)
-    finally:
-        _CudaSession.step = step
     # The first ones fill the memory of those that come.
     last = seen[-STEPS:]
     return {copy: max(step[copy] for step in last) for copy in sum(last, Counter())}
 
 
-def look(bundle: str, what: str) -> dict[str, object]:
+def look(path: str, what: str) -> dict[str, object]:
     """Where the nodes of a bundle are, and what it copies, as it is and with captured steps."""
     result = {}
     for way, cuda_graph in {"as it is": False, "captured": True}.items():
         if what == "capture" or not cuda_graph:
-            # There are no results to compare.
-            with mock.patch.object(FixedSteps, "problem", return_value=None):
-                model = load(bundle, device="cuda", cuda_graph=cuda_graph)
-            result[way] = look_at(model, what)
+            result[way] = look_at(Bundle.open(path), what, cuda_graph)
     return result
 
 
-def look_at(model: Model, what: str) -> dict[str, object]:
-    """The same of a model that is loaded."""
+def look_at(bundle: Bundle, what: str, cuda_graph: bool) -> dict[str, object]:
+    """The same in one of the two ways."""
     recorded.clear()
-    nodes = placed(model._runner._session)
+    nodes = placed(open_session(bundle, CUDA, capture=cuda_graph))
+    # There are no results to compare.
+    with mock.patch.object(FixedSteps, "problem", return_value=None):
+        runner = open_runner(bundle, CUDA, cuda_graph=cuda_graph)
     result: dict[str, object] = {
-        "device": model.device,
-        "cuda_graph": model.cuda_graph,
+        "device": runner.device,
+        "cuda_graph": runner.captures,
         "on the CPU": Counter(kind for provider, kind in nodes if provider != CUDA_PROVIDER),
         "on CUDA": Counter(kind for provider, kind in nodes if provider == CUDA_PROVIDER),
     }
     if what != "place":
         even = [[3, 4, 5], [6, 7, 8]]
         uneven = [[3, 4, 5], [6]]
-        result["greedy"] = events(model, even)
-        result["greedy, padded"] = events(model, uneven)
-        result["top-k"] = events(model, even, temperature=1.0, top_k=5, seed=0)
-        result["all"] = events(model, even, temperature=1.0, seed=0)
+        result["greedy"] = events(runner, even, top=1)
+        result["greedy, unequal"] = events(runner, uneven, top=1)
+        result["greedy, one ended"] = events(runner, even, top=1, ended=1)
+        result["top-k"] = events(runner, even, top=5)
+        result["all"] = events(runner, even, top=None)
         # Past the first capacity of a buffer, and with a state that is continued twice.
+        model = Model(bundle, runner, Defaults.read(bundle), None)
         text = model.generate([3, 4, 5], max_new_tokens=300, ignore_eos=True)
         result["tokens"] = len(text.token_ids)
         result["recorded"] = sorted(recorded)

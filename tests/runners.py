@@ -15,7 +15,17 @@ from doge_onnx.runtime.generation.defaults import Defaults
 from doge_onnx.runtime.model import Model
 
 
-class WatchedSession:
+class PassingSession:
+    """The session of a bundle, for children that do more than that when the graph runs."""
+
+    def __init__(self, path: Path) -> None:
+        self.session = open_session(Bundle.open(path))
+
+    def __getattr__(self, name):
+        return getattr(self.session, name)
+
+
+class WatchedSession(PassingSession):
     """The session of a bundle with a state that is extended in place, and what it is fed.
 
     Attributes:
@@ -25,21 +35,18 @@ class WatchedSession:
     """
 
     def __init__(self, path: Path) -> None:
-        self._session = open_session(Bundle.open(path))
+        super().__init__(path)
         self.batches: list[int] = []
         self.bound = 0
         self.hook: Callable[[], None] = lambda: None
 
-    def __getattr__(self, name):
-        return getattr(self._session, name)
-
     def io_binding(self):
         self.bound += 1
-        return self._session.io_binding()
+        return self.session.io_binding()
 
     def run_with_iobinding(self, binding, options=None):
         self.hook()
-        self._session.run_with_iobinding(binding, options)
+        self.session.run_with_iobinding(binding, options)
         # Of all outputs, logits alone have three axes.
         (shape,) = (value.shape() for value in binding.get_outputs() if len(value.shape()) == 3)
         self.batches.append(shape[0])

@@ -212,6 +212,7 @@ def test_checkpoints_that_are_measured_fit_into_fp16(tmp_path):
 
 
 _KINDS = [*_RUN, *_VARIANTS, "older"]
+_GREEDY = ("greedy", "greedy, unequal", "greedy, one ended")
 
 
 @pytest.fixture(params=["as it is", "captured"])
@@ -242,17 +243,17 @@ def across(events: dict[str, int]) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("kind", _KINDS)
-def test_greedy_decoding_copies_token_ids_and_the_length_only(seen, kind, way):
-    # The ids of two tokens come back; one number, the length, goes there. Unequal prompts are
-    # no different: all of their mask is there already.
-    for what in ("greedy", "greedy, padded"):
-        assert across(seen[kind][way][what]) == {"DtoH 16": 1, "HtoD 8": 1}
+def test_greedy_decoding_copies_token_ids_and_lengths_only(seen, kind, way):
+    # The ids of two tokens come back, and the lengths of two sequences go there, whether these
+    # are equal, and whether one has ended: it keeps its place.
+    for what in _GREEDY:
+        assert across(seen[kind][way][what]) == {"DtoH 16": 1, "HtoD 16": 1}
 
 
 @pytest.mark.parametrize("kind", _KINDS)
 def test_a_captured_step_is_one_launch(seen, kind):
     # Besides, there is the search for the best token.
-    for what in ("greedy", "greedy, padded", "top-k"):
+    for what in (*_GREEDY, "top-k"):
         events = seen[kind]["captured"][what]
         assert (events["replay"], events["kernel"]) == (1, 1)
     assert seen[kind]["as it is"]["greedy"]["kernel"] > 20
@@ -276,7 +277,8 @@ def test_sampling_copies_what_the_sampler_looks_at(seen, kind, way):
     # candidates, too, and all are fetched in the end.
     candidates = 2 * (5 + 16)
     assert back["top-k"] == {f"DtoH {candidates * 8}", f"DtoH {candidates * 4}"} | everything
-    assert "HtoD 16" in seen[kind][way]["top-k"]
+    # There go the ids and the lengths.
+    assert seen[kind][way]["top-k"]["HtoD 16"] == seen[kind][way]["all"]["HtoD 16"] == 2
 
 
 @pytest.mark.parametrize("kind", _KINDS)
@@ -329,5 +331,5 @@ def test_a_gpu_continues_a_text_as_the_cpu_does(gpu, cuda_graph, make_bundle):
     path = make_bundle(TINY_CHECKPOINT, verify=False, device="cuda").path
     here = doge_onnx.load(path, device="cpu")
     there = doge_onnx.load(path, device="cuda", cuda_graph=cuda_graph)
-    assert there._runner._fixed is not None
+    assert there.cuda_graph == cuda_graph
     assert_same_text(here, there)

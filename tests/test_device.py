@@ -11,6 +11,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 from conftest import TINY_CHECKPOINT
+from runners import PassingSession, model_on, on_device
 from typer.testing import CliRunner
 
 import doge_onnx
@@ -25,12 +26,12 @@ from doge_onnx.runtime.cuda.runner import (
     CudaWindowRunner,
 )
 from doge_onnx.runtime.engine import device as devices
-from doge_onnx.runtime.engine.runner import Best
+from doge_onnx.runtime.engine.runner import TopLogits
 
 FP32 = fake_bundle.manifest()
-FP16 = replace(FP32, precision="fp16", activations="float16", device="cuda")
-BF16 = replace(FP32, precision="bf16", activations="bfloat16", device="cuda")
-INT4 = replace(FP32, precision="int4", activations="float16", device="cuda")
+FP16 = replace(FP32, device="cuda", precision="fp16", activations="float16")
+BF16 = replace(FP32, device="cuda", precision="bf16", activations="bfloat16")
+INT4 = replace(FP32, device="cuda", precision="int4", activations="float16")
 PORTABLE = fake_bundle.manifest(in_place=False)
 
 
@@ -63,10 +64,15 @@ def machine(monkeypatch):
         def noisy():
             sys.stdout.write("Failed to load libcudnn.so.9")
 
+        def loaded(name):
+            if name in missing:
+                raise OSError(name)
+            return driver
+
         monkeypatch.setattr(devices.ort, "get_available_providers", lambda: providers)
         monkeypatch.setattr(devices.ort, "preload_dlls", noisy)
         monkeypatch.setattr(devices.platform, "system", lambda: "Linux")
-        monkeypatch.setattr(devices, "_library", lambda name: None if name in missing else driver)
+        monkeypatch.setattr(devices.ctypes, "CDLL", loaded)
 
     return pretend
 
@@ -210,12 +216,9 @@ def test_a_step_that_leaves_the_gpu_is_refused():
         devices.check_placement(Session(["CPUExecutionProvider"], []))
 
 
-def resident(path, runner=CudaGrowingRunner, chunk=4, **options):
+def resident(path, *args, **options):
     """A model whose state is in the memory of a device, which is the CPU."""
-    model = doge_onnx.load(path, device="cpu", prefill_chunk=chunk)
-    session = model._runner._session
-    model._runner = runner(session, model.manifest, DeviceMemory("cpu"), chunk, **options)
-    return model
+    return model_on(path, on_device(path, *args, **options))
 
 
 @pytest.fixture(
@@ -283,7 +286,7 @@ def test_states_keep_their_value_wherever_they_are(pair):
 
 
 def test_a_buffer_on_a_device_grows(tmp_path, monkeypatch):
-    monkeypatch.setattr("doge_onnx.runtime.engine.state._FIRST_CAPACITY", 2)
+    monkeypatch.setattr("doge_onnx.runtime.engine.state.FIRST_CAPACITY", 2)
     path = fake_bundle.write(tmp_path / "b")
     model = resident(path)
     logits, state = model.forward([[3, 4]])
@@ -294,43 +297,41 @@ def test_a_buffer_on_a_device_grows(tmp_path, monkeypatch):
     )
 
 
-class Logits:
-    """What a decoder runs, with logits that a test chooses."""
+class Equalising(PassingSession):
+    """A session that changes the logits that were computed: most become equal."""
 
-    def __init__(self, logits):
-        self.memory = DeviceMemory("cpu")
-        self.tensor = self.memory.empty(logits.shape, "float32")
-        self.tensor.value.update_inplace(logits)
+    def run_with_iobinding(self, binding, options):
+        self.session.run_with_iobinding(binding, options)
+        (logits,) = (value for value in binding.get_outputs() if len(value.shape()) == 3)
+        if logits.shape()[1] == 1:
+            row = np.linspace(-1, 1, fake_bundle.VOCAB, dtype=np.float32)
+            # In the second row, more are equal to the third best than come along.
+            tied = row.copy()
+            tied[-9:-2] = tied[-3]
+            logits.update_inplace(np.stack([row, tied])[:, np.newaxis])
 
 
 def test_candidates_are_as_many_as_needed_and_in_order(tmp_path, monkeypatch):
-    monkeypatch.setattr("doge_onnx.runtime.cuda.runner._SPARE", 2)
-    model = resident(fake_bundle.write(tmp_path / "b"))
-    _, state = model.forward([[3], [4]])
-    decoder = model._runner.decoder(state)
-    row = np.linspace(-1, 1, fake_bundle.VOCAB, dtype=np.float32)
-    # In the second row, more are equal to the third best than come along.
-    tied = row.copy()
-    tied[-9:-2] = tied[-3]
-    logits = Logits(np.stack([row, tied])[:, np.newaxis])
-    finder = decoder._find(logits.tensor, 3)
-    finder.run()
-    first, second = decoder._candidates(logits.tensor, *finder.read(), 3)
-    assert isinstance(first, Best)
+    monkeypatch.setattr("doge_onnx.runtime.cuda.runner.SPARE", 2)
+    path = fake_bundle.write(tmp_path / "b")
+    runner = on_device(path, session=Equalising(path))
+    _, state = runner.feed([np.array([3]), np.array([4])], None, last_only=False)
+    first, second = runner.decode(state).step([5, 6], 3)
+    assert isinstance(first, TopLogits)
     assert first.ids.tolist() == list(range(fake_bundle.VOCAB - 5, fake_bundle.VOCAB))
+    row = np.linspace(-1, 1, fake_bundle.VOCAB, dtype=np.float32)
     np.testing.assert_array_equal(first.logits, row[-5:])
-    np.testing.assert_array_equal(second, tied)
+    row[-9:-2] = row[-3]
+    np.testing.assert_array_equal(second, row)
 
 
 def test_greedy_ids_do_not_come_back_from_the_host(tmp_path):
-    model = resident(fake_bundle.write(tmp_path / "b"))
-    _, state = model.forward([[3], [4]])
-    decoder = model._runner.decoder(state)
-    decoder.tokens[:, 0] = [5, 6]
-    chosen = [int(row.ids[0]) for row in decoder.step(None, best=1)]
+    runner = on_device(fake_bundle.write(tmp_path / "b"))
+    _, state = runner.feed([np.array([3]), np.array([4])], None, last_only=True)
+    session = runner.decode(state)
+    chosen = [int(row.ids[0]) for row in session.step([5, 6], top=1)]
     # The host says something else now, which nobody asks it for.
-    decoder.tokens[:, 0] = [7, 7]
-    scores = decoder.step(None)
+    scores = session.step([7, 7])
     for row, (prompt, token) in enumerate(zip(([3, 5], [4, 6]), chosen, strict=True)):
         truth = fake_bundle.reference([*prompt, token])[-1]
         np.testing.assert_allclose(scores[row], truth, atol=1e-3)
@@ -350,7 +351,7 @@ def test_window_states_on_a_device(tmp_path, make_bundle, main_checkpoint):
     assert [t.token_ids for t in there.text] == [t.token_ids for t in here.text]
 
 
-@pytest.mark.parametrize("graph", [graphs.best(), graphs.extension("bfloat16")])
+@pytest.mark.parametrize("graph", [graphs.top(), graphs.extension("bfloat16")])
 def test_small_graphs_are_valid_onnx(graph):
     onnx.checker.check_model(onnx.load_from_string(graph), full_check=True)
 

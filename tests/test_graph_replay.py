@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 import checkpoints
 import numpy as np
 import pytest
-from runners import model_on, on_device
+from runners import PassingSession, model_on, on_device
 
 import doge_onnx
 from doge_onnx.bundle import Bundle
@@ -31,7 +31,6 @@ from doge_onnx.runtime.engine import device as devices
 from doge_onnx.runtime.engine import loader, state
 from doge_onnx.runtime.engine.io_names import INPUT_IDS, PAST_LENGTHS
 from doge_onnx.runtime.engine.loader import open_runner
-from doge_onnx.runtime.engine.session import open_session
 
 # Greedy, and no token ends a text.
 ENDLESS = {"ignore_eos": True, "temperature": 0}
@@ -69,7 +68,7 @@ class Binding:
         return np.ctypeslib.as_array((ctypes.c_int64 * size).from_address(address)).reshape(shape)
 
 
-class Capturing:
+class Capturing(PassingSession):
     """A session of the CPU that captures runs as CUDA would, with a fault of choice.
 
     Attributes:
@@ -80,7 +79,8 @@ class Capturing:
     """
 
     def __init__(self, path, fault=None):
-        self._session, self.fault = open_session(Bundle.open(path)), fault
+        super().__init__(path)
+        self.fault = fault
         self.runs: list[int] = []
         self.lengths: list[list[int]] = []
         self.places: list[int] = []
@@ -88,11 +88,8 @@ class Capturing:
         self._captured: dict[int, list[np.ndarray]] = {}
         self._other = ThreadPoolExecutor(1)
 
-    def __getattr__(self, name):
-        return getattr(self._session, name)
-
     def io_binding(self):
-        return Binding(self._session.io_binding())
+        return Binding(self.session.io_binding())
 
     def run_with_iobinding(self, binding, options):
         assert not self._other.submit(EXCLUSIVE.acquire, blocking=False).result()
@@ -121,7 +118,7 @@ class Capturing:
             ):
                 if self.fault == fault:
                     array[:] = values
-        self._session.run_with_iobinding(binding.real)
+        self.session.run_with_iobinding(binding.real)
         for array, values in zip(inputs, kept, strict=True):
             array[:] = values
 
