@@ -1,7 +1,7 @@
-"""Memory of a device: tensors that ONNX Runtime keeps there, and work on them.
+"""Tensors in the memory of a device, which ONNX Runtime allocates, and operations on them.
 
-Knows how to make, fill, extend and read them. Does not know what they hold. For the CPU it does
-the same in ordinary memory, which is how it is tested where there is nothing else.
+Knows how to allocate, fill, extend and read such tensors. Does not know what they hold. With the
+device "cpu" it works in ordinary memory, so that tests run without a GPU.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _ERROR = 3
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor on a device, or a part of one that is in one piece.
+    """A tensor on a device, or a contiguous part of one.
 
     Attributes:
-        value: What owns the memory.
-        dtype: Name of the element type, see `ELEMENT_TYPES`.
-        shape: Of the part.
-        address: Of its first element.
+        value: ONNX Runtime's tensor, which owns the memory.
+        dtype: Name of the element type, a key of `ELEMENT_TYPES`.
+        shape: Shape of the part.
+        address: Address of the first element of the part.
     """
 
     value: ort.OrtValue
@@ -39,18 +39,18 @@ class Tensor:
     address: int
 
     def __getitem__(self, rows: slice) -> Tensor:
-        """Some of the first axis."""
+        """A part of the first axis: `tensor[start:end]`."""
         first, end, _ = rows.indices(self.shape[0])
         size = (self.value.tensor_size_in_bytes() // max(self.value.shape()[0], 1)) * first
         return Tensor(self.value, self.dtype, (end - first, *self.shape[1:]), self.address + size)
 
     def reshaped(self, *shape: int) -> Tensor:
-        """The first elements, in another shape."""
+        """The first elements, viewed in another shape."""
         return Tensor(self.value, self.dtype, shape, self.address)
 
 
 class DeviceMemory:
-    """The memory of one device.
+    """Allocates tensors on one device and runs helper graphs on them.
 
     Args:
         device: "cpu" or "cuda".
@@ -62,7 +62,7 @@ class DeviceMemory:
         self._lock = threading.Lock()
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Tensor:
-        """A tensor that holds anything."""
+        """A tensor that is not initialized; `dtype` is a key of `ELEMENT_TYPES`."""
         value = ort.OrtValue.ortvalue_from_shape_and_type(
             shape, ELEMENT_TYPES[dtype], self.device, 0
         )
@@ -75,17 +75,21 @@ class DeviceMemory:
         return tensor
 
     def read(self, tensor: Tensor) -> NDArray[Any]:
-        """The whole tensor that `tensor` is or is a part of, in host memory of its own."""
+        """Copy a tensor to host memory; of a part, the whole tensor that it is a part of."""
         array: NDArray[Any] = tensor.value.numpy()
         return array.copy() if self.device == devices.CPU else array
 
     def extended(self, past: Tensor, row: NDArray[Any], rows: int) -> Tensor:
-        """A copy of a state tensor with equal rows behind its own.
+        """A copy of a state tensor with equal rows appended.
 
         Args:
             past: `[B, H, P, row]`.
-            row: `[row]`, as float32; must be exact in the type of the state.
-            rows: How many are added.
+            row: The row to append, float32 `[row]`. The type of the state must represent its
+                values exactly.
+            rows: Number of rows to append.
+
+        Returns:
+            `[B, H, P + rows, row]`.
         """
         batch, heads, length, width = past.shape
         result = self.empty((batch, heads, length + rows, width), past.dtype)
@@ -93,28 +97,33 @@ class DeviceMemory:
         return result
 
     def extension(self, past: Tensor, row: NDArray[Any], present: Tensor) -> Callable[[], None]:
-        """What writes `past`, and equal rows behind its own, into all of `present`.
+        """A function that copies `past` into `present` and fills the rows after it with `row`.
 
-        All is bound already, so that a call is little more than the copy.
+        The graph is bound here, once, so that a call costs little more than the copy.
+
+        Args:
+            past: `[B, H, P, row]`.
+            row: See `extended`.
+            present: `[B, H, C, row]`, C >= P.
         """
         batch, heads, length, width = present.shape
         added = np.array([batch, heads, length - past.shape[2], width], np.int64)
         session = self._session(helper_graphs.extension(past.dtype))
         binding = session.io_binding()
         self.bind_input(binding, "past", past)
-        # From bits, since NumPy lacks one of the types.
+        # Not as a NumPy array: NumPy has no bfloat16.
         binding.bind_ortvalue_input("row", _row(row, past.dtype))
         binding.bind_cpu_input("shape", added)
         self.bind_output(binding, "present", present)
         return lambda: session.run_with_iobinding(binding)
 
     def bind_input(self, binding: ort.IOBinding, name: str, tensor: Tensor) -> None:
-        """Let a graph read a tensor."""
+        """Bind an input of a graph to a tensor."""
         where = (ELEMENT_TYPES[tensor.dtype], tensor.shape, tensor.address)
         binding.bind_input(name, self.device, 0, *where)
 
     def bind_output(self, binding: ort.IOBinding, name: str, tensor: Tensor) -> None:
-        """Let a graph write a tensor."""
+        """Bind an output of a graph to a tensor."""
         where = (ELEMENT_TYPES[tensor.dtype], tensor.shape, tensor.address)
         binding.bind_output(name, self.device, 0, *where)
 
@@ -124,24 +133,24 @@ class DeviceMemory:
         names: Sequence[tuple[str, str]],
         tensors: Sequence[Tensor],
     ) -> None:
-        """Let each of some tensors be both an input and an output of a graph; they must outlive it.
+        """Bind each tensor to both an input and an output of a graph.
 
         Args:
-            binding: Of the graph.
-            names: Input and output of each tensor.
-            tensors: What they are.
+            binding: The graph's.
+            names: Name of the input and of the output for each tensor.
+            tensors: The tensors, which must outlive the binding.
         """
         for (past, present), tensor in zip(names, tensors, strict=True):
             self.bind_input(binding, past, tensor)
             self.bind_output(binding, present, tensor)
 
     def top(self, logits: Tensor, count: int, ids: Tensor | None = None) -> TopFinder:
-        """What finds the `count` largest logits; made once, for as many runs as wanted.
+        """An object that finds the `count` largest logits, as often as its `run` is called.
 
         Args:
             logits: float32 `[B, 1, V]`.
-            count: How many are wanted.
-            ids: int64 `[B, count]`, where the ids go; None for a tensor of their own.
+            count: How many logits to find for each sequence.
+            ids: int64 `[B, count]`, the tensor to write the token ids to; None for a new one.
         """
         return TopFinder(self, self._session(helper_graphs.top()), logits, count, ids)
 
@@ -181,23 +190,23 @@ class TopFinder:
         memory.bind_output(self._binding, "ids", self._ids.reshaped(batch, 1, count))
 
     def run(self) -> None:
-        """Look at the logits as they are now."""
+        """Find the largest of the logits that the tensor holds now."""
         self._session.run_with_iobinding(self._binding)
 
     def read(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Ids and logits, `[B, count]`, largest first; they cross to the host."""
+        """Copy ids (int64) and logits (float32) to the host: `[B, count]`, largest first."""
         return self.read_ids(), self._memory.read(self._values)[:, 0]
 
     def read_ids(self) -> NDArray[np.int64]:
-        """The ids alone."""
+        """Copy only the ids to the host: int64 `[B, count]`, largest logit first."""
         return self._memory.read(self._ids)
 
 
 def _row(row: NDArray[Any], dtype: str) -> ort.OrtValue:
-    """`[1, 1, 1, row]` of a type, in host memory."""
+    """A row `[row]` as a tensor `[1, 1, 1, row]` of a type, in host memory."""
     row = np.ascontiguousarray(row.reshape(1, 1, 1, -1))
     if dtype == "bfloat16":
-        # The upper half of a float32.
+        # A bfloat16 is the upper half of a float32.
         bits = (row.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
         return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, ELEMENT_TYPES[dtype])
     return ort.OrtValue.ortvalue_from_numpy(row.astype(dtype))

@@ -1,13 +1,15 @@
-"""Decode steps whose shapes and addresses never change, which CUDA captures once and replays.
+"""Decode steps of fixed shapes and addresses, which CUDA can capture once and then replay.
 
-Knows what such a step reads and writes beside the state, when it is captured, and how to find out
-whether a replay computes what the step does. Does not know whose state it is (`runner`).
+Knows the tensors of such a step, when to capture it, and how to check that a replay computes the
+same as an ordinary run. Does not know which sequences a state belongs to (`runner`).
 
-Facts about ONNX Runtime that all of this rests on: a session that was made for it captures the
-third run with a new graph id, after two ordinary ones that it makes by itself. It keeps what it
-captured for each thread, and forgets nothing before the session ends. A replay uses the temporary
-memory of the captured run, which is free for other runs in between, but not at the same time; who
-uses a device takes turns (`lock`).
+How ONNX Runtime captures:
+
+-   A session that may capture runs a graph with a new graph id twice in the ordinary way, all by
+    itself, and captures the third run.
+-   It keeps captured graphs for each thread, and frees none before the session ends.
+-   A replay uses the temporary memory of the captured run. Other runs may use that memory between
+    two replays, but not at the same time as one: `lock` lets one thread at a time use a device.
 """
 
 from __future__ import annotations
@@ -32,34 +34,35 @@ from doge_onnx.runtime.engine.io_names import (
 from doge_onnx.runtime.engine.session import has_logits_to_keep
 from doge_onnx.runtime.engine.state import Buffer
 
-# Steps on the same tensors before they are captured, which takes as long as three.
+# Ordinary steps on the same tensors before a capture, which takes as long as three steps.
 _BEFORE_CAPTURE = 4
-# For each shape: a captured graph takes memory for as long as the model is loaded.
+# Most captured graphs for each shape: each takes memory for as long as the model is loaded.
 MOST_GRAPHS = 8
-# Bytes of states that are kept for later texts of the same shape, beside that of the last text.
+# Most bytes of free states that are kept for later buffers of the same shape, not counting the
+# newest one.
 MOST_FREE = 2 << 30
-# Steps that are looked at before any text.
+# Steps that are checked when a model is loaded.
 _CHECKED_STEPS = 4
-# Of the largest logit. A replay runs the same kernels; lengths that were captured with their
-# values, as numbers, change much more.
+# Relative to the largest logit. A replay runs the same kernels; a length that was captured as a
+# constant changes the logits much more.
 _REPLAY_TOLERANCE = 1e-2
-# A shorter mask may be another order of sums, which differ as rounding does.
+# Relative to the largest logit: with a shorter mask, kernels may add in another order.
 _TOLERANCES = {"float16": 2e-2, "bfloat16": 0.16}
 
 _Names = Sequence[tuple[str, str]]
 
 
 class FixedStep:
-    """A graph that is bound for good: one token for each sequence, on the same tensors.
+    """A decode step of fixed shapes: the graph, bound once to tensors that never change places.
 
-    Only what the tensors hold changes: the ids, and how many rows of each sequence are there. The
-    mask is of all rows of the buffer, of which the graph reads no more than those.
+    Between two runs only the values in the tensors change: the ids, and the number of rows of each
+    sequence. The mask covers all rows of the buffer; the graph reads only the rows that exist.
 
     Attributes:
         tensors: The state, each `[B, H, capacity, row]`.
-        ids: int64 `[B, 1]` on the device: what the next run feeds.
+        ids: int64 `[B, 1]` on the device, the tokens that the next run feeds.
         logits: float32 `[B, 1, V]` on the device.
-        graph: Options of a run that is captured or replayed; None if there will be none.
+        graph: Options of a run that CUDA captures or replays; None if it may not.
     """
 
     def __init__(
@@ -93,19 +96,19 @@ class FixedStep:
         self._count = 0
 
     def put_lengths(self, lengths: NDArray[np.int64]) -> None:
-        """Let the next run feed the tokens behind so many rows of each sequence."""
+        """Set how many rows of the state each sequence has before the next run, int64 `[B]`."""
         self._lengths.value.update_inplace(lengths)
 
     def run_on_device(self) -> Tensor:
-        """Run the graph, or replay it; logits `[B, 1, V]` that the next run overwrites."""
+        """Run or replay the step; returns logits `[B, 1, V]`, which the next run overwrites."""
         self._count += 1
         if self.graph is not None and self._count > _BEFORE_CAPTURE:
             try:
                 self.run_with(self.graph)
-            # The exceptions of ONNX Runtime share no base class but this one.
+            # ONNX Runtime's exceptions have no other base class in common.
             except Exception:
-                # Something else in this process used the device meanwhile. What was written is
-                # written again, with the same values.
+                # Other code in this process used the device during the capture. The ordinary run
+                # below writes all results again, with the same values.
                 self.graph = None
             else:
                 return self.logits
@@ -113,22 +116,22 @@ class FixedStep:
         return self.logits
 
     def run_with(self, options: ort.RunOptions) -> None:
-        """Run the graph as `options` say."""
+        """Run the graph with these options: an ordinary run or a captured one."""
         self._session.run_with_iobinding(self._binding, options)
 
 
 class FixedSteps:
-    """Fixed steps of one model, each with the tensors of one buffer at a time.
+    """The steps of fixed shapes of one model, each lent to one buffer at a time.
 
-    A step that was captured is only good with its own tensors. So these outlive their buffer,
-    and the next buffer of the same shape gets them.
+    A captured step works only with the tensors that it was captured with. So a step and its tensors
+    outlive their buffer, and the next buffer of the same shape gets them.
 
     Args:
-        session: What runs the graph, which can be told where its tokens are.
-        names: Input and output of each tensor of the state.
-        memory: Where that is.
-        vocab_size: Size of the last axis of the logits.
-        capture: Whether to capture steps; the session must have been made for it.
+        session: Runs the graph, which must have the input `past_lengths`.
+        names: Name of the input and of the output for each tensor of the state.
+        memory: Memory of the device.
+        vocab_size: V, the size of the last axis of the logits.
+        capture: Whether to capture steps; the session must have been opened for it.
     """
 
     def __init__(
@@ -147,8 +150,8 @@ class FixedSteps:
         self._of_buffer: weakref.WeakKeyDictionary[Buffer, FixedStep] = weakref.WeakKeyDictionary()
 
     def take(self, batch: int, capacity: int) -> FixedStep | None:
-        """A step whose tensors have that shape and nobody uses, which is the caller's now."""
-        # The newest ones; whenever a buffer goes, on whatever thread, there is one more.
+        """Take a free step for `batch` sequences of `capacity` rows; None if there is none."""
+        # Newest first. Another thread may drop a buffer, and so add a free step, at any time.
         steps = [self._free.popleft() for _ in range(len(self._free))]
         taken, size = None, 0
         for number, step in enumerate(reversed(steps)):
@@ -166,19 +169,19 @@ class FixedSteps:
         return taken
 
     def let_go(self) -> bool:
-        """Let go of all that is kept for later texts; whether there was anything."""
+        """Drop all free steps and their tensors; returns whether there were any."""
         kept = bool(self._free)
         self._free.clear()
         return kept
 
     def lend(self, step: FixedStep, buffer: Buffer) -> None:
-        """Let a step be that of a buffer which has its tensors, for as long as it lives."""
+        """Lend a step to a buffer that has its tensors, for as long as the buffer lives."""
         self._of_buffer[buffer] = step
         if step.graph is not None:
             weakref.finalize(buffer, self._free.append, step).atexit = False
 
     def of(self, buffer: Buffer) -> FixedStep:
-        """The step of a buffer's tensors."""
+        """The step of a buffer; makes one if the buffer has none."""
         step = self._of_buffer.get(buffer)
         if step is None:
             step = self._new(buffer.tensors)
@@ -191,17 +194,21 @@ class FixedSteps:
         with_growing_mask: Callable[[NDArray[np.int64], int], NDArray[np.float32]],
         activations: str,
     ) -> str | None:
-        """What is wrong with fixed steps or with replaying them, or None if nothing is.
+        """Check steps of fixed shapes, and their replays, against ordinary steps.
 
-        Each of a few steps is run in up to three ways, which must agree: of whatever a capture
-        would fix that must not be fixed, all steps but the first would show it.
+        Runs a few steps, each in up to three ways that must agree: with a growing mask, with fixed
+        shapes, and captured. A value that a capture wrongly turned into a constant would show in
+        every step but the first.
 
         Args:
-            tensors: A state of a single sequence, of zeros.
+            tensors: The state of a single sequence, all zeros.
             with_growing_mask: Runs the same step with a mask that ends with its token, on a state
-                of its own: from ids `[1, 1]` and the number of tokens before to logits
+                of its own. Takes ids `[1, 1]` and the number of tokens before them; returns logits
                 `[1, 1, V]`.
-            activations: What the graph computes in.
+            activations: Element type that the graph computes in, "float16" or "bfloat16".
+
+        Returns:
+            What is wrong, in words, or None if all agree.
         """
         step = self._new(tensors)
         nothing = np.full(step.logits.shape, np.nan, np.float32)
@@ -223,7 +230,7 @@ class FixedSteps:
                 strict=False,
             ):
                 difference = float(np.abs(ours - truth).max())
-                # Not a number is no good, either.
+                # Written so that NaN counts as a difference.
                 if not difference <= tolerance * float(np.abs(truth).max()):
                     return f"the logits of a {what} differ by {difference:.3g}"
         if step.graph is not None:

@@ -1,7 +1,8 @@
-"""Small ONNX graphs, written by hand: work between two steps that must not leave a device.
+"""Builds small ONNX graphs that work on the device between two decode steps.
 
-ONNX Runtime has no other way to copy on a device, or to look for the best token there. Knows
-just enough of the file format to write them without the `onnx` package.
+ONNX Runtime offers no other way to copy on a device or to find the most likely token there. Knows
+just enough of the file format to write such graphs without the `onnx` package. Does not know how
+they are run (`device_memory`).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
-# Numbers of onnx.proto's element types.
+# Element types and their numbers in onnx.proto.
 ELEMENT_TYPES = {"float32": 1, "int8": 3, "int64": 7, "float16": 10, "bfloat16": 16}
 # Field numbers of onnx.proto.
 _MODEL_IR_VERSION, _MODEL_GRAPH, _MODEL_OPSET = 1, 7, 8
@@ -24,10 +25,13 @@ _IR_VERSION, _OPSET = 10, 18
 
 @functools.cache
 def extension(dtype: str) -> bytes:
-    """A graph that puts equal rows behind those of a state.
+    """A serialized graph that copies a state tensor and appends equal rows to it.
 
-    Inputs: `past` `[B, H, P, row]`, `row` `[1, 1, 1, row]`, `shape` int64 `[4]`, that of what is
-    added. Output: `present` `[B, H, P + shape[2], row]`.
+    Inputs: `past` `[B, H, P, row]`; `row` `[1, 1, 1, row]`, the row to append; `shape` int64 `[4]`,
+    the shape of all appended rows together. Output: `present` `[B, H, P + shape[2], row]`.
+
+    Args:
+        dtype: Element type of the state, a key of `ELEMENT_TYPES`.
     """
     kind = ELEMENT_TYPES[dtype]
     return _model(
@@ -42,7 +46,7 @@ def extension(dtype: str) -> bytes:
 
 @functools.cache
 def top() -> bytes:
-    """A graph that finds the largest logits.
+    """A serialized graph that finds the largest logits.
 
     Inputs: `logits` float32 `[B, 1, V]`, `count` int64 `[1]`. Outputs: `values` float32 and
     `ids` int64, both `[B, 1, count]`, largest first.
@@ -87,7 +91,7 @@ def _node(operator: str, inputs: Sequence[str], outputs: Sequence[str], **attrib
 
 
 def _value(name: str, element_type: int, rank: int) -> bytes:
-    """A tensor whose axes are of any size."""
+    """The description of an input or output whose axes may have any size."""
     dims = (
         _bytes(_SHAPE_DIM, _bytes(_DIM_NAME, f"{name}_{axis}".encode())) for axis in range(rank)
     )
@@ -105,7 +109,7 @@ def _int(number: int, value: int) -> bytes:
 
 
 def _varint(value: int) -> bytes:
-    # A negative number is its two's complement in 64 bits.
+    # Protobuf writes a negative number as its two's complement in 64 bits.
     value &= 2**64 - 1
     encoded = bytearray()
     while value > 127:

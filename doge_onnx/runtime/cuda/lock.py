@@ -1,6 +1,6 @@
-"""A device has one user at a time, and where steps are captured, they come from few threads.
+"""Lets one thread at a time use a device, and runs captured steps on few threads.
 
-Does not know what is run.
+Knows threads and locks. Does not know what the functions do that it calls.
 """
 
 from __future__ import annotations
@@ -10,19 +10,20 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
-# Of the whole process: while CUDA captures, it lets no thread allocate or copy.
+# One lock for the whole process: while CUDA captures, no thread may allocate or copy.
 EXCLUSIVE = threading.RLock()
 
 _Result = TypeVar("_Result")
 
 
 class DeviceLock:
-    """Runs what uses the device of one model.
+    """Calls the functions that use the device of one model, one at a time.
 
     Args:
-        few_threads: Whether only the thread that makes this and one more ever run anything, the
-            one more for all others. ONNX Runtime keeps CUDA's handles, and what it captured, for
-            each thread that ran a session which may capture, until the session ends.
+        few_threads: Whether to call all functions on two threads only: on the thread that made this
+            object, and on one worker thread for all other callers. A session of ONNX Runtime that
+            may capture keeps CUDA's handles and its captured graphs for each thread that has run
+            it, until the session ends.
     """
 
     def __init__(self, few_threads: bool) -> None:
@@ -31,14 +32,14 @@ class DeviceLock:
         self._others = ThreadPoolExecutor(1, "doge-onnx")
 
     def run(self, function: Callable[..., _Result], *args: Any, **options: Any) -> _Result:
-        """Call a function when nobody else uses a device, and return what it does."""
+        """Wait until no other thread uses a device, then call a function and return its result."""
         if not self._few_threads or threading.get_ident() == self._home:
             return _alone(function, *args, **options)
         future: Future[_Result] = self._others.submit(_alone, function, *args, **options)
         try:
             return future.result()
         except BaseException:
-            # An interrupt does not reach the other thread, which may still be writing.
+            # Ctrl-C does not reach the worker thread, which may still write to the state.
             wait([future])
             raise
 

@@ -1,8 +1,9 @@
-"""Runners whose state stays in the memory of a device.
+"""Runners that keep the state in the memory of a GPU.
 
-Each does what its parent does, with tensors of a device in the place of NumPy's. What crosses at a
-step of decoding is the ids and lengths of the sequences, or as many of the largest logits as a
-sampler looks at. Does not know which device it is (`device_memory`).
+Knows, for each runner of `engine`, how to do the same with tensors on a device in place of NumPy
+arrays. A decode step copies only ids and lengths to the device, and back only as many of the
+largest logits as the sampler needs. Does not know how to allocate on a device (`device_memory`) or
+how steps are captured (`graph_replay`).
 """
 
 from __future__ import annotations
@@ -37,20 +38,20 @@ from doge_onnx.runtime.engine.session import has_logits_to_keep
 from doge_onnx.runtime.engine.state import Buffer, State
 from doge_onnx.runtime.engine.window_runner import WindowRunner
 
-# Tokens that go through the graph at once: a device with its own memory is busy with many only.
+# Most tokens of a prompt in one run of the graph: a GPU is only busy with many at once.
 CUDA_CHUNK = 2048
-# Candidates beyond those that a sampler asked for, in case that some equal the last of them.
+# Logits read beyond the number that a sampler asked for, in case some equal the last of those.
 SPARE = 16
 
 
 class CudaBinding:
-    """A graph bound to state tensors of a device; takes the place of `InPlaceBinding`.
+    """The graph, bound to state tensors on a device; takes the place of `InPlaceBinding`.
 
-    ONNX Runtime copies an input from another memory when it is bound, and not when the graph
-    runs: whatever changes on the host is bound again.
+    ONNX Runtime copies an input from host memory when it is bound, and not when the graph runs. So
+    an input on the host is bound again whenever its value changes.
 
     Attributes:
-        capacity: Rows of the tensors.
+        capacity: Rows of the state's tensors.
     """
 
     def __init__(
@@ -61,13 +62,21 @@ class CudaBinding:
         memory: DeviceMemory,
         vocab_size: int,
     ) -> None:
-        """Bind `tensors` to pairs of input and output names; they must outlive this."""
+        """Bind the tensors of a state, which must outlive the binding.
+
+        Args:
+            session: Runs the graph.
+            names: Name of the input and of the output for each tensor.
+            tensors: The state, each `[B, H, capacity, row]`.
+            memory: Memory of the device.
+            vocab_size: V, the size of the last axis of the logits.
+        """
         self._session, self._memory, self._vocab_size = session, memory, vocab_size
         self._binding = session.io_binding()
         memory.bind_in_place(self._binding, names, tensors)
         self._batch, _, self.capacity, _ = tensors[0].shape
         self._ids: Tensor | None = None
-        # What is bound on the host must live as long.
+        # Inputs on the host, which must live as long as they are bound.
         self._host: dict[str, NDArray[np.int64]] = {}
         self._ones: Tensor | None = None
         self._logits: Tensor | None = None
@@ -76,9 +85,9 @@ class CudaBinding:
         self._kept = -1
 
     def put(self, name: str, array: NDArray[np.int64]) -> None:
-        """Give an input a value; `array` itself is only read now."""
+        """Set an input for the next runs to a copy of `array`."""
         array = array.copy()
-        # Not bind_cpu_input, which takes no inputs that have a default.
+        # Not bind_cpu_input, which refuses inputs that have a default.
         self._binding.bind_input(name, CPU, 0, np.int64, array.shape, array.ctypes.data)
         self._host[name] = array
         if name == INPUT_IDS:
@@ -86,7 +95,7 @@ class CudaBinding:
 
     @property
     def ids(self) -> Tensor:
-        """int64 `[B, 1]` on the device: what the next runs feed, from the first use of this on."""
+        """The tokens to feed, int64 `[B, 1]` on the device; the first use binds them as input."""
         if self._ids is None:
             self._ids = self._memory.empty((self._batch, 1), "int64")
             self._memory.bind_input(self._binding, INPUT_IDS, self._ids)
@@ -94,22 +103,29 @@ class CudaBinding:
         return self._ids
 
     def put_lengths(self, lengths: NDArray[np.int64]) -> None:
-        """Let the next run feed the tokens behind so many rows of each sequence."""
+        """Set how many rows of the state each sequence has before the next run, int64 `[B]`."""
         self.put(PAST_LENGTHS, lengths)
         columns = mask_columns(int(lengths.max()) + 1, self.capacity)
-        # The mask is the beginning of a tensor that was there before.
+        # The mask is the beginning of a tensor of ones that is made once.
         if self._ones is None:
             self._ones = self._memory.ones(self._batch * self.capacity)
         mask = self._ones.reshaped(self._batch, columns)
         self._memory.bind_input(self._binding, ATTENTION_MASK, mask)
 
     def run(self, last_only: bool) -> NDArray[np.float32]:
-        """Run the graph for the tokens that are bound; see `InPlaceBinding.run`."""
+        """Run the graph for the bound tokens; see `Binding.run`."""
         logits: NDArray[np.float32] = self._memory.read(self.run_on_device(last_only))
         return last_position(logits) if last_only else logits
 
     def run_on_device(self, last_only: bool = True) -> Tensor:
-        """Run the graph; logits `[B, 1, V]` or `[B, S, V]` that the next run overwrites."""
+        """Run the graph; returns logits on the device, which the next run overwrites.
+
+        Args:
+            last_only: Compute logits for the last position only, if the graph can.
+
+        Returns:
+            float32 `[B, 1, V]` or `[B, S, V]`.
+        """
         batch, positions = self._positions
         if self._keeps:
             keep = 1 if last_only else 0
@@ -126,12 +142,12 @@ class CudaBinding:
 
 
 class _DeviceState:
-    """What the runners of a device share: where states are, and who may use the device.
+    """What all runners of a GPU share: memory for states, the lock of the device, and bindings.
 
     Args:
-        session: With the inputs and outputs that the manifest implies.
-        manifest: Of the bundle.
-        memory: Where states are.
+        session: Has the inputs and outputs that the manifest implies.
+        manifest: The bundle's.
+        memory: Memory of the device.
         capture: Whether the session may capture runs.
     """
 
@@ -141,7 +157,7 @@ class _DeviceState:
         layout = manifest.state
         self.memory = memory
         self.lock = DeviceLock(few_threads=capture)
-        # What there is in a row that holds nothing.
+        # An empty row.
         self.zero = np.zeros(layout.row_size, np.float32)
         self._session, self._vocab_size = session, manifest.vocab_size
         past, present = past_names(layout.num_layers), present_names(layout.num_layers)
@@ -149,23 +165,23 @@ class _DeviceState:
         self._layout = layout
 
     def bind(self, tensors: Sequence[Tensor]) -> CudaBinding:
-        """What runs the graph on the tensors of a state."""
+        """Bind the graph to the tensors of a state."""
         return CudaBinding(self._session, self.names, tensors, self.memory, self._vocab_size)
 
     def no_rows(self, batch: int) -> Tensor:
-        """A state tensor without rows."""
+        """A state tensor without rows, `[batch, heads, 0, row]`."""
         shape = (batch, self._layout.num_heads, 0, self._layout.row_size)
         return self.memory.empty(shape, self._layout.dtype)
 
 
 class CudaGrowingRunner(InPlaceRunner):
-    """For graphs that extend their state in place; captures decode steps where that is asked.
+    """Runs graphs that extend their state in place; can capture decode steps.
 
     Args:
-        session: With the inputs and outputs that the manifest implies.
-        manifest: Of the bundle.
-        memory: Where states are.
-        chunk: Most tokens of a sequence that go through the graph at once.
+        session: Has the inputs and outputs that the manifest implies.
+        manifest: The bundle's.
+        memory: Memory of the device.
+        chunk: Most tokens of a sequence in one run of the graph.
         capture: Whether the session may capture runs.
     """
 
@@ -182,7 +198,7 @@ class CudaGrowingRunner(InPlaceRunner):
         self._on_device = _DeviceState(session, manifest, memory, capture)
         self.lock = self._on_device.lock
         self._activations = manifest.activations
-        # None until steps of fixed shapes were seen to be right.
+        # None until a check has shown that steps of fixed shapes are right here.
         self._fixed: FixedSteps | None = None
 
     def feed(
@@ -199,23 +215,23 @@ class CudaGrowingRunner(InPlaceRunner):
         )
 
     def bind(self, tensors: Sequence[Any]) -> CudaBinding:
-        """What runs the graph on the tensors of a state."""
+        """Bind the graph to the tensors of a state."""
         return self._on_device.bind(tensors)
 
     def use_fixed_steps(self, capture: bool) -> str | None:
-        """Run decode steps with fixed shapes from now on, if they are right here.
+        """Run decode steps with fixed shapes from now on, if a check finds them right here.
 
         Args:
-            capture: Whether CUDA captures and replays them, if replays are right; the session must
-                have been made for it.
+            capture: Whether CUDA captures and replays them; the session must have been opened for
+                it.
 
         Returns:
-            What is wrong, or None if nothing is; see `FixedSteps`.
+            What the check found wrong, or None; see `FixedSteps.problem`.
         """
         steps = FixedSteps(self._session, self._names, self.memory, self.vocab_size, capture)
-        # As large as the first buffer of a single text, which then finds its step captured.
+        # The shape of the first buffer of a single sequence, which can then use the captured step.
         capacity = self._rounded_capacity(1)
-        # A binding does not keep what it is bound to.
+        # Kept in a variable, because a binding does not keep its tensors alive.
         state = self._zeros(1, capacity)
         binding = self.bind(state)
 
@@ -230,11 +246,11 @@ class CudaGrowingRunner(InPlaceRunner):
         return problem
 
     def decode(self, state: State) -> DecodeSession:
-        """Go on from `state`, which nobody will use again, one token at a time."""
+        """Start a decode session; see `Runner.decode`."""
         return _CudaSession(self, state)
 
     def bind_step(self, buffer: Buffer) -> CudaBinding | FixedStep:
-        """What runs the graph on a buffer, one token at a time, for one user of it."""
+        """Bind the graph to a buffer for decode steps; only one session may use the result."""
         return self.bind(buffer.tensors) if self._fixed is None else self._fixed.of(buffer)
 
     def _capacity(self, rows: int, most: int | None) -> int:
@@ -243,22 +259,22 @@ class CudaGrowingRunner(InPlaceRunner):
         return self._rounded_capacity(rows)
 
     def _rounded_capacity(self, rows: int) -> int:
-        """Of few sizes, so that what was captured can be used again; with room for a token."""
+        """Capacity of a new buffer: one of few sizes, so that captured steps fit, and with room."""
         return super()._capacity(max(rows, min(rows + 1, self._context_length)), None)
 
     def _new_buffer(
         self, past: Sequence[Any], batch: int, length: int, capacity: int, end: int
     ) -> Buffer:
         if past:
-            # All rows of a buffer come along, since they lie between others; nothing reads them.
+            # The copy takes all rows of the past, also the unused rows between two sequences.
             capacity = max(capacity, past[0].shape[2])
         step = None if self._fixed is None else self._fixed.take(batch, capacity)
         if self._fixed is None or step is None:
             return super()._new_buffer(past, batch, length, capacity, end)
-        # First of all, so that an interrupt loses nothing.
+        # Lent before anything else, so that an interrupt does not lose the step.
         buffer = Buffer(step.tensors, capacity, np.full(batch, end, np.int64))
         self._fixed.lend(step, buffer)
-        # At the start of a text, what was there before does no harm: nothing reads it.
+        # Without a past, old rows may stay in the buffer: the graph does not read them.
         for source, target in zip(past, step.tensors, strict=False):
             self.memory.extension(source, self._on_device.zero, target)()
         return buffer
@@ -271,11 +287,11 @@ class CudaGrowingRunner(InPlaceRunner):
                 self.memory.extended(t, self._on_device.zero, capacity - t.shape[2]) for t in past
             ]
             return more or self._zeros(batch, capacity)
-        # The exceptions of ONNX Runtime share no base class but this one.
+        # ONNX Runtime's exceptions have no other base class in common.
         except Exception:
             if self._fixed is None or not self._fixed.let_go():
                 raise
-        # There may be room now.
+        # Dropping free steps may have made room.
         return self._new_tensors(past, batch, length, capacity)
 
     def _zeros(self, batch: int, capacity: int) -> list[Tensor]:
@@ -284,10 +300,10 @@ class CudaGrowingRunner(InPlaceRunner):
 
 
 class _CudaSession(InPlaceSession):
-    """Leaves the logits where they are if it can.
+    """A decode session that leaves the logits on the device if it can.
 
-    A sequence that has ended keeps its place, since shapes are fixed: it is fed, and writes, at
-    the row behind its last one, again and again.
+    Shapes are fixed, so a sequence that has ended keeps its place: each step feeds it a token and
+    writes that token's row after the sequence's last one, always over the same row.
     """
 
     def __init__(self, runner: CudaGrowingRunner, state: State) -> None:
@@ -297,7 +313,7 @@ class _CudaSession(InPlaceSession):
         self._binding: CudaBinding | FixedStep | None = None
         self._finder: TopFinder | None = None
         self._count = 0
-        # Whether the ids that come next are on the device already.
+        # Whether the device holds the ids of the next step already.
         self._chosen = False
 
     def step(self, token_ids: Sequence[int], top: int | None = None) -> Sequence[Scores]:
@@ -306,7 +322,7 @@ class _CudaSession(InPlaceSession):
         return self._cuda.lock.run(self._step, top)
 
     def remove(self, rows: Collection[int]) -> None:
-        """Let sequences leave; see `DecodeSession.remove`."""
+        """Remove sequences; see `DecodeSession.remove`."""
         self.rows = [row for row in self.rows if row not in rows]
 
     def _step(self, top: int | None) -> Sequence[Scores]:
@@ -336,7 +352,7 @@ class _CudaSession(InPlaceSession):
     def _find(self, binding: CudaBinding | FixedStep, logits: Tensor, top: int) -> TopFinder:
         count = 1 if top == 1 else min(top + SPARE, logits.shape[2])
         if self._finder is None or self._count != count:
-            # A single one is what the next step feeds, and goes where that reads.
+            # The single most likely token is fed next, so it is written to the input directly.
             ids = binding.ids if top == 1 else None
             self._finder, self._count = self._cuda.memory.top(logits, count, ids), count
         return self._finder
@@ -344,13 +360,20 @@ class _CudaSession(InPlaceSession):
     def _candidates(
         self, logits: Tensor, ids: NDArray[np.int64], values: NDArray[np.float32], top: int
     ) -> Sequence[Scores]:
-        """The largest of each sequence, with all that equal the last of those asked for."""
+        """The `top` largest logits of each sequence, and all that equal the smallest of them.
+
+        Args:
+            logits: float32 `[B, 1, V]` on the device.
+            ids: Token ids of the largest logits, int64 `[B, count]`, count >= `top`.
+            values: Their logits, float32 `[B, count]`, largest first.
+            top: How many the caller asked for.
+        """
         memory, everything = self._cuda.memory, None
         scores: list[Scores] = []
         for row in self.rows:
             row_ids, row_values = ids[row], values[row]
             if len(row_ids) < logits.shape[2] and row_values[top - 1] == row_values[-1]:
-                # There may be more of them.
+                # Even more logits may equal the smallest one.
                 everything = memory.read(logits) if everything is None else everything
                 scores.append(everything[row, 0])
                 continue
@@ -360,7 +383,7 @@ class _CudaSession(InPlaceSession):
 
 
 class CudaWindowRunner(WindowRunner):
-    """For graphs with a state of constant size."""
+    """Runs graphs with a state of bounded size."""
 
     def __init__(
         self,
@@ -387,7 +410,7 @@ class CudaWindowRunner(WindowRunner):
         )
 
     def bind(self, tensors: Sequence[Any]) -> CudaBinding:
-        """What runs the graph on the tensors of a state."""
+        """Bind the graph to the tensors of a state."""
         return self._on_device.bind(tensors)
 
     def _new_tensors(self, state: PaddedState | None, batch: int, capacity: int) -> list[Any]:
@@ -405,7 +428,7 @@ class CudaWindowRunner(WindowRunner):
 
 
 class CudaCopyingRunner(CopyingRunner):
-    """For graphs of standard operators."""
+    """Runs graphs of standard operators."""
 
     def __init__(
         self,
@@ -432,7 +455,7 @@ class CudaCopyingRunner(CopyingRunner):
         )
 
     def rewind(self, state: State, length: int) -> State | None:
-        """Not here: the rows would have to cross; see `Runner.rewind`."""
+        """None: the rows would have to be copied to the host and back; see `Runner.rewind`."""
         return None
 
     def _empty(self, batch: int) -> ort.OrtValue:

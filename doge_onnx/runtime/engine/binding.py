@@ -1,7 +1,7 @@
-"""A graph bound to the memory that it reads and writes.
+"""Binds the inputs and outputs of a graph to arrays in memory.
 
-Knows how to tell ONNX Runtime where the state, the inputs and the logits of a step are,
-and does as little as it can of that at each step. Does not know who owns the memory.
+Knows how to tell ONNX Runtime where the state, the inputs and the logits of a step are, and binds
+again only what has changed since the last step. Does not know which state the arrays belong to.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _DEVICE = ("cpu", 0)
 
 
 class Binding(Protocol):
-    """What runs the graph on some sequences of a buffer: `InPlaceBinding`, or that of a GPU.
+    """The graph, bound to the state of some sequences: `InPlaceBinding` or `CudaBinding`.
 
     Attributes:
         capacity: Rows of the state's tensors.
@@ -31,20 +31,27 @@ class Binding(Protocol):
     capacity: int
 
     def put(self, name: str, array: NDArray[np.int64]) -> None:
-        """Give an input a value."""
+        """Set an input for the next runs to a copy of `array`."""
 
     def run(self, last_only: bool) -> NDArray[np.float32]:
-        """Run the graph; logits `[B, 1, V]` or `[B, S, V]`, not used again by anybody else."""
+        """Run the graph.
+
+        Args:
+            last_only: Compute logits for the last position only.
+
+        Returns:
+            Float32 logits `[B, 1, V]` or `[B, S, V]`, in an array that belongs to the caller.
+        """
 
 
 class InPlaceBinding:
-    """One set of state tensors, each of which is both past and present of the graph.
+    """The graph, bound to NumPy arrays, each of which is both a past and a present tensor.
 
-    A bind costs some microseconds, and a model has a hundred tensors: the state is bound
-    once, and so is everything else as long as its shape stays. Not for two runs at a time.
+    Binding one tensor takes some microseconds, and a model has a hundred of them. So the state is
+    bound once, and every other tensor only when its shape changes. Not safe for concurrent runs.
 
     Attributes:
-        capacity: Rows of the tensors.
+        capacity: Rows of the state's arrays.
     """
 
     def __init__(
@@ -54,13 +61,13 @@ class InPlaceBinding:
         tensors: Sequence[NDArray[Any]],
         vocab_size: int,
     ) -> None:
-        """Bind `tensors`, which must outlive this, to pairs of input and output names.
+        """Bind the arrays of a state, which must outlive the binding.
 
         Args:
-            session: What runs the graph.
-            names: Input and output of each tensor.
-            tensors: The state, each C-contiguous.
-            vocab_size: Size of the last axis of the logits.
+            session: Runs the graph.
+            names: Name of the input and of the output for each array.
+            tensors: The state, each `[B, heads, capacity, row_size]` and C-contiguous.
+            vocab_size: V, the size of the last axis of the logits.
         """
         self._session = session
         self._vocab_size = vocab_size
@@ -78,12 +85,12 @@ class InPlaceBinding:
             self.bind(LOGITS_TO_KEEP, self._keep)
 
     def bind(self, name: str, array: NDArray[np.int64]) -> None:
-        """Let an input be whatever `array`, C-contiguous, holds at each run."""
+        """Bind an input to `array`, C-contiguous: each run reads what it holds at that time."""
         self._binding.bind_input(name, *_DEVICE, np.int64, array.shape, array.ctypes.data)
         self._inputs[name] = array
 
     def put(self, name: str, array: NDArray[np.int64]) -> None:
-        """Give an input a value; `array` itself is only read now."""
+        """Set an input for the next runs to a copy of `array`."""
         bound = self._inputs.get(name)
         if bound is not None and bound.shape == array.shape:
             bound[...] = array
@@ -91,19 +98,12 @@ class InPlaceBinding:
             self.bind(name, array.copy())
 
     def bind_logits(self, logits: NDArray[np.float32]) -> None:
-        """Let the next runs write their logits `[B, 1, V]` or `[B, S, V]` there."""
+        """Bind the output for logits to an array `[B, 1, V]` or `[B, S, V]`."""
         self._binding.bind_output(LOGITS, *_DEVICE, np.float32, logits.shape, logits.ctypes.data)
         self._logits = logits
 
     def run(self, last_only: bool) -> NDArray[np.float32]:
-        """Run the graph for the tokens `[B, S]` that are bound.
-
-        Args:
-            last_only: Compute logits for the last position only.
-
-        Returns:
-            Logits `[B, 1, V]` or `[B, S, V]`, not used again by anybody else.
-        """
+        """Run the graph for the bound tokens `[B, S]`; see `Binding.run`."""
         batch, positions = self._inputs[INPUT_IDS].shape
         if self._keep is not None:
             self._keep[0] = 1 if last_only else 0
@@ -114,21 +114,21 @@ class InPlaceBinding:
         return last_position(logits) if last_only else logits
 
     def run_as_bound(self) -> None:
-        """Run the graph; its logits go where they were bound last, and must fit there."""
+        """Run the graph; the logits go to the array that `bind_logits` bound last."""
         self._session.run_with_iobinding(self._binding)
 
 
 class Bindings:
-    """One binding for each buffer, for as long as the buffer lives.
+    """Keeps one binding for each buffer, as long as the buffer lives.
 
-    Binding the state costs more than all else that Python does in a step.
+    Binding the state takes longer than all else that Python does in a step.
     """
 
     def __init__(self) -> None:
         self._of_buffer: weakref.WeakKeyDictionary[Buffer, Binding] = weakref.WeakKeyDictionary()
 
     def of(self, buffer: Buffer, new: Callable[[Sequence[Any]], Binding]) -> Binding:
-        """The binding of a buffer's tensors; `new` makes one."""
+        """The binding of a buffer's tensors; `new` makes it if there is none yet."""
         binding = self._of_buffer.get(buffer)
         if binding is None:
             binding = self._of_buffer[buffer] = new(buffer.tensors)
@@ -136,5 +136,5 @@ class Bindings:
 
 
 def last_position(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Logits `[B, 1, V]` of the last position; a copy, so that the others can be freed."""
+    """Logits `[B, 1, V]` of the last position, copied so that those of the others can be freed."""
     return logits if logits.shape[1] == 1 else logits[:, -1:].copy()

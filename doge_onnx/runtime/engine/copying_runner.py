@@ -1,6 +1,7 @@
 """Runs graphs of standard operators, which return the whole state as new tensors.
 
-Knows where such a graph finds the past and leaves the present.
+Knows how to pass the past to such a graph and how to take the present from it. Does not know how a
+batch is padded or cut into chunks (`padded_runner`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from doge_onnx.runtime.engine.state import Buffer, State
 
 
 class MaskedState(PaddedState):
-    """A state that remembers where its padding is: the graph wants the mask of all columns.
+    """A state that keeps the mask of its columns, because the graph takes the whole mask.
 
     Attributes:
         mask: int64 `[batch_size, columns]`, 1 for a token, 0 for padding.
@@ -35,7 +36,7 @@ class MaskedState(PaddedState):
 
 
 class CopyingRunner(PaddedRunner):
-    """For graphs whose present is a copy of the past with new rows behind it."""
+    """Runs graphs whose present is a copy of the past with the new rows appended."""
 
     def __init__(
         self, session: ort.InferenceSession, manifest: Manifest, chunk: int = DEFAULT_CHUNK
@@ -70,9 +71,9 @@ class CopyingRunner(PaddedRunner):
     def _run_graph(
         self, feeds: dict[str, NDArray[np.int64]], past: Sequence[ort.OrtValue]
     ) -> tuple[NDArray[np.float32], Sequence[ort.OrtValue]]:
-        """Run the graph; returns logits and the new state."""
+        """Run the graph once; returns float32 logits `[B, S, V]` and the tensors of the present."""
         values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
-        # The state stays in ONNX Runtime's own memory: as NumPy arrays it would be copied twice.
+        # The state stays in ONNX Runtime's own memory: NumPy arrays would be copied twice.
         logits, *present = self._session.run_with_ort_values(
             self._outputs, values | dict(zip(self._past, past, strict=True))
         )

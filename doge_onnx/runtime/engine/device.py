@@ -1,8 +1,8 @@
-"""Devices: which of them a bundle runs on, and what is missing where it cannot.
+"""Devices: which one runs a bundle, and what is missing where CUDA cannot.
 
-Knows the CUDA that ONNX Runtime needs and how to find out, without a session, that a part of it
-is not there: ONNX Runtime itself would go on with the CPU and say so in its log only. Does not
-know how memory of a device is used (`memory`).
+Knows which parts of CUDA ONNX Runtime needs and how to find a missing one without a session: ONNX
+Runtime itself would run on the CPU and mention it only in its log. Does not know how the memory of
+a device is used (`cuda.device_memory`).
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ AUTO, CPU, CUDA = "auto", "cpu", "cuda"
 DEVICES = (AUTO, CPU, CUDA)
 CUDA_PROVIDER = "CUDAExecutionProvider"
 _CPU_PROVIDER = "CPUExecutionProvider"
-# TF32 would round the inputs of float32 products, those of the gates, to 11 bits.
+# TF32 would round the inputs of the float32 products that compute the gates to 11 bits.
 _CUDA_OPTIONS = {"use_tf32": "0"}
 _GRAPH_ID = "gpu_graph_id"
-# How a failed call of CUDA or its libraries begins; the rest is about ONNX Runtime's sources.
+# How ONNX Runtime reports a failed call of CUDA or its libraries; what follows names its sources.
 _CUDA_FAILURE = re.compile(r"CU\w+ failure \d+: [^;]*[^; ]")
-# Of the CUDA that onnxruntime-gpu is built for, and what it cannot be loaded without.
+# The CUDA version that onnxruntime-gpu is built for, and the libraries that it needs to load.
 _CUDA_MAJOR = 13
 _LIBRARIES = ("libcudart.so.13", "libcublasLt.so.13", "libcublas.so.13", "libcurand.so.10")
-# Both packages own the same files, so neither may be left when the one is installed.
+# onnxruntime and onnxruntime-gpu own the same files: both must go before one is installed again.
 _INSTALL = (
     "pip install 'doge-onnx[cuda]' && pip uninstall --yes onnxruntime onnxruntime-gpu && "
     "pip install --no-deps onnxruntime-gpu"
 )
-# What a graph may leave to the CPU: arithmetic on lengths and shapes, of a few numbers each. The
-# CUDA provider has kernels for them all and leaves them there because their inputs are there.
+# Operators that may run on the CPU: arithmetic on lengths and shapes, a few numbers each. The CUDA
+# provider has kernels for all of them, but places them on the CPU if their inputs are there.
 _SHAPE_OPERATORS = {
     *("Add", "Sub", "Mul", "Div", "Mod", "Neg", "Min", "Max", "Equal", "Where", "Range"),
     *("Cast", "Concat", "ConstantOfShape", "Gather", "Reshape", "Shape", "Size", "Slice"),
@@ -47,15 +47,16 @@ _SHAPE_OPERATORS = {
 
 
 def choose_device(asked: str, manifest: Manifest) -> str:
-    """The device that a bundle will run on, "cpu" or "cuda".
+    """The device that will run a bundle, "cpu" or "cuda".
 
     Args:
-        asked: "auto" takes CUDA where it is and the bundle is made for it; the others insist.
-        manifest: Of the bundle.
+        asked: "auto", "cpu" or "cuda". "auto" takes CUDA if it is installed and can run the bundle,
+            and else the CPU.
+        manifest: The bundle's.
 
     Raises:
         InputError: There is no device of that name.
-        DeviceError: The bundle cannot run on the device, or something is not installed.
+        DeviceError: The bundle cannot run on the device, or the device lacks a driver or a library.
     """
     if asked not in DEVICES:
         raise InputError(f"device {asked!r} is not known; choose from: {', '.join(DEVICES)}")
@@ -78,9 +79,9 @@ def choose_device(asked: str, manifest: Manifest) -> str:
 
 
 def reason_for_cpu(manifest: Manifest) -> str | None:
-    """Why "auto" takes the CPU for a bundle, or None if nobody would expect anything else.
+    """Why "auto" takes the CPU for a bundle; None if a user would not expect CUDA.
 
-    One would where the bundle is made for CUDA, or where onnxruntime-gpu is installed.
+    A user would expect it if the bundle is made for CUDA, or if onnxruntime-gpu is installed.
     """
     if manifest.device == CPU and CUDA_PROVIDER not in ort.get_available_providers():
         return None
@@ -88,17 +89,17 @@ def reason_for_cpu(manifest: Manifest) -> str | None:
 
 
 def why_not_cuda(manifest: Manifest) -> str | None:
-    """Why a bundle cannot run there, and what to do or install; None if it can."""
+    """Why CUDA cannot run a bundle, and what to do or install; None if it can."""
     return _unfit(CUDA, manifest) or missing_for_cuda()
 
 
 def runs_on_cpu(manifest: Manifest) -> bool:
-    """Whether a bundle can run there."""
+    """Whether the CPU can run a bundle."""
     return _unfit(CPU, manifest) is None
 
 
 def providers(device: str, capture: bool = False) -> list[Any]:
-    """What ONNX Runtime is to run a graph with; `capture` lets CUDA capture `captured_run`s."""
+    """The execution providers for a device; `capture` lets CUDA capture each `captured_run`."""
     if device == CUDA:
         options = _CUDA_OPTIONS | {"enable_cuda_graph": str(int(capture))}
         return [(CUDA_PROVIDER, options), _CPU_PROVIDER]
@@ -106,27 +107,27 @@ def providers(device: str, capture: bool = False) -> list[Any]:
 
 
 def captured_run(graph: int) -> ort.RunOptions:
-    """Options of a run that replays the graph of that number, or captures it if there is none."""
+    """Options of a run that replays the CUDA graph of that number, or captures it first."""
     options = ort.RunOptions()
     options.add_run_config_entry(_GRAPH_ID, str(graph))
     return options
 
 
-# Where it can capture, ONNX Runtime would capture any run that does not say otherwise.
+# A session that may capture would capture every run, unless the run has this number.
 ORDINARY_RUN = captured_run(-1)
 
 
 def cuda_failure(error: Exception) -> str | None:
-    """What an exception of ONNX Runtime says of a call of CUDA that failed; None if nothing."""
+    """The failed call of CUDA that an exception of ONNX Runtime reports; None if there is none."""
     failure = _CUDA_FAILURE.search(" ".join(str(error).split()))
     return None if failure is None else failure[0]
 
 
 def check_placement(session: ort.InferenceSession) -> None:
-    """Check that CUDA runs all of a graph but arithmetic on shapes.
+    """Check that CUDA runs all nodes of a graph, except arithmetic on shapes.
 
     Raises:
-        DeviceError: It does not.
+        DeviceError: CUDA did not start, or the CPU runs another node.
     """
     if CUDA_PROVIDER not in session.get_providers():
         raise DeviceError(
@@ -143,7 +144,10 @@ def check_placement(session: ort.InferenceSession) -> None:
 
 
 def placed(session: ort.InferenceSession) -> Sequence[tuple[str, str]]:
-    """Provider and operator of each node of a graph whose session was told to record them."""
+    """Execution provider and operator of each node of a graph.
+
+    The session must have been opened with `session.record_ep_graph_assignment_info`.
+    """
     return [
         (part.ep_name, node.op_type)
         for part in session.get_provider_graph_assignment_info()
@@ -152,7 +156,7 @@ def placed(session: ort.InferenceSession) -> Sequence[tuple[str, str]]:
 
 
 def _unfit(device: str, manifest: Manifest) -> str | None:
-    """Why a bundle cannot run on a device, or None if it can."""
+    """Why a device cannot run a bundle, whatever is installed; None if it can."""
     if device == CPU and manifest.activations == "bfloat16":
         return (
             "this bundle computes in bf16, for which ONNX Runtime has no kernels on the CPU: it "
@@ -167,7 +171,7 @@ def _unfit(device: str, manifest: Manifest) -> str | None:
 
 
 def missing_for_cuda() -> str | None:
-    """What keeps CUDA from being used here, and what to install; None if nothing does."""
+    """What CUDA lacks on this machine, and what to install; None if it lacks nothing."""
     if CUDA_PROVIDER not in ort.get_available_providers():
         return (
             f"the installed onnxruntime {ort.__version__} is built without CUDA; install the one "
@@ -177,7 +181,7 @@ def missing_for_cuda() -> str | None:
 
 
 def _driver_problem() -> str | None:
-    """What is wrong with the driver and the devices that it has, or None if nothing is."""
+    """What is wrong with the NVIDIA driver and its GPUs; None if nothing is."""
     name = "nvcuda.dll" if platform.system() == "Windows" else "libcuda.so.1"
     update = f"install an NVIDIA driver for CUDA {_CUDA_MAJOR}, 580 or newer"
     driver = _library(name)
@@ -198,10 +202,10 @@ def _driver_problem() -> str | None:
 
 
 def _library_problem() -> str | None:
-    """Which of CUDA's libraries are missing, or None if none is."""
+    """Which of CUDA's libraries cannot be loaded, and how to get them; None if all can."""
     if platform.system() != "Linux":
         return None
-    # It finds those that pip installed, and prints what it does not find.
+    # Loads the libraries that pip installed, and prints the names of those that it does not find.
     with contextlib.redirect_stdout(io.StringIO()):
         ort.preload_dlls()
     missing = [name for name in _LIBRARIES if _library(name) is None]

@@ -1,8 +1,8 @@
-"""Which files an ONNX graph keeps its weights in.
+"""Finds the files in which an ONNX graph keeps its weights.
 
-Knows just enough of ONNX to find every `external_data` location in a model file, without
-copying the weights that are inside the file. Does not know what the tensors mean or whether
-the graph is valid otherwise.
+Knows just enough of ONNX to find every `external_data` location in a model file, without copying
+the weights inside the file. Does not know what the tensors mean, nor whether the rest of the graph
+is valid.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 from doge_onnx.manifest import ORT_SUFFIX
 from doge_onnx.runtime.engine.protobuf import fields, read_model
 
-# Field numbers of onnx.proto. A message kind maps a field to the kind of message in it;
-# every field that can hold a tensor, directly or inside of a subgraph, is here.
+# Field numbers of onnx.proto: for each kind of message, its fields and the kind of message in each.
+# Every field that can hold a tensor, directly or in a subgraph, is here.
 _MESSAGES: dict[str, dict[int, str]] = {
     "model": {7: "graph", 20: "training", 25: "function"},
     "training": {1: "graph", 2: "graph"},
@@ -35,19 +35,19 @@ def external_files(path: Path) -> set[str]:
         path: A file of the ONNX format, or of ONNX Runtime's own.
 
     Returns:
-        The locations as they stand in the file, relative to its directory; empty if the
-        model holds all of its weights itself.
+        The locations as written in the file, relative to its directory; empty if the file holds all
+        weights itself.
 
     Raises:
         BundleError: The file cannot be read or is not a protobuf message.
     """
-    # The ORT format has all of its weights inside.
+    # A file of the ORT format holds all weights itself.
     return set() if path.suffix == ORT_SUFFIX else read_model(path, _locations)
 
 
 def _locations(data: mmap.mmap) -> set[str]:
     found = set()
-    # A stack instead of recursion: a file made to nest deeply must not exhaust Python's.
+    # No recursion: a hostile file could nest deeper than Python's limit.
     stack = [("model", slice(0, len(data)))]
     while stack:
         kind, span = stack.pop()

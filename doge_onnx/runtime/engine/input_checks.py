@@ -1,6 +1,7 @@
-"""Checks of what a caller passes to `forward`, and its conversion to arrays.
+"""Checks the arguments of `Model.forward` and converts them to arrays.
 
-Knows ids, masks and the limits of the model. Does not know text or how the graph is run.
+Knows token ids, masks, states and the limits of the model. Does not know text or how the graph is
+run.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ def token_matrix(input_ids: ArrayLike, vocab_size: int) -> NDArray[np.int64]:
     """Token ids as a C-contiguous int64 array `[B, S]`.
 
     Raises:
-        InputError: It is not a matrix of whole numbers, is empty, or an id is not in
-            `range(vocab_size)`.
+        InputError: `input_ids` is not a matrix of whole numbers, is empty, or holds an id that is
+            not in `range(vocab_size)`.
     """
     ids = _integers(input_ids, "input_ids")
     if ids.ndim == 1 and ids.size:
@@ -43,10 +44,10 @@ def token_matrix(input_ids: ArrayLike, vocab_size: int) -> NDArray[np.int64]:
 
 
 def token_mask(attention_mask: ArrayLike | None, shape: tuple[int, ...]) -> NDArray[np.bool] | None:
-    """Which new ids are tokens, bool of `shape`; None if all are.
+    """The mask of the new ids as bool of `shape`, True for a token; None if there is no mask.
 
     Raises:
-        InputError: The mask has another shape, holds something other than 0 and 1, or no 1.
+        InputError: The mask has another shape, holds a value other than 0 and 1, or no 1.
     """
     if attention_mask is None:
         return None
@@ -64,10 +65,10 @@ def token_mask(attention_mask: ArrayLike | None, shape: tuple[int, ...]) -> NDAr
 
 
 def check_room(lengths: NDArray[np.int64], context_length: int) -> None:
-    """Check that sequences of so many tokens, int64 `[B]`, fit into the context.
+    """Check that sequences of `lengths` tokens, int64 `[B]`, fit into the context.
 
     Raises:
-        InputError: One of them does not.
+        InputError: A sequence is longer than the context.
     """
     longest = int(lengths.max())
     if longest > context_length:
@@ -78,10 +79,10 @@ def check_room(lengths: NDArray[np.int64], context_length: int) -> None:
 
 
 def check_state(state: State | None, batch: int, owner: object) -> None:
-    """Check that `state` can be continued with `batch` sequences.
+    """Check that the runner `owner` can continue `state` with `batch` sequences.
 
     Raises:
-        InputError: It is not a state, comes from another model, or has another batch size.
+        InputError: `state` is not a state, comes from another model, or has another batch size.
     """
     if state is None:
         return
@@ -96,7 +97,11 @@ def check_state(state: State | None, batch: int, owner: object) -> None:
 
 
 def _integers(value: ArrayLike, name: str, booleans: bool = False) -> NDArray[Any]:
-    """`value` as an array of whole numbers."""
+    """`value` as an array of integers, or of bools too if `booleans`.
+
+    Raises:
+        InputError: It holds something else, or its rows have unequal lengths.
+    """
     try:
         array = np.asarray(value)
     except (ValueError, OverflowError):  # rows of unequal length

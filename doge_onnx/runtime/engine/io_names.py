@@ -4,12 +4,12 @@ from __future__ import annotations
 
 INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"
-# Of graphs with a window state, which do not see the mask of all tokens.
+# Only of graphs with a window state, whose mask covers the new tokens only.
 POSITION_IDS = "position_ids"
 LOGITS = "logits"
-# How many last positions get logits, 0 for all; an input with a default that not every graph has.
+# How many of the last positions get logits, 0 for all. Optional, and not every graph has it.
 LOGITS_TO_KEEP = "logits_to_keep"
-# How many rows of the state each sequence has; an input with a default, see `export.graph`.
+# How many rows of the state each sequence has. Optional; for its default see `export.graph`.
 PAST_LENGTHS = "past_lengths"
 
 

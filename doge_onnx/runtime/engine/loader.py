@@ -1,7 +1,7 @@
-"""From a bundle to what runs it: which device, and whether CUDA replays decode steps there.
+"""Opens the runner of a bundle: chooses the device, and whether CUDA replays decode steps.
 
-Knows in which order to try. Does not know what a session needs (`session`), what a device lacks
-(`device`) or how a graph is run (`runner` and its children).
+Knows which devices and modes to try, and in which order. Does not know what a session needs
+(`session`), how to find out what a device lacks (`device`) or how a graph is run (`runner`).
 """
 
 from __future__ import annotations
@@ -38,15 +38,14 @@ def open_runner(
         bundle: An opened bundle.
         device: "auto", "cpu" or "cuda"; see `choose_device`.
         threads: See `open_session`.
-        chunk: Most tokens of a sequence that go through the graph at once; None is as many as
-            suit the device.
+        chunk: Most tokens of a sequence in one run of the graph; None for the device's default.
         verbose: See `open_session`.
-        cuda_graph: Whether decode steps are captured and replayed; None is where that works.
+        cuda_graph: Whether to capture decode steps and replay them; None for yes where it works.
 
     Raises:
-        InputError: A device that nobody knows, or numbers out of their range.
-        DeviceError: The device is not there or cannot run the bundle, or cannot capture its steps
-            though it should.
+        InputError: There is no device of that name, or a number is out of its range.
+        DeviceError: The device is missing or cannot run the bundle, or `cuda_graph` is True and
+            its steps cannot be captured.
         BundleError: See `open_session`.
     """
     if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
@@ -59,7 +58,7 @@ def open_runner(
             with EXCLUSIVE:
                 return _on_cuda(bundle, threads, chunk, verbose, cuda_graph)
         except DeviceError as error:
-            # What somebody insists on is not left out.
+            # "auto" may fall back to the CPU, but not from what the caller asked for by name.
             if cuda_graph or device != devices.AUTO or not devices.runs_on_cpu(bundle.manifest):
                 raise
             reason: str | None = str(error)
@@ -100,14 +99,14 @@ def _on_cuda(
             f"the steps of this bundle cannot be captured in a CUDA graph: {problem}; or run it "
             "without"
         )
-    # A session that failed to capture once is not used again.
+    # A new session: one that failed to capture is not used again.
     return _runner(bundle, threads, chunk, verbose, capture=False)
 
 
 def _capturing(
     bundle: Bundle, threads: int | None, chunk: int | None, verbose: bool
 ) -> Runner | str:
-    """What runs a bundle on CUDA and captures its steps, or why that does not work."""
+    """A runner that captures decode steps on CUDA, or the reason why there is none."""
     try:
         runner = _runner(bundle, threads, chunk, verbose, capture=True)
     except CaptureError as error:
@@ -115,14 +114,14 @@ def _capturing(
     assert isinstance(runner, CudaGrowingRunner)
     try:
         return runner.use_fixed_steps(capture=True) or runner
-    # A capture that fails says so when the graph is run, and in no class of its own. If it is
-    # something else, it will be seen again without a capture.
+    # A failed capture shows only in a run, and ONNX Runtime has no exception class for it. Any
+    # other error will come up again without a capture.
     except Exception as error:
         return devices.cuda_failure(error) or " ".join(str(error).split())
 
 
 def _changing_shapes(bundle: Bundle) -> str | None:
-    """Why the shapes of decode steps change, so that none can be captured; None if they do not."""
+    """Why decode steps of a bundle have changing shapes; None if their shapes are fixed."""
     manifest = bundle.manifest
     state = manifest.state
     if state.kind != "growing" or not state.in_place or manifest.activations == "float32":
@@ -136,10 +135,10 @@ def _changing_shapes(bundle: Bundle) -> str | None:
 def _runner(
     bundle: Bundle, threads: int | None, chunk: int | None, verbose: bool, capture: bool
 ) -> Runner:
-    """What runs a bundle on CUDA."""
+    """Open the runner of a bundle on CUDA; it does not capture steps yet."""
     session = open_session(bundle, devices.CUDA, threads, verbose, capture)
     manifest, memory = bundle.manifest, DeviceMemory(devices.CUDA)
-    # Graphs that cannot leave logits out would need memory for those of all positions.
+    # A graph that always computes all logits would need too much memory for a larger chunk.
     chunk = chunk or (CUDA_CHUNK if has_logits_to_keep(session) else DEFAULT_CHUNK)
     if manifest.state.kind == "window":
         return CudaWindowRunner(session, manifest, memory, chunk)
@@ -147,6 +146,6 @@ def _runner(
         return CudaCopyingRunner(session, manifest, memory, chunk)
     runner = CudaGrowingRunner(session, manifest, memory, chunk, capture)
     if not capture and _changing_shapes(bundle) is None:
-        # What is wrong with them is left out, and masks grow instead.
+        # If they are not right here, the runner goes on with masks that grow.
         runner.use_fixed_steps(capture=False)
     return runner

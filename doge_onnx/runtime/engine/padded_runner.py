@@ -1,8 +1,8 @@
-"""Runs graphs in which the tokens of all sequences of a batch end together.
+"""Runs graphs that need all sequences of a batch to end in the same column.
 
-Knows how unequal sequences are padded on the left, and how a long prompt is cut into chunks. The
-runners of such graphs are `copying_runner` and `window_runner`; which others there are, and why, is
-in `runner`.
+Knows how to pad unequal sequences on the left and how to cut a long prompt into chunks. Does not
+know how the graph is run: that is in `copying_runner` and `window_runner`. `runner` lists which
+bundles need padding.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from doge_onnx.bundle import Manifest
 from doge_onnx.runtime.engine.runner import DEFAULT_CHUNK, DecodeSession, Runner, Scores
 from doge_onnx.runtime.engine.state import Buffer, State, grown_capacity
 
-# Any id does, since its mask keeps everything from seeing it.
+# Any id will do, because the mask hides padding.
 _PADDING_ID = 0
 
 
 class PaddedState(State):
-    """A state of which all sequences have as many columns.
+    """A state whose sequences all have the same number of columns.
 
     Attributes:
         columns: Tokens that each sequence was fed, padding included.
@@ -37,13 +37,13 @@ class PaddedState(State):
 
 
 class PaddedRunner(Runner):
-    """Feeds a batch as a matrix, with a mask of its padding."""
+    """Feeds a batch as one matrix of token ids, with a mask that marks padding."""
 
     def __init__(
         self, session: ort.InferenceSession, manifest: Manifest, chunk: int = DEFAULT_CHUNK
     ) -> None:
         super().__init__(session, manifest, chunk)
-        # Rows that a state without padding never exceeds.
+        # Most rows of a sequence without padding.
         self._most_rows = manifest.context_length
 
     def feed(
@@ -59,7 +59,7 @@ class PaddedRunner(Runner):
         ids, mask = left_pad(tokens)
         new = ids.shape[1]
         end = new if state is None else state.columns + new
-        # For all chunks at once, so that no state between two of them is ever copied.
+        # Room for all chunks from the start, so that no buffer is copied between two chunks.
         capacity = grown_capacity(end, self._most_rows, most_tokens)
         parts = []
         for start in range(0, new, self._chunk):
@@ -69,7 +69,7 @@ class PaddedRunner(Runner):
                 np.ascontiguousarray(mask[:, columns]),
                 state,
                 last_only,
-                # States between two chunks are nobody else's.
+                # The caller never sees the states between two chunks.
                 consume or start > 0,
                 capacity,
             )
@@ -80,7 +80,7 @@ class PaddedRunner(Runner):
         return [row[len(row) - count :] for row, count in zip(every, kept, strict=True)], state
 
     def decode(self, state: State) -> DecodeSession:
-        """Go on from `state`, which nobody will use again, one token at a time."""
+        """Start a decode session; see `Runner.decode`."""
         return _PaddedSession(self, state)
 
     @abstractmethod
@@ -93,23 +93,23 @@ class PaddedRunner(Runner):
         consume: bool,
         capacity: int,
     ) -> tuple[NDArray[np.float32], PaddedState]:
-        """Feed at most a chunk of new tokens.
+        """Feed up to one chunk of new tokens.
 
         Args:
             input_ids: int64 `[B, S]`, C-contiguous.
-            mask: int64 `[B, S]`, C-contiguous, 0 where an id is padding.
+            mask: int64 `[B, S]`, C-contiguous; 1 for a token, 0 for padding.
             state: See `feed`.
             last_only: Compute logits for the last position only.
             consume: See `feed`.
-            capacity: Rows of a buffer, if a new one is made.
+            capacity: Rows of the buffer, if the runner has to make one.
 
         Returns:
-            Logits `[B, 1, V]` or `[B, S, V]`, and the state.
+            Float32 logits `[B, 1, V]` or `[B, S, V]`, and the state after these tokens.
         """
 
 
 class _PaddedSession(DecodeSession):
-    """Feeds a sequence that has ended padding."""
+    """A decode session that feeds padding to sequences that have ended."""
 
     def __init__(self, runner: PaddedRunner, state: State) -> None:
         self.rows = list(range(state.batch_size))
@@ -124,18 +124,18 @@ class _PaddedSession(DecodeSession):
         return [logits[row][0] for row in self.rows]
 
     def remove(self, rows: Collection[int]) -> None:
-        """Let sequences leave; see `DecodeSession.remove`."""
+        """Remove sequences; see `DecodeSession.remove`."""
         self.rows = [row for row in self.rows if row not in rows]
 
     def end(self) -> State:
-        """The state after all that was fed; see `DecodeSession.end`."""
+        """End the session; see `DecodeSession.end`."""
         return self._state
 
 
 def left_pad(
     tokens: Sequence[Sequence[int] | NDArray[np.int64]],
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Sequences as one matrix, so that all end together, and its mask; both int64 `[B, S]`."""
+    """Pad sequences on the left to equal lengths; returns ids and mask, both int64 `[B, S]`."""
     longest = max(len(row) for row in tokens)
     ids = np.full((len(tokens), longest), _PADDING_ID, np.int64)
     mask = np.zeros_like(ids)

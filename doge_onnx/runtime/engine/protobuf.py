@@ -1,6 +1,7 @@
-"""The wire format of protobuf, as far as reading an ONNX file without the `onnx` package needs it.
+"""Reads the wire format of protobuf, so that ONNX files can be read without the `onnx` package.
 
-Knows fields and where they are; not what they mean in ONNX.
+Knows the numbers and places of fields. Does not know what they mean in ONNX.
+Source: https://protobuf.dev/programming-guides/encoding/.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _Result = TypeVar("_Result")
 
 
 def read_model(path: Path, read: Callable[[mmap.mmap], _Result]) -> _Result:
-    """What `read` makes of the file at `path`, which is mapped rather than copied.
+    """Map the file at `path` into memory and return the result of `read`.
 
     Raises:
         BundleError: The file cannot be read or is not a protobuf message.
@@ -34,11 +35,15 @@ def read_model(path: Path, read: Callable[[mmap.mmap], _Result]) -> _Result:
 
 
 def fields(data: mmap.mmap, span: slice) -> Iterator[tuple[int, int | slice | None]]:
-    """The fields of the message at `span`: number, and value or place; None for floats.
+    """The fields of the message at `span`.
+
+    Yields:
+        The number of each field, and its content: an integer, the slice of a string, of bytes or of
+        a nested message, or None for a number of 4 or 8 bytes.
 
     Raises:
-        ValueError: It is no message, or ends too early.
-        IndexError: Likewise.
+        ValueError: These bytes are not a message, or end too early.
+        IndexError: They end too early, at the end of the file.
     """
     position: int = span.start
     while position < span.stop:

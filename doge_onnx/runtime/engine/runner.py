@@ -1,17 +1,18 @@
-"""Runs the graph of a bundle: new tokens and a state in, logits and a new state out.
+"""The interface of all runners: new tokens and a state in, logits and the next state out.
 
-Knows what every runner and every decode session can do. How the graph of each kind of bundle is
-fed is in `growing_runner`, `copying_runner` and `window_runner`, and for a GPU in `cuda.runner`.
-Does not check a caller's ids (`input_checks`) and does not choose tokens (`generation.loop`).
+Knows what every runner and every decode session offers. The runners themselves, one for each kind
+of graph, are in `growing_runner`, `copying_runner` and `window_runner`, and those for a GPU in
+`cuda.runner`. Does not check a caller's ids (`input_checks`) and does not choose tokens
+(`generation.loop`).
 
-Which kinds can what:
+What each kind of bundle supports:
 
--   A growing state that the graph extends in place (target "ort"): each sequence of a batch has a
-    length of its own, and nothing in the state is padding. A sequence that ends leaves the batch;
-    on a GPU it stays in its place, not growing any more, since steps there have fixed shapes.
--   Growing states of standard operators (target "portable") and window states: the tokens of a
-    batch end together, padded on the left, and a sequence that has ended is fed padding
-    (`padded_runner`).
+-   A growing state that the graph extends in place (target "ort"): each sequence of a batch has its
+    own length, and the state holds no padding. A sequence that ends leaves the batch. On a GPU it
+    keeps its place and stops growing, because steps there have fixed shapes.
+-   Growing states of standard operators (target "portable") and window states: sequences are padded
+    on the left so that they all end in the same column, and a sequence that has ended is fed
+    padding (`padded_runner`).
 """
 
 from __future__ import annotations
@@ -28,40 +29,40 @@ from doge_onnx.bundle import Manifest
 from doge_onnx.runtime.engine.io_names import past_names, present_names
 from doge_onnx.runtime.engine.state import State
 
-# Tokens that go through the graph at once. Half as many are up to 13 % slower, twice as many up
-# to 8 %, and those need twice the memory.
+# Most tokens of a prompt in one run of the graph. Half as many are up to 13 % slower; twice as many
+# are up to 8 % slower and need twice the memory.
 DEFAULT_CHUNK = 256
 
 
 class TopLogits(NamedTuple):
-    """The largest logits of a sequence, in the order of their ids.
+    """The N largest logits of one position, sorted by token id.
 
     Attributes:
-        ids: int64 `[N]`.
-        logits: float32 `[N]`.
+        ids: Token ids, int64 `[N]`.
+        logits: Their logits, float32 `[N]`.
     """
 
     ids: NDArray[np.int64]
     logits: NDArray[np.float32]
 
 
-# Logits of one position: all of them, `[V]`, or the largest.
+# Logits of one position: all of them, `[V]`, or only the largest.
 Scores = NDArray[np.float32] | TopLogits
 
 
 class Runner(ABC):
-    """Runs the graph of one model; the states it makes are good for it alone.
+    """Runs the graph of one model. A state can only be continued by the runner that made it.
 
     Attributes:
-        device: Where it does.
+        device: Where the graph runs, "cpu" or "cuda".
         captures: Whether CUDA captures decode steps and replays them.
-        reason_for_cpu: Why it is the CPU, where CUDA might be expected.
-        vocab_size: Size of the vocabulary.
+        reason_for_cpu: Why the device is the CPU, where a user might expect CUDA; else None.
+        vocab_size: Size of the vocabulary, V.
 
     Args:
-        session: With the inputs and outputs that the manifest implies.
-        manifest: Of the bundle.
-        chunk: Most tokens of a sequence that go through the graph at once.
+        session: Has the inputs and outputs that the manifest implies.
+        manifest: The bundle's.
+        chunk: Most tokens of a sequence in one run of the graph.
     """
 
     device = "cpu"
@@ -73,13 +74,13 @@ class Runner(ABC):
     ) -> None:
         layout = manifest.state
         self._session = session
-        # The tables of the rotation have no more rows than this.
+        # The rotary tables have one row for each position up to the context length.
         self._chunk = min(chunk, manifest.context_length)
         self._names = list(
             zip(past_names(layout.num_layers), present_names(layout.num_layers), strict=True)
         )
         self._row_shape = (layout.num_heads, layout.row_size)
-        # By name: NumPy has no bfloat16.
+        # A name and not a dtype: NumPy has no bfloat16.
         self._dtype = layout.dtype
         self.vocab_size = manifest.vocab_size
         self._context_length = manifest.context_length
@@ -96,39 +97,40 @@ class Runner(ABC):
         """Feed each sequence of a batch its new tokens.
 
         Args:
-            tokens: Token ids of each sequence, int64 `[S_b]`, all inside of the vocabulary; some
-                may be empty, but not all.
-            state: What came before, or None at the start of the sequences.
+            tokens: New token ids of each sequence, int64 `[S_b]`, all inside the vocabulary. Some
+                sequences may have no new tokens, but not all.
+            state: The state before these tokens; None at the start of the sequences.
             last_only: Compute logits for the last position of each sequence only.
-            consume: Whether nobody will use `state` again, so that its memory may be
-                overwritten.
-            most_tokens: Most tokens that any of the sequences will ever have, if that is known:
+            consume: Whether the caller gives up `state`, so that the runner may overwrite its
+                memory.
+            most_tokens: Most tokens that any of the sequences will ever have, if the caller knows:
                 a new state gets memory for no more.
 
         Returns:
-            Logits `[1, V]` or `[S_b, V]` of each sequence, `[0, V]` of one without new tokens,
-            not used again by anybody else; and the state after these tokens. If it raises,
-            `state` is as good as before, unless it was given to be consumed.
+            Float32 logits of each sequence, `[1, V]` or `[S_b, V]`, or `[0, V]` of one without new
+            tokens, in arrays that belong to the caller; and the state after these tokens. If the
+            call raises, `state` is unchanged, unless the caller gave it up.
         """
 
     @abstractmethod
     def decode(self, state: State) -> DecodeSession:
-        """Go on from `state`, which nobody will use again, one token at a time."""
+        """Start a decode session from `state`, which the caller gives up."""
 
     def rewind(self, state: State, length: int) -> State | None:
-        """The state after the first `length` tokens of a single sequence, at least one.
+        """The state after the first `length` >= 1 tokens of a single sequence.
 
-        None where it cannot be told from `state`, and has to be computed anew.
+        None where `state` does not hold enough to tell, so that the caller has to feed those tokens
+        again.
         """
         return None
 
 
 class DecodeSession(ABC):
-    """One token for each sequence at a time, from a state that is this object's own.
+    """Decodes a batch one token at a time. The session owns the state that it started from.
 
     Attributes:
-        rows: Which sequences of the state are still fed, by their numbers in it, in the order of
-            `step`. Removing one may change the order.
+        rows: Numbers of the sequences that have not left, counted as in the state, in the order
+            that `step` takes their tokens. `remove` may change the order.
     """
 
     rows: list[int]
@@ -138,20 +140,23 @@ class DecodeSession(ABC):
         """Feed the next token of each sequence.
 
         Args:
-            token_ids: For each of `rows`.
-            top: How many of the largest logits will be looked at, and those that equal the least
-                of them; None for all. With 1, `token_ids` of the next step are the most likely
-                tokens.
+            token_ids: One for each of `rows`.
+            top: How many of the largest logits the caller needs; logits equal to the smallest of
+                those are included. None for all logits. With 1, the caller promises to feed the
+                most likely tokens in the next step.
 
         Returns:
-            Logits `[V]` for each of `rows`, which the next step may overwrite; or the largest of
-            them alone, where that is less work.
+            For each of `rows`, float32 logits `[V]`, which the next step may overwrite, or only
+            the largest, where that is less work.
         """
 
     @abstractmethod
     def remove(self, rows: Collection[int]) -> None:
-        """Let sequences leave that have ended; at least one must stay."""
+        """Remove sequences that have ended. At least one must stay."""
 
     @abstractmethod
     def end(self) -> State:
-        """The state after all that was fed, if no sequence has left; no step may follow."""
+        """End the session; returns the state after all fed tokens.
+
+        Only for a session that no sequence has left.
+        """

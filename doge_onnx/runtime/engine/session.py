@@ -1,7 +1,7 @@
-"""ONNX Runtime sessions: device, threads, logging, and whether graph and manifest agree.
+"""Opens ONNX Runtime sessions: device, threads, logging, and a check of graph against manifest.
 
-Knows how to turn a bundle into a session that can be trusted to have the inputs and
-outputs of the state contract. Does not know how a step is run.
+Knows how to open a session whose inputs and outputs are those of the state contract
+(docs/state.md). Does not know how a step is run (`runner`).
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ from doge_onnx.runtime.engine.io_names import (
 from doge_onnx.runtime.engine.threads import attention_by_heads, usable_cores
 
 _WARNING, _ERROR, _FATAL = 2, 3, 4
-# What ONNX Runtime says of an operator that it has no kernel for, or does not know at all.
+# Messages of ONNX Runtime for an operator that it does not know or has no kernel for.
 _LACKING = (
     "Could not find an implementation",
     "is not a registered function/op",
     "No Op registered for",
 )
-# Kinds and element types of a state that this version can keep; names of NumPy and of ONNX Runtime.
+# Kinds of state that this version knows, and element types: name in the manifest, and name in
+# ONNX Runtime.
 _KINDS = ("growing", "window")
 _DTYPES = {
     "float32": "tensor(float)",
@@ -42,7 +43,7 @@ _DTYPES = {
     "int8": "tensor(int8)",
 }
 
-# Element type and shape of an input or output; None is any size.
+# Element type and shape of an input or output; None stands for any size.
 _Signature = tuple[str, tuple[int | None, ...]]
 
 ort.disable_telemetry_events()
@@ -60,17 +61,17 @@ def open_session(
     Args:
         bundle: An opened bundle.
         device: "cpu" or "cuda"; see `choose_device`.
-        threads: Threads that one operator may use; None is as many as `usable_cores` finds.
-        verbose: Let the warnings of ONNX Runtime through.
+        threads: Threads that one operator may use; None for as many as `usable_cores` finds.
+        verbose: Show the warnings of ONNX Runtime.
         capture: Let CUDA capture runs that ask for it.
 
     Raises:
-        InputError: A number of threads below 1.
+        InputError: `threads` is not a positive whole number.
         DeviceError: CUDA does not start, or lacks kernels for the graph.
-        CaptureError: CUDA cannot capture it.
-        BundleError: The state is of a kind that this version does not know, or the graph
-            keeps data in files that are not the bundle's, cannot be loaded, or does not
-            have the inputs and outputs that the manifest promises.
+        CaptureError: CUDA cannot capture the graph.
+        BundleError: This version does not know the kind or element type of the state; or the graph
+            keeps weights in files that are not part of the bundle, cannot be loaded, or has other
+            inputs and outputs than the manifest implies.
     """
     if threads is not None and (
         isinstance(threads, bool) or not isinstance(threads, int) or threads < 1
@@ -88,8 +89,8 @@ def open_session(
             f"{bundle.path}: a window state has rows of float32, not of {state.dtype}; export again"
         )
     graph = bundle.graph
-    # ONNX Runtime looks after paths that leave the directory, and newer versions do so better than
-    # older ones, but it knows nothing of the manifest, and only its files were checked.
+    # ONNX Runtime itself refuses paths that leave the directory, newer versions more reliably than
+    # older ones. But only files in the manifest had their checksums compared.
     for name in sorted(external_files(graph)):
         if bundle.weights(name) is None:
             raise BundleError(
@@ -99,20 +100,21 @@ def open_session(
     options = ort.SessionOptions()
     options.log_severity_level = _WARNING if verbose else _ERROR
     if capture and not verbose:
-        # A graph that cannot be captured is run without, and nobody needs to know.
+        # A graph that cannot be captured is run without a capture: no error for the user to see.
         options.log_severity_level = _FATAL
     if threads is None:
         threads = usable_cores()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     if bundle.manifest.ort_format:
-        # Else the file is read whole and then copied: two and a half times its size at the peak.
+        # Without these, ONNX Runtime reads the whole file and copies it: peak memory is two and a
+        # half times the file's size.
         options.add_session_config_entry("session.use_memory_mapped_ort_model", "1")
         options.add_session_config_entry("session.use_ort_model_bytes_for_initializers", "1")
     if device == devices.CUDA:
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     heads = bundle.read_json("config.json").get("num_attention_heads")
-    # Threads without a head of their own would have nothing to do.
+    # Head by head, more threads than heads would leave some threads idle.
     by_heads = state.dtype == "float32" and isinstance(heads, int) and 0 < threads <= heads
     try:
         with attention_by_heads(by_heads):
@@ -120,12 +122,12 @@ def open_session(
                 str(graph),
                 options,
                 providers=devices.providers(device, capture),
-                # Else it prints what is wrong, on the standard output, and takes the CPU.
+                # With the fallback, ONNX Runtime would print to standard output and use the CPU.
                 enable_fallback=False,
             )
     except MemoryError:
         raise
-    # The exceptions of ONNX Runtime share no base class but this one.
+    # ONNX Runtime's exceptions have no other base class in common.
     except Exception as error:
         reason = " ".join(str(error).split())
         if capture and "graph capture" in reason:
@@ -147,7 +149,7 @@ def open_session(
 
 
 def has_logits_to_keep(session: ort.InferenceSession) -> bool:
-    """Whether the graph can leave out the logits of all but the last positions."""
+    """Whether the graph can compute the logits of the last positions only."""
     return LOGITS_TO_KEEP in _optional_inputs(session)
 
 
@@ -157,7 +159,11 @@ def _optional_inputs(session: ort.InferenceSession) -> set[str]:
 
 
 def _check_signature(session: ort.InferenceSession, manifest: Manifest, graph: str) -> None:
-    """Raise BundleError unless inputs and outputs are those that the manifest implies."""
+    """Check that the graph has the inputs and outputs that the manifest implies.
+
+    Raises:
+        BundleError: It has not.
+    """
     state = manifest.state
     if 2 * state.num_layers > len(session.get_inputs()):
         raise BundleError(f"{graph} has fewer than the {state.num_layers} layers of its manifest")
@@ -190,7 +196,7 @@ def _check_signature(session: ort.InferenceSession, manifest: Manifest, graph: s
 
 
 def _compatible(actual: list[Any], expected: tuple[int | None, ...]) -> bool:
-    """Whether a graph's shape can be `expected`; a name or None on either side is any size."""
+    """Whether a graph's shape fits `expected`: a name or None, on either side, fits any size."""
     return len(actual) == len(expected) and all(
         have == want
         for have, want in zip(actual, expected, strict=True)

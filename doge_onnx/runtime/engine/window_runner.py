@@ -1,7 +1,7 @@
-"""Runs graphs whose state has as many rows as the model's window has keys, and no more.
+"""Runs graphs whose state has at most as many rows as the model's window has keys.
 
-Knows how many rows a state needs, what a free row looks like, and that the graph overwrites
-rows in place. Which rows it overwrites is the graph's own business.
+Knows how many rows a state needs, what a free row holds, and that the graph overwrites rows in
+place. Does not know which rows the graph overwrites.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _MAX_TOKENS = 2**24
 
 
 class WindowRunner(PaddedRunner):
-    """For graphs with a state of constant size.
+    """Runs graphs with a state of bounded size.
 
-    The graph wants a row for each new token that is free or may be overwritten. So a state
-    starts small and grows like any other until it has all its rows; from then on it stays.
+    The graph needs one row for each new token: a free row, or one that it may overwrite. So a state
+    starts small, grows until it has as many rows as the window has keys, and then keeps its size.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class WindowRunner(PaddedRunner):
         self._bindings = Bindings()
 
     def bind(self, tensors: Sequence[Any]) -> Binding:
-        """What runs the graph on the tensors of a state."""
+        """Bind the graph to the tensors of a state."""
         return InPlaceBinding(self._session, self._names, tensors, self.vocab_size)
 
     def _run(
@@ -73,9 +73,10 @@ class WindowRunner(PaddedRunner):
     def _writable(
         self, state: PaddedState | None, batch: int, columns: int, consume: bool, capacity: int
     ) -> Buffer:
-        """A buffer that holds `state`, is the caller's, and has the rows that all columns need.
+        """A buffer that the caller may overwrite: the rows of `state`, and enough for `columns`.
 
-        A step overwrites rows, so unless the state may be consumed it gets a copy.
+        This is the state's own buffer if the state may be consumed and the buffer is large enough,
+        and else a copy, because a step overwrites rows.
         """
         rows = 0 if state is None else state.buffer.capacity
         needed = min(columns, self._window)
@@ -87,7 +88,7 @@ class WindowRunner(PaddedRunner):
         return Buffer(tensors, rows, np.zeros(batch, np.int64))
 
     def _new_tensors(self, state: PaddedState | None, batch: int, capacity: int) -> list[Any]:
-        """Tensors of `capacity` rows: those of `state`, and free ones."""
+        """New tensors `[batch, heads, capacity, row_size]`: the rows of `state`, then free rows."""
         heads, row_size = self._row_shape
         rows = 0 if state is None else state.buffer.capacity
         tensors = [np.zeros((batch, heads, capacity, row_size), self._dtype) for _ in self._names]
