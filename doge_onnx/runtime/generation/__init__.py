@@ -1,1 +1,1 @@
-"""How a text is generated: options, sampling, the loop, and what it returns."""
+"""Generates text: options, logits processors, samplers, the generation loop, and its results."""

@@ -1,7 +1,7 @@
-"""The options of generation, as one object that cannot be changed.
+"""The options of generation, as one immutable object.
 
-Knows what each option may be and what it means; the command line and the documentation take both
-from here. Does not know what a bundle recommends (`defaults`) or how an option is carried out
+Knows the valid values and the meaning of each option; the command line and the documentation take
+both from here. Does not know what a bundle recommends (`defaults`) or how an option is implemented
 (`processors`, `sampling`, `sequence`).
 """
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from doge_onnx.runtime.generation.processors import LogitsProcessor
     from doge_onnx.runtime.generation.sampling import Sampler
 
-# Where one of these is given without a temperature, it asks for sampling.
+# Each of these asks for sampling if no temperature is given.
 FILTERS = ("top_k", "top_p", "min_p")
 
 
 class LogitBias(Mapping[int, float]):
-    """What is added to the logits of some tokens: a mapping by token id that cannot be changed."""
+    """An immutable mapping from token ids to the number that is added to the token's logit."""
 
     def __init__(self, biases: Mapping[int, float]) -> None:
         """Copy `biases`."""
@@ -48,17 +48,17 @@ class LogitBias(Mapping[int, float]):
 
 @dataclass(frozen=True)
 class Option:
-    """What is known of a field of `GenerationConfig`.
+    """Describes a field of `GenerationConfig`.
 
     Attributes:
-        words: What a value must be, for messages.
-        valid: Whether a value is that.
-        store: Makes of a valid value the one that is kept.
+        words: The condition for a value, as error messages say it.
+        valid: Returns whether a value is valid.
+        store: Converts a valid value to the one that the object keeps.
         help: What the option does.
-        default: What is done where neither the caller nor the bundle says.
-        kind: Type of one value on a command line; None where it cannot be written there.
-        several: Whether a command line may give several values.
-        metavar: What a value is called on a command line.
+        default: What happens if neither the caller nor the bundle sets the option.
+        kind: Type of one value on the command line; None if the command line lacks the option.
+        several: Whether the command line accepts the option several times.
+        metavar: Name of a value in the help of the command line.
     """
 
     words: str
@@ -72,7 +72,7 @@ class Option:
 
 
 def option_of(name: str) -> Option:
-    """What is known of a field of `GenerationConfig`."""
+    """The description of a field of `GenerationConfig`."""
     (found,) = (entry for entry in fields(GenerationConfig) if entry.name == name)
     return cast(Option, found.metadata["option"])
 
@@ -81,7 +81,7 @@ def _option(*arguments: Any, **keywords: Any) -> dict[str, Option]:
     return {"option": Option(*arguments, **keywords)}
 
 
-# The abstract classes cover NumPy's numbers, and a bool is a number only by history.
+# `numbers` covers NumPy's types too. Python counts bools as numbers; these options do not.
 def _is_whole(value: object) -> bool:
     return isinstance(value, numbers.Integral) and not _is_bool(value)
 
@@ -137,15 +137,15 @@ def _is_bias(value: Any) -> bool:
 
 @dataclass(frozen=True, repr=False)
 class GenerationConfig:
-    """How a text is generated; an object that cannot be changed.
+    """The options of generation; immutable.
 
     An option that is None follows the bundle's generation_config.json, or else its default.
-    A temperature above 0, or one of top_k, top_p and min_p without any temperature, means
-    sampling. Names and meanings are those of transformers, and for the presence and frequency
-    penalties those of OpenAI's API.
+    Tokens are sampled if the temperature is above 0, or if there is no temperature but one of
+    top_k, top_p and min_p. Names and meanings are those of Hugging Face transformers, and for the
+    presence and frequency penalties those of OpenAI's API.
 
     Raises:
-        InputError: An option is out of its range, or two of them exclude each other.
+        InputError: An option is out of its range, or two options exclude each other.
     """
 
     max_new_tokens: int | None = field(
@@ -321,10 +321,10 @@ class GenerationConfig:
         return cast(GenerationOptions, {k: v for k, v in values.items() if v is not None})
 
     def merged(self, **overrides: Unpack[GenerationOptions]) -> GenerationConfig:
-        """The same with other options; those that are None stay as they are.
+        """A copy with some options replaced; an override that is None changes nothing.
 
         Raises:
-            InputError: See the class.
+            InputError: An option is out of its range, or two options exclude each other.
         """
         given: dict[str, Any] = {k: v for k, v in overrides.items() if v is not None}
         return replace(self, **given) if given else self

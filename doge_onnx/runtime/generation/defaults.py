@@ -1,7 +1,7 @@
-"""What a bundle's own files say about generation.
+"""The defaults of generation that a bundle's files recommend.
 
-Knows generation_config.json of transformers: what of it is carried out, and what is not. Does
-not know the model or how options are carried out.
+Knows the generation_config.json of transformers: which of its fields this package implements and
+which it ignores. Does not know the model or how options are implemented.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from doge_onnx.runtime.generation.config import FILTERS, GenerationConfig
 
 GENERATION_CONFIG_NAME = "generation_config.json"
 
-# Fields of the file that are options here, too.
+# Fields of the file that this package has as options too.
 _TAKEN_OVER = (
     "max_new_tokens",
     "min_new_tokens",
@@ -28,8 +28,8 @@ _TAKEN_OVER = (
     "repetition_penalty",
     "no_repeat_ngram_size",
 )
-# Fields that do not change what is generated: bookkeeping, caches, what is returned, how fast.
-# Those of beams count if there are beams, which `num_beams` tells.
+# Fields that do not change which tokens are generated: bookkeeping, caches, speed, what is
+# returned. Those about beams matter only with several beams, which `num_beams` reports.
 _HARMLESS = {
     "_commit_hash",
     "_from_model_config",
@@ -68,7 +68,7 @@ _HARMLESS = {
     "use_cache",
     "use_mtp",
 }
-# The value, beside null and false, with which a field changes nothing.
+# For each field, the value that changes nothing; null and false change nothing in any field.
 _NEUTRAL: dict[str, Any] = {
     "bad_words_ids": [],
     "begin_suppress_tokens": [],
@@ -95,9 +95,12 @@ _KNOWN = {*_TAKEN_OVER, *_HARMLESS, "do_sample", "eos_token_id"}
 
 
 def ignored_fields(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """What a generation_config.json asks for and this package does not do; sorted names.
+    """Names of the fields that ask for something this package does not implement, sorted.
 
-    A field that nobody here knows is among them: what it would change cannot be told.
+    Fields that this package does not know are among them, because they could change anything.
+
+    Args:
+        config: The content of a generation_config.json.
     """
     return tuple(
         sorted(
@@ -113,13 +116,13 @@ def ignored_fields(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a bundle's own files say about generation.
+    """The defaults of generation that a bundle's files recommend.
 
     Attributes:
         eos_token_ids: Tokens that end a text.
-        sample: Whether to sample rather than to take the most likely token.
-        recommended: The options that generation_config.json gives.
-        ignored: What it asks for and this package does not do; see `ignored_fields`.
+        sample: Whether to sample rather than take the most likely token.
+        recommended: The options that generation_config.json sets.
+        ignored: Fields that this package does not implement; see `ignored_fields`.
     """
 
     eos_token_ids: frozenset[int] = frozenset()
@@ -129,20 +132,25 @@ class Defaults:
 
     @classmethod
     def read(cls, bundle: Bundle) -> Defaults:
-        """Read generation_config.json, and for the end-of-text ids config.json after it.
+        """Read generation_config.json; end-of-text ids that it lacks come from config.json.
 
         Raises:
-            BundleError: One of the files holds an option that makes no sense.
+            BundleError: An option in one of the files has an invalid value.
         """
         generation = bundle.read_json(GENERATION_CONFIG_NAME)
         return cls.parse(generation, bundle.read_json("config.json"), bundle.path)
 
     @classmethod
     def parse(cls, config: dict[str, Any], model_config: dict[str, Any], origin: Path) -> Defaults:
-        """Take them from the contents of both files; `origin` is their directory.
+        """Read the defaults from the contents of both files.
+
+        Args:
+            config: Content of generation_config.json.
+            model_config: Content of config.json.
+            origin: Directory of the two files, for error messages.
 
         Raises:
-            BundleError: An option makes no sense.
+            BundleError: An option has an invalid value.
         """
         eos = config.get("eos_token_id")
         if eos is None:
@@ -152,7 +160,7 @@ class Defaults:
             if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0:
                 raise BundleError(f"{origin}: eos_token_id cannot be {eos!r}")
         values = {name: config[name] for name in _TAKEN_OVER if config.get(name) is not None}
-        # Files say 0 where they mean no limit, which as an argument is more likely a mistake.
+        # In these files 0 means no limit. From a caller, 0 is more likely a mistake.
         if values.get("top_k") == 0:
             del values["top_k"]
         try:
@@ -167,14 +175,14 @@ class Defaults:
         )
 
     def resolve(self, given: GenerationConfig) -> GenerationConfig:
-        """Complete what a caller gives with what the bundle recommends.
+        """Complete the caller's options with what the bundle recommends.
 
-        Sampling happens if the caller gives a temperature above 0, or, without any
-        temperature, if the caller gives a filter (top_k, top_p, min_p) or the bundle
-        recommends it. The bundle's filters then apply where the caller gives none.
+        Tokens are sampled if the caller gives a temperature above 0. Without a temperature, they
+        are sampled if the caller gives a filter (top_k, top_p or min_p) or the bundle recommends
+        sampling. The bundle's filters then apply unless the caller gives them.
 
         Returns:
-            Options whose temperature is a number, or None beside a sampler of the caller's own.
+            Options whose temperature is a number, or None if the caller brings a sampler.
         """
         recommended = self.recommended
         if given.sampler is not None:

@@ -1,8 +1,7 @@
-"""The generation loop: prefill, then one token of each sequence at a time.
+"""The generation loop: prefill, then one token for each sequence at a time.
 
-Knows in which order the sequences of a batch are fed, and that they end one by one. What a
-sequence does with its logits, and when it ends, is its own business (`sequence`); what runs the
-model is a parameter.
+Knows in which order the sequences of a batch are fed, and that they end one by one. Does not know
+how a sequence chooses a token and when it ends (`sequence`), or how the model is run (`runner`).
 """
 
 from __future__ import annotations
@@ -24,23 +23,24 @@ def generate_pieces(
     sequences: Sequence[GeneratedSequence],
     prefix_cache: PrefixCache | None = None,
 ) -> Generator[tuple[int, Piece], None, None]:
-    """Generate until all sequences have ended; the first step is the prefill of their prompts.
+    """Feed all prompts, then generate until all sequences have ended.
 
     Each sequence gets the tokens that it would get alone.
 
     Args:
         runner: Runs the model.
-        sequences: What to generate.
-        prefix_cache: Of a single sequence: what is in it of the prompt is not fed again, and it is
-            brought up to date at the end, also if the consumer closes this before.
+        sequences: The sequences of the batch.
+        prefix_cache: For a single sequence only: the beginning of the prompt that the cache holds
+            is not fed again. The cache is updated at the end, even if the consumer closes the
+            generator early.
 
     Yields:
-        Each piece, with the number of the sequence that it belongs to.
+        The number of a sequence and its next piece.
     """
     for number, sequence in enumerate(sequences):
         if sequence.max_new_tokens == 0:
             yield number, sequence.no_room()
-    # The runner feeds neighbours of like length together.
+    # Sorted by length, because the runner feeds neighbours of similar length together.
     numbers = [number for number, one in enumerate(sequences) if one.max_new_tokens > 0]
     numbers.sort(key=lambda number: len(sequences[number].prompt))
     if not numbers:
@@ -54,7 +54,8 @@ def generate_pieces(
         [np.array(one.prompt[one.cached_tokens :], np.int64) for one in batch],
         state,
         last_only=True,
-        # What follows another run is not known; the last token that is chosen is not fed.
+        # With a prefix cache, later calls may go on from this state. Else no more tokens than these
+        # will be fed: the last token that is chosen is not.
         most_tokens=None
         if prefix_cache is not None
         else max(len(one.prompt) + one.max_new_tokens - 1 for one in batch),
@@ -63,7 +64,7 @@ def generate_pieces(
     session = runner.decode(state)
     del logits, state
     fed = list(batch[0].prompt)
-    # Closed by a consumer that has had enough, it ends as if the sequences had ended here.
+    # A consumer that closes the generator ends all sequences here.
     with contextlib.suppress(GeneratorExit):
         while True:
             rows = list(session.rows)
@@ -86,6 +87,6 @@ def generate_pieces(
 
 
 def _top(sequences: Sequence[GeneratedSequence]) -> int | None:
-    """How many of the largest logits all sequences together look at; None for all."""
+    """The most logits that any of the sequences needs, largest first; None for all logits."""
     counts = [sequence.candidates for sequence in sequences]
     return None if None in counts else max(count for count in counts if count is not None)

@@ -1,6 +1,7 @@
-"""What a generated text looks like to the caller: pieces, completions, timings.
+"""The results of generation: pieces, completions and timings.
 
-Plain values that can be copied and pickled. Does not know how they come about (`sequence`).
+Knows only plain values that can be copied and pickled. Does not know how they are made
+(`sequence`).
 """
 
 from __future__ import annotations
@@ -14,14 +15,17 @@ FinishReason = Literal["eos", "stop", "length"]
 
 @dataclass(frozen=True)
 class Timings:
-    """How long one run took, in seconds of model and sampling; a batch shares them.
+    """How long a generation took: wall time in seconds, which all sequences of a batch share.
+
+    Counts the model and the choice of tokens, but not the time that the caller spends between two
+    pieces.
 
     Attributes:
         prompt_tokens: Tokens of this sequence's prompt.
         prefill_seconds: From the prompt to the first token.
-        generated_tokens: Tokens of this sequence that were generated.
+        generated_tokens: Tokens that were generated for this sequence.
         decode_seconds: From the first token to the last.
-        cached_tokens: Tokens of the prompt that a state held already, so that they were not fed.
+        cached_tokens: Tokens of the prompt that the prefix cache held, so that they were not fed.
     """
 
     prompt_tokens: int
@@ -32,20 +36,20 @@ class Timings:
 
     @property
     def prefill_tokens_per_second(self) -> float | None:
-        """Prompt tokens that were fed per second; None if nothing was generated."""
+        """Prompt tokens fed per second; None if nothing was generated."""
         if not self.prefill_seconds:
             return None
         return (self.prompt_tokens - self.cached_tokens) / self.prefill_seconds
 
     @property
     def decode_tokens_per_second(self) -> float | None:
-        """Tokens per second after the first, which prefill made; None if there are none."""
+        """Tokens per second after the first, which the prefill gives; None if there are none."""
         return (self.generated_tokens - 1) / self.decode_seconds if self.decode_seconds else None
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token that might have come at some place of a text.
+    """A candidate for one position of a text.
 
     Attributes:
         token_id: The token.
@@ -61,14 +65,15 @@ class Piece:
     """What one generated token adds to a text.
 
     Attributes:
-        text: The text that became certain with the token; it may be empty.
-        token_ids: Tokens generated since the last piece: one, or none if there was no
-            room for any.
-        logprobs: Their natural log-probabilities, or None if not asked for.
-        top_logprobs: For each of them, the most likely tokens at its place, the most likely
+        text: The text that is certain now; may be empty while a character or a possible stop
+            string is incomplete.
+        token_ids: Tokens generated since the previous piece: one, or none if `max_new_tokens` is
+            0 or the prompt fills the context.
+        logprobs: Natural log-probability of each of these tokens; None if not asked for.
+        top_logprobs: For each of these tokens, the most likely tokens at its position, most likely
             first; None if not asked for.
-        finish_reason: Of the last piece: "eos", "stop" or "length"; otherwise None.
-        timings: Of the last piece; otherwise None.
+        finish_reason: "eos", "stop" or "length" in the last piece, None in all others.
+        timings: Set in the last piece, None in all others.
     """
 
     text: str
@@ -84,17 +89,17 @@ class Completion:
     """A generated text.
 
     Attributes:
-        text: Without special tokens, ending before the stop string if there was one.
-        token_ids: All generated tokens, also the end-of-text token or those of the stop
-            string, if that ended the text: prompt and these are what the model has seen.
+        text: The text, without special tokens. A stop string that ended it is left out.
+        token_ids: All generated tokens, including the end-of-text token, or the tokens of the stop
+            string, that ended the text.
         finish_reason: "eos" (an end-of-text token), "stop" (a stop string) or "length"
             (max_new_tokens or the end of the context).
         prompt_tokens: Number of tokens of the prompt.
-        logprobs: Natural log-probability of each token under the model's own
-            distribution, before any option changes it; None if not asked for.
-        top_logprobs: For each token, the most likely tokens at its place under the same
-            distribution, the most likely first; None if not asked for.
-        timings: How long it took.
+        logprobs: Natural log-probability of each token under the model's own distribution, before
+            any option changes it; None if not asked for.
+        top_logprobs: For each token, the most likely tokens at its position under the same
+            distribution, most likely first; None if not asked for.
+        timings: How long the generation took.
     """
 
     text: str
@@ -107,7 +112,11 @@ class Completion:
 
     @classmethod
     def join(cls, pieces: Sequence[Piece]) -> Completion:
-        """The completion that all pieces of one sequence add up to."""
+        """Join all pieces of one sequence, in order.
+
+        Raises:
+            ValueError: The last piece is missing.
+        """
         last = pieces[-1]
         if last.finish_reason is None or last.timings is None:
             raise ValueError("the last piece of a completion is missing")

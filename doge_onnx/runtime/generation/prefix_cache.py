@@ -1,6 +1,7 @@
-"""What a sequence was fed, and the state after it, from one run to the next.
+"""The prefix cache: keeps the state of one sequence for the next prompt.
 
-Knows how much of a prompt a state has already. Does not know what runs the model.
+Knows how many tokens of a prompt the kept state has seen already. Does not know how the model is
+run.
 """
 
 from __future__ import annotations
@@ -14,21 +15,29 @@ from doge_onnx.runtime.engine.state import State
 
 @dataclass
 class PrefixCache:
-    """The last run of a single sequence.
+    """The tokens of a single sequence, and the state after them.
 
     Attributes:
-        tokens: Token ids that it was fed.
-        state: The state after them; None if there are none.
+        tokens: Token ids that were fed.
+        state: The state after `tokens`; None if the cache is empty.
     """
 
     tokens: Sequence[int] = ()
     state: State | None = None
 
     def take(self, runner: Runner, prompt: Sequence[int]) -> State | None:
-        """The state after the first tokens of a prompt, as many as are known.
+        """Take the state after the longest beginning of a prompt that the cache holds.
 
-        The last token is never among them: its logits are wanted. What is taken is gone from
-        here, so that a run which fails leaves nothing half-right behind.
+        The last token of the prompt is never included, because the caller needs its logits. The
+        cache is empty afterwards, so that a failed run cannot leave a wrong state in it.
+
+        Args:
+            runner: The runner that made the cached state.
+            prompt: Token ids, at least one.
+
+        Returns:
+            The state, whose length says how many tokens of the prompt it has seen; None if the
+            cache does not hold the beginning of the prompt.
         """
         tokens, state = self.tokens, self.state
         self.tokens, self.state = (), None
@@ -41,5 +50,5 @@ class PrefixCache:
         return state if known == len(tokens) else runner.rewind(state, known)
 
     def put(self, tokens: Sequence[int], state: State) -> None:
-        """Remember a run for the next one."""
+        """Keep the tokens of a sequence and the state after them."""
         self.tokens, self.state = tokens, state

@@ -1,9 +1,9 @@
-"""Logits processors: what changes the logits of one sequence before a token is chosen.
+"""Logits processors: change the logits of one sequence before a token is chosen.
 
-Semantics and order are those of Hugging Face transformers, and of OpenAI's API for the presence
-and frequency penalties, which transformers does not have: logit bias, repetition penalty,
-presence penalty, frequency penalty, n-grams, fewest tokens, and then the caller's own. Does not
-know the model or how a token is chosen (`sampling`).
+Knows each processor and their order: logit bias, repetition penalty, presence penalty, frequency
+penalty, repeated n-grams, fewest new tokens, and then the caller's own. Semantics and order are
+those of Hugging Face transformers; the presence and frequency penalties, which transformers lacks,
+follow OpenAI's API. Does not know the model or how a token is chosen (`sampling`).
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class LogitsProcessor(Protocol):
         """Change logits.
 
         Args:
-            tokens: All token ids of the sequence so far, prompt included, `[S]`. Read-only, and
-                good during the call alone.
-            logits: float32 `[V]`; may be changed in place.
+            tokens: All token ids of the sequence so far, prompt included, int64 `[S]`. Read-only,
+                and valid only during the call.
+            logits: float32 `[V]`; the processor may change them in place.
 
         Returns:
             Logits `[V]`; minus infinity rules a token out.
@@ -39,7 +39,13 @@ class LogitsProcessor(Protocol):
 def make_processors(
     options: GenerationConfig, prompt_length: int, eos_token_ids: Collection[int]
 ) -> tuple[LogitsProcessor, ...]:
-    """The processors that the options of one sequence ask for, in the order of the module."""
+    """The processors that the options of one sequence ask for, in the order of application.
+
+    Args:
+        options: The options of the sequence.
+        prompt_length: Number of tokens of its prompt.
+        eos_token_ids: Tokens that end a text.
+    """
     result: list[LogitsProcessor] = []
     if options.logit_bias:
         result.append(logit_bias(options.logit_bias))
@@ -75,7 +81,7 @@ def repetition_penalty(penalty: float) -> LogitsProcessor:
     """
 
     def process(tokens: NDArray[np.int64], logits: NDArray[np.float32]) -> NDArray[np.float32]:
-        # Repeated ids are read and written several times, always with the same value.
+        # An id that occurs twice is written twice, with the same value.
         seen = logits[tokens]
         logits[tokens] = np.where(seen < 0, seen * penalty, seen / penalty)
         return logits
@@ -88,7 +94,7 @@ def presence_penalty(penalty: float, prompt_length: int) -> LogitsProcessor:
 
     def process(tokens: NDArray[np.int64], logits: NDArray[np.float32]) -> NDArray[np.float32]:
         generated = tokens[prompt_length:]
-        # As above: repeated ids get the same value several times.
+        # As above: an id that occurs twice is written twice, with the same value.
         logits[generated] = logits[generated] - np.float32(penalty)
         return logits
 
@@ -107,7 +113,7 @@ def frequency_penalty(penalty: float, prompt_length: int) -> LogitsProcessor:
 
 
 def no_repeat_ngrams(size: int) -> LogitsProcessor:
-    """A processor that rules out tokens which would complete `size` tokens for a second time."""
+    """A processor that rules out tokens that would repeat `size` consecutive tokens."""
 
     def process(tokens: NDArray[np.int64], logits: NDArray[np.float32]) -> NDArray[np.float32]:
         if len(tokens) < size:
@@ -123,12 +129,12 @@ def no_repeat_ngrams(size: int) -> LogitsProcessor:
 def min_new_tokens(
     count: int, prompt_length: int, eos_token_ids: Collection[int]
 ) -> LogitsProcessor:
-    """A processor that rules out the end of the text before `count` tokens are generated."""
+    """A processor that rules out end-of-text tokens until `count` tokens are generated."""
     ids = np.array(sorted(eos_token_ids), np.int64)
 
     def process(tokens: NDArray[np.int64], logits: NDArray[np.float32]) -> NDArray[np.float32]:
         if len(tokens) - prompt_length < count:
-            # A file may name ids that the vocabulary does not have.
+            # The bundle's files may name ids that the vocabulary does not have.
             logits[ids[ids < len(logits)]] = -np.inf
         return logits
 

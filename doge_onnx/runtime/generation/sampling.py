@@ -1,8 +1,9 @@
-"""From the logits of one position to one token id.
+"""Samplers: choose one token from the logits of one position.
 
-Knows samplers, which work on one sequence and are plain callables, so that a caller may bring one.
-Semantics and order are those of Hugging Face transformers: temperature, top-k, top-p, min-p. Does
-not know the model, the state, or what changes logits before (`processors`).
+Knows samplers, which are plain callables for one sequence, so that a caller may bring one.
+Semantics and order of the filters are those of Hugging Face transformers: temperature, top-k
+(Fan et al. 2018), top-p (Holtzman et al. 2020), min-p (Nguyen et al. 2024). Does not know the
+model, the state, or what changed the logits before (`processors`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from doge_onnx.runtime.generation.config import GenerationConfig
 
-# How many of the best candidates top-p sorts first, before it tries more.
+# How many of the most likely candidates top-p sorts before it tries more.
 _FIRST_SORTED = 64
 
 
@@ -37,8 +38,8 @@ def sampler_of(options: GenerationConfig, number: int) -> Sampler:
     """The sampler of one sequence of a batch.
 
     Args:
-        options: With a temperature, or a sampler.
-        number: Of the sequence: each draws random numbers of its own.
+        options: Must have a temperature or a sampler.
+        number: Number of the sequence in its batch; each draws its own random numbers.
     """
     if options.sampler is not None:
         return options.sampler
@@ -49,7 +50,7 @@ def sampler_of(options: GenerationConfig, number: int) -> Sampler:
 
 
 def greedy(logits: NDArray[np.float32]) -> int:
-    """The most likely token; of equals the one with the lowest id."""
+    """The most likely token; of several equally likely ones, that of the lowest id."""
     return int(logits.argmax())
 
 
@@ -63,16 +64,16 @@ def make_sampler(
     """A sampler that draws one number from `rng` per token.
 
     Args:
-        rng: Source of randomness; the sampler is its only user.
+        rng: Source of random numbers, for this sampler only.
         temperature: Divides the logits; above 0.
-        top_k: Keep the tokens that are as likely as the k-th most likely one.
-        top_p: Then keep the fewest most likely tokens whose probabilities sum to this.
-        min_p: Then keep tokens at least this many times as likely as the most likely.
+        top_k: Keep the tokens that are at least as likely as the k-th most likely one.
+        top_p: Of those, keep the fewest most likely tokens whose probabilities sum to `top_p`.
+        min_p: Of those, keep tokens at least `min_p` times as likely as the most likely one.
     """
 
     def sample(logits: NDArray[np.float32]) -> int:
-        # Candidates are ids and scores; each filter leaves fewer. The best score is 0, and what
-        # a tiny temperature makes of the others, minus infinity at worst, is right.
+        # Each filter keeps fewer candidates, which are ids and scores. The best score is 0. With a
+        # tiny temperature the others may overflow to minus infinity, which is right.
         with np.errstate(over="ignore"):
             scores = (logits.astype(np.float64) - logits.max()) / temperature
         ids: NDArray[np.int64] = np.arange(len(scores))
@@ -94,7 +95,7 @@ def make_sampler(
 
 
 def keep_top_k(scores: NDArray[np.float64], k: int) -> NDArray[np.int64]:
-    """Indices of the scores that are not below the k-th largest; all its equals stay."""
+    """Indices of the scores that are not below the k-th largest; more than k if some are equal."""
     if k >= len(scores):
         return np.arange(len(scores))
     return np.flatnonzero(scores >= np.partition(scores, -k)[-k])
@@ -110,7 +111,7 @@ def keep_top_p(scores: NDArray[np.float64], p: float) -> NDArray[np.int64]:
     weights = np.exp(scores)
     needed = p * weights.sum()
     count = _FIRST_SORTED
-    # A nucleus is mostly small: sort the best few, and more only if they do not suffice.
+    # Few tokens mostly suffice, so the most likely ones are sorted first, and more only if needed.
     while True:
         count = min(count, len(scores))
         best = np.argpartition(weights, -count)[-count:]
@@ -130,13 +131,13 @@ def keep_min_p(scores: NDArray[np.float64], p: float) -> NDArray[np.int64]:
 
 
 def log_probabilities(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Natural logarithms of all tokens' probabilities: those of the softmax of `logits`, `[V]`."""
+    """Natural logarithms of the softmax of `logits` `[V]`, computed in float64."""
     shifted = logits.astype(np.float64) - logits.max()
     scores: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum())
     return scores
 
 
 def largest(scores: NDArray[np.float64], count: int) -> NDArray[np.int64]:
-    """Indices of the largest scores, the largest first; of equals the lowest index first."""
+    """Indices of the `count` largest scores, largest first; equal scores in order of index."""
     candidates = keep_top_k(scores, count)
     return candidates[np.argsort(-scores[candidates], kind="stable")][:count]

@@ -1,7 +1,8 @@
-"""One text while it is generated: from logits to a token, from a token to a piece, to its end.
+"""A sequence that is being generated: logits in, tokens and pieces out, until it ends.
 
-Knows everything that belongs to one sequence and nothing of the others beside it. Does not run
-the model: whoever does asks for a token, feeds it, and goes on until `finish_reason` is set.
+Knows everything about one sequence and nothing about the others of its batch. Does not run the
+model: the generation loop (`loop`) asks for a token, feeds it, and goes on until `finish_reason` is
+set.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ from doge_onnx.runtime.text.tokenizer import StopFinder, TextStream, Tokenizer
 
 
 class GeneratedSequence:
-    """One text: its prompt, how its tokens are chosen, and when it ends.
+    """One sequence: its prompt, how its tokens are chosen, and when it ends.
 
     Attributes:
         prompt: Token ids, at least one.
         max_new_tokens: Most tokens to generate.
-        candidates: How many of the largest logits `choose` looks at, and those that equal the
-            least of them; None for all.
-        cached_tokens: How many tokens of the prompt were not fed, because a prefix cache had
-            them; whoever runs the model sets it.
+        candidates: How many of the largest logits `choose` needs, besides those equal to the
+            smallest of them; None for all.
+        cached_tokens: How many tokens of the prompt the prefix cache held, so that they were not
+            fed. The generation loop sets it.
     """
 
     def __init__(
@@ -46,11 +47,11 @@ class GeneratedSequence:
 
         Args:
             prompt: Token ids, at least one.
-            max_new_tokens: Most tokens to generate, in place of the one in `options`.
-            options: Completed with what the bundle recommends; see `Defaults.resolve`.
+            max_new_tokens: Most tokens to generate; replaces the value in `options`.
+            options: Options completed by `Defaults.resolve`.
             eos_token_ids: Tokens that end a text.
-            tokenizer: Without one, pieces have no text.
-            number: Of the sequence in its batch; each draws random numbers of its own.
+            tokenizer: Turns tokens into text; with None, pieces have no text.
+            number: Number of the sequence in its batch; each draws its own random numbers.
         """
         self.prompt = prompt
         self.max_new_tokens = max_new_tokens
@@ -60,7 +61,7 @@ class GeneratedSequence:
         self._sampler = sampler_of(options, number)
         self._top_logprobs = options.top_logprobs or 0
         self._logprobs = bool(options.logprobs or self._top_logprobs)
-        # Somebody else's sampler may write into what it gets, as processors may.
+        # Processors and a caller's sampler may write into the logits that they are given.
         self._copies = bool(self._processors) or options.sampler is not None
         self.candidates = None
         if not self._copies and not self._logprobs:
@@ -83,12 +84,11 @@ class GeneratedSequence:
         """Choose the next token.
 
         Args:
-            logits: float32 `[V]`, which are not changed, or the largest of them: as many as
-                `candidates` says.
+            logits: All logits, float32 `[V]`, or only the `candidates` largest. Not changed.
 
         Raises:
-            InputError: The options leave no token, or a processor or sampler of the caller's own
-                returns something else than it should.
+            InputError: The options leave no token to choose from, or a processor or sampler of the
+                caller returns something invalid.
         """
         if isinstance(logits, TopLogits):
             token_id = int(logits.ids[self._sampler(logits.logits)])
@@ -100,10 +100,10 @@ class GeneratedSequence:
         return token_id
 
     def accept(self, seconds: float) -> Piece:
-        """The piece of the token that was just chosen; the sequence may end with it.
+        """Make the piece of the token that was just chosen. The sequence may end with it.
 
         Args:
-            seconds: How long the step took that made the token.
+            seconds: How long the step that led to this token took.
         """
         token_id = self._chosen.token_id
         self._generated += 1
@@ -120,7 +120,7 @@ class GeneratedSequence:
             self._finish_reason = "length"
         if self._finish_reason is not None and self._text is not None:
             text += self._stops.push(self._text.flush())
-        # Before all other reasons: the text ends in front of the token that they are about.
+        # A stop string goes before all other reasons: the text ends before this token.
         if self._stops.found:
             self._finish_reason = "stop"
         if self._finish_reason is not None:
@@ -136,7 +136,7 @@ class GeneratedSequence:
         )
 
     def no_room(self) -> Piece:
-        """The only piece of a sequence whose `max_new_tokens` is 0."""
+        """End a sequence whose `max_new_tokens` is 0; returns its only piece."""
         self._finish_reason = "length"
         return Piece(
             "",
@@ -171,7 +171,7 @@ class GeneratedSequence:
         )
 
     def _report(self, logits: NDArray[np.float32], token_id: int) -> _Chosen:
-        """A token, with the log-probabilities that were asked for."""
+        """The chosen token with the log-probabilities that the options ask for."""
         if not self._logprobs:
             return _Chosen(token_id, None, None)
         distribution = log_probabilities(logits)
@@ -198,7 +198,7 @@ class _Chosen(NamedTuple):
 
 
 class _Tokens:
-    """Token ids that grow, in one array that is seldom copied."""
+    """A growing list of token ids, in one array that doubles when it is full."""
 
     def __init__(self, tokens: Sequence[int]) -> None:
         self._array = np.array(tokens, np.int64)
@@ -211,7 +211,7 @@ class _Tokens:
         self._count += 1
 
     def view(self) -> NDArray[np.int64]:
-        """All of them; nobody else may write into it."""
+        """All token ids so far, int64, as a read-only view."""
         view = self._array[: self._count]
         view.flags.writeable = False
         return view
