@@ -206,8 +206,8 @@ def writing(out: Path, force: bool = False) -> Iterator[Path]:
         try:
             scratch.mkdir()
             yield scratch
-            # A session that waits for the collector still maps its files, and Windows renames no
-            # directory with such a file.
+            # Sessions in reference cycles still map their files, and Windows renames no directory
+            # with such a file.
             gc.collect()
             _replace_directory(scratch, out)
         finally:

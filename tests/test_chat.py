@@ -106,14 +106,14 @@ def test_the_template_alone_says_how_an_answer_ends(model, tmp_path):
 
 def test_a_turn_goes_on_in_the_buffer_of_the_last_one(tmp_path, monkeypatch):
     buffers = []
-    step = GrowingRunner.step
+    feed = GrowingRunner.feed
 
     def watched(*arguments, **keywords):
-        logits, state = step(*arguments, **keywords)
+        logits, state = feed(*arguments, **keywords)
         buffers.append(state.buffer)
         return logits, state
 
-    monkeypatch.setattr(GrowingRunner, "step", watched)
+    monkeypatch.setattr(GrowingRunner, "feed", watched)
     chat = doge_onnx.load(fake_bundle.write(tmp_path / "b", chat_template=PLAIN)).chat(
         max_new_tokens=12
     )

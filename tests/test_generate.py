@@ -16,8 +16,6 @@ from watching import Fault
 import doge_onnx
 from doge_onnx.bundle import Bundle
 from doge_onnx.errors import InputError
-from doge_onnx.runtime.engine.runner import DecodeSession
-from doge_onnx.runtime.engine.state import Buffer, State
 from doge_onnx.runtime.generation.config import GenerationConfig
 from doge_onnx.runtime.generation.defaults import Defaults
 from doge_onnx.runtime.model import Model
@@ -33,24 +31,39 @@ def model(request, tmp_path_factory):
 
 
 class Script:
-    """Runs no graph: whatever the prompts, row b is to say `texts[b]`, token by token."""
+    """Runs no graph: whatever the prompts, sequence b is to say `texts[b]`, token by token.
+
+    Attributes:
+        fed: For each step, the new tokens of each sequence that took part, by its number.
+    """
 
     def __init__(self, tokenizer: Tokenizer, *texts: str | list[int]) -> None:
         self.tokens = [
             tokenizer.encode(text)[1:] if isinstance(text, str) else list(text) for text in texts
         ]
-        self.fed: list[tuple[list, list | None]] = []
+        self.fed: list[dict[int, list[int]]] = []
+        self.rows = list(range(len(texts)))
 
-    def step(self, input_ids, mask, state, last_only, consume=False, follow=None):
-        step = len(self.fed)
-        self.fed.append((input_ids.tolist(), None if mask is None else mask.tolist()))
-        logits = np.ones((len(input_ids), 1, VOCAB), np.float32)
-        for row, tokens in enumerate(self.tokens):
-            logits[row, 0, tokens[step] if step < len(tokens) else EOS] = 10
-        return logits, State(Buffer([], np.zeros((len(input_ids), 0), np.int64)), 0, self)
+    def feed(self, tokens, state, last_only, consume=False, most_tokens=None):
+        self.fed.append({row: ids.tolist() for row, ids in enumerate(tokens)})
+        return [logits[None] for logits in self._logits()], None
 
-    def decoder(self, state):
-        return DecodeSession(self, state)
+    def decode(self, state):
+        return self
+
+    def step(self, token_ids, top=None):
+        self.fed.append({row: [token] for row, token in zip(self.rows, token_ids, strict=True)})
+        return self._logits()
+
+    def remove(self, rows):
+        self.rows = [row for row in self.rows if row not in rows]
+
+    def _logits(self):
+        step = len(self.fed) - 1
+        result = np.ones((len(self.rows), VOCAB), np.float32)
+        for logits, row in zip(result, self.rows, strict=True):
+            logits[self.tokens[row][step] if step < len(self.tokens[row]) else EOS] = 10
+        return list(result)
 
 
 @pytest.fixture
@@ -118,13 +131,15 @@ def test_without_a_limit_the_text_goes_on_to_the_end_of_the_context(model):
     assert out.finish_reason == "length"
 
 
-def test_what_a_finished_row_is_fed_is_padding(scripted):
+def test_a_sequence_that_has_ended_is_fed_no_more(scripted):
     model, script = scripted("x", "long text")
-    model.generate_batch(["a", "bb"])
-    masks = [mask for _, mask in script.fed]
-    # Left-padded by one; tokens as long as both run; then the first row gets padding.
-    assert masks[:2] == [[[0, 1, 1], [1, 1, 1]], None]
-    assert masks[2:] == [[[0], [1]]] * (len(script.tokens[1]) - 1)
+    short, long = model.generate_batch(["a", "bb"])
+    assert script.fed[0] == {0: model.tokenizer.encode("a"), 1: model.tokenizer.encode("bb")}
+    # Both run for as many tokens as the first has; the last of each is not fed.
+    assert [list(step) for step in script.fed[1:]] == [[0, 1]] * (len(short.token_ids) - 1) + [
+        [1]
+    ] * (len(long.token_ids) - len(short.token_ids))
+    assert [step[1][0] for step in script.fed[1:]] == long.token_ids[:-1]
 
 
 def test_end_of_text_ends_a_text(scripted):

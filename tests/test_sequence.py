@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from fake_bundle import VOCAB
 
-from doge_onnx.runtime.engine.runner import Best
+from doge_onnx.runtime.engine.runner import TopLogits
 from doge_onnx.runtime.generation.config import GenerationConfig
 from doge_onnx.runtime.generation.sequence import GeneratedSequence
 from doge_onnx.runtime.text.tokenizer import Tokenizer
@@ -50,7 +50,7 @@ def test_the_largest_logits_are_enough(seed):
     whole, part = (GeneratedSequence([3], 9, options, number=2) for _ in range(2))
     ids = np.sort(np.argsort(logits)[-7:])
     for _ in range(9):
-        assert whole.choose(logits) == part.choose(Best(ids, logits[ids]))
+        assert whole.choose(logits) == part.choose(TopLogits(ids, logits[ids]))
 
 
 @pytest.mark.parametrize(

@@ -124,15 +124,14 @@ class Bindings:
     Binding the state costs more than all else that Python does in a step.
     """
 
-    def __init__(self, new: Callable[[Sequence[Any]], Binding]) -> None:
-        self._new = new
+    def __init__(self) -> None:
         self._of_buffer: weakref.WeakKeyDictionary[Buffer, Binding] = weakref.WeakKeyDictionary()
 
-    def of(self, buffer: Buffer) -> Binding:
-        """The binding of a buffer's tensors."""
+    def of(self, buffer: Buffer, new: Callable[[Sequence[Any]], Binding]) -> Binding:
+        """The binding of a buffer's tensors; `new` makes one."""
         binding = self._of_buffer.get(buffer)
         if binding is None:
-            binding = self._of_buffer[buffer] = self._new(buffer.tensors)
+            binding = self._of_buffer[buffer] = new(buffer.tensors)
         return binding
 
 

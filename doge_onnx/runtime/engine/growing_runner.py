@@ -34,7 +34,7 @@ class InPlaceRunner(Runner):
         self, session: ort.InferenceSession, manifest: Manifest, chunk: int = DEFAULT_CHUNK
     ) -> None:
         super().__init__(session, manifest, chunk)
-        self._bindings = Bindings(self.bind)
+        self._bindings = Bindings()
 
     @abstractmethod
     def bind(self, tensors: Sequence[Any]) -> Binding:
@@ -118,16 +118,15 @@ class InPlaceRunner(Runner):
         logits: list[NDArray[np.float32]] = []
         for rows in self._groups(tokens, lengths):
             group, past = tokens[rows], lengths[rows]
-            whole = len(group) == len(tokens)
-            binding = self._bindings.of(buffer) if whole else self._bind_rows(buffer, rows)
+            if len(group) == len(tokens):
+                binding = self._bindings.of(buffer, self.bind)
+            else:
+                binding = self.bind([tensor[rows] for tensor in buffer.tensors])
             if len(group) == 1:
                 logits.append(self._one(binding, group[0], int(past[0]), last_only))
             else:
                 logits += self._several(binding, group, past, last_only)
         return logits
-
-    def _bind_rows(self, buffer: Buffer, rows: slice) -> Binding:
-        return self.bind([tensor[rows] for tensor in buffer.tensors])
 
     def _groups(
         self, tokens: Sequence[NDArray[np.int64]], lengths: NDArray[np.int64]

@@ -39,7 +39,7 @@ class WindowRunner(PaddedRunner):
         super().__init__(session, manifest, min(chunk, window))
         self._window = self._most_rows = window
         self._closing = manifest.state.closing
-        self._bindings = Bindings(self.bind)
+        self._bindings = Bindings()
 
     def bind(self, tensors: Sequence[Any]) -> Binding:
         """What runs the graph on the tensors of a state."""
@@ -64,7 +64,7 @@ class WindowRunner(PaddedRunner):
             )
         columns = new if state is None else state.columns + new
         buffer = self._writable(state, batch, columns, consume, capacity)
-        binding = self._bindings.of(buffer)
+        binding = self._bindings.of(buffer, self.bind)
         binding.put(INPUT_IDS, input_ids)
         binding.put(ATTENTION_MASK, mask)
         binding.put(POSITION_IDS, np.maximum(counts - 1, 0))
