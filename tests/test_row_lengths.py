@@ -206,8 +206,9 @@ def test_who_leaves_moves_no_rows_of_older_states(make, leaving):
         return runner.feed([np.array(ids) for ids in tokens], state, last_only=True)
 
     _, older = feed(texts, None)
-    truth, _ = feed([[5], [6], [7]], older)
+    # The newer one has the same buffer; what is fed to the older one after that has another.
     _, newer = feed([[11], [12], [13]], older)
+    truth, _ = feed([[5], [6], [7]], older)
     session = runner.decode(newer)
     session.remove(leaving)
     session.step([14] * len(session.rows))
