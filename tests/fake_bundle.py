@@ -31,7 +31,7 @@ WEIGHTS_READ = WeightsRead(whole=1000, per_token=8)
 BOS, EOS = "<s>", "</s>"
 _MS = "com.microsoft"
 _HUGE = np.iinfo(np.int64).max
-_NO_LENGTH = 2**31 - 1
+_NO_LENGTH = 2**30
 
 
 def tokenizer() -> Tokenizer:
