@@ -31,7 +31,7 @@ WEIGHTS_READ = WeightsRead(whole=1000, per_token=8)
 BOS, EOS = "<s>", "</s>"
 _MS = "com.microsoft"
 _HUGE = np.iinfo(np.int64).max
-_NO_LENGTH = 2**31 - 1
+_NO_LENGTH = 2**30
 
 
 def tokenizer() -> Tokenizer:
@@ -113,6 +113,8 @@ def model(in_place: bool = True, keep: bool = True, dtype: str = "float32") -> o
         kinds = dict.fromkeys(("k_quant_type", "v_quant_type"), "PER_CHANNEL")
         int8["attributes"] = kinds | {"kv_cache_bit_width": 8}
     g.constants.update(weights())
+    # Behind a full sequence stands what it is fed when it has ended.
+    g.constants["position"] = np.pad(g.constants["position"], ((0, 1), (0, 0)))
     i64 = lambda *values: np.array(values, np.int64)  # noqa: E731
     g.add("Shape", ["input_ids"], "batch", start=0, end=1)
     g.add("Shape", ["input_ids"], "new", start=1, end=2)

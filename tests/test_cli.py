@@ -497,6 +497,7 @@ def test_info_names_what_a_bundle_asks_for_and_nobody_does(bundle_copy):
     assert result["ignored_generation_options"] == ["num_beams", "typical_p"]
 
 
+@pytest.mark.slow
 def test_export_names_once_what_a_checkpoint_asks_for_and_nobody_does(tmp_path):
     model = shutil.copytree(TINY_CHECKPOINT, tmp_path / "model")
     asked = {"top_k": 5, "typical_p": 0.9, "num_beams": 4}

@@ -57,9 +57,9 @@ def test_inputs_and_outputs_are_those_of_the_contract(each):
     types = {i.name: i.type for i in (*session.get_inputs(), *session.get_outputs())}
     assert types.pop("input_ids") == types.pop("attention_mask") == "tensor(int64)"
     assert set(types.values()) == {"tensor(float)"}
-    # The one input beside these has a default, so nobody has to know of it.
-    overridable = [i.name for i in session.get_overridable_initializers()]
-    assert overridable == (["logits_to_keep"] if target == "ort" else [])
+    # The inputs beside these have defaults, so nobody has to know of them.
+    overridable = {i.name for i in session.get_overridable_initializers()}
+    assert overridable == ({"logits_to_keep", "past_lengths"} if target == "ort" else set())
 
 
 def test_the_state_has_the_shape_that_the_config_implies(main, second):

@@ -62,6 +62,7 @@ def counted(path: Path, tied: bool) -> tuple[int, int]:
     return whole, rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_the_manifest_says_what_the_file_has(case, tmp_path):
     config, options = CASES[case]
@@ -80,6 +81,7 @@ def test_the_manifest_says_what_the_file_has(case, tmp_path):
     assert (rows > 40) == (not tied or "mixture" in case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "least"),
     [({}, 4.0), ({"precision": "int8"}, 1.0), ({"precision": "int4"}, 0.5)],
@@ -98,6 +100,7 @@ def test_a_trained_model_reads_its_weights_once(options, least, tmp_path):
     assert graph - 200_000 < read.whole < graph
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_moe", [False, True])
 def test_the_format_of_the_file_does_not_matter(is_moe, tmp_path):
     config = SIZES | {"tie_word_embeddings": False, "is_moe": is_moe}

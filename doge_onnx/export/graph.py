@@ -31,8 +31,9 @@ from doge_onnx.export.step import RecurrentStep
 IR_VERSION = 10
 TOTAL_LENGTH = "total_sequence_length"
 PAST_LENGTHS = "past_lengths"
-# Its default, above any length: then the tokens of all sequences end with the mask.
-NO_LENGTH = 2**31 - 1
+# Its default, above any length: then the tokens of all sequences end with the mask. The columns
+# behind it are still below 2^31: up to 1.31, ONNX Runtime's Min compares int64 in 32 bits.
+NO_LENGTH = 2**30
 # Any lengths will do, as all axes stay dynamic, but 0 and 1 would be taken for constants; and
 # a window must have rows for the new tokens.
 _BATCH, _LENGTH, _PAST = 2, 3, 5

@@ -13,8 +13,9 @@ import onnx_ir as ir
 from doge_onnx.manifest import WeightsRead
 
 # Inputs of which an operator reads only the rows that another input names: the rows of embeddings,
-# experts and their scales, and the rotation of each position.
+# experts and their scales, the rotation of each position, and the numbers of new columns.
 _TABLES = {
+    "Slice": {0},
     "Gather": {0},
     "GatherBlockQuantized": {0, 2, 3},
     "RotaryEmbedding": {2, 3},

@@ -58,6 +58,8 @@ class InPlaceRunner(Runner):
         lengths = np.zeros(len(tokens), np.int64) if state is None else state.lengths
         ends = lengths + np.array([len(ids) for ids in tokens])
         buffer = self.claim(state, len(tokens), int(ends.max()), most_tokens)
+        if state is not None and buffer is state.buffer and not consume:
+            buffer.shared = True
         try:
             logits = self._fill(buffer, tokens, lengths, last_only)
         except BaseException:
@@ -94,6 +96,7 @@ class InPlaceRunner(Runner):
 
     def rewind(self, state: State, length: int) -> State | None:
         """The first rows of the same buffer; see `Runner.rewind`."""
+        state.buffer.shared = True
         return State(state.buffer, np.full_like(state.lengths, length), self)
 
     def claim_all(self, state: State) -> Buffer:
@@ -209,6 +212,13 @@ class InPlaceRunner(Runner):
         capacity = self._capacity(buffer.capacity + 1, None)
         return self._new_buffer(buffer.tensors, batch, buffer.capacity, capacity, capacity)
 
+    def copy(self, buffer: Buffer, lengths: NDArray[np.int64]) -> Buffer:
+        """A buffer with so many rows of each of the first sequences of another, the caller's."""
+        capacity = buffer.capacity
+        return self._new_buffer(
+            buffer.tensors, len(lengths), int(lengths.max()), capacity, capacity
+        )
+
 
 def mask_columns(length: int, capacity: int) -> int:
     """Columns of a mask for so many tokens: a graph takes more than that, up to its buffer's."""
@@ -299,6 +309,8 @@ class _GrowingSession(InPlaceSession):
         That copies those rows, which costs about as much as one step reads of them.
         """
         buffer = self._make_room()
+        if buffer.shared:
+            buffer = self._buffer = self._runner.copy(buffer, self._lengths)
         for row in rows:
             place, last = self.rows.index(row), len(self.rows) - 1
             length = self._lengths[last]

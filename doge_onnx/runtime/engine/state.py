@@ -31,12 +31,15 @@ class Buffer:
             arrays, tensors of a device) is the business of who runs the graph.
         capacity: Number of rows that fit, for each sequence.
         lengths: int64 `[batch]`, number of rows that are written or claimed.
+        shared: Whether there may be states before the newest one that somebody still uses, so that
+            their rows must stay where they are.
     """
 
     def __init__(self, tensors: Sequence[Any], capacity: int, lengths: NDArray[np.int64]) -> None:
         self.tensors = tensors
         self.capacity = capacity
         self.lengths = lengths
+        self.shared = False
         self._lock = threading.Lock()
 
     def claim(self, starts: NDArray[np.int64], end: int) -> bool:

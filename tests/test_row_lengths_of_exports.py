@@ -1,0 +1,135 @@
+"""Batches of unequal lengths with exported bundles, against the oracle or each sequence alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import older_checkpoints
+import oracle
+import pytest
+from checkpoints import assert_close
+from feeding import feed_at_random
+from runners import on_device
+from stepping import fresh_text
+
+from doge_onnx.bundle import Bundle
+from doge_onnx.runtime.cuda.lock import EXCLUSIVE
+from doge_onnx.runtime.cuda.runner import CudaWindowRunner
+from doge_onnx.runtime.engine import state as states
+from doge_onnx.runtime.engine.loader import open_runner
+
+VOCABULARY = older_checkpoints.SMALL["vocab_size"]
+CONTEXT = 120
+WINDOW = {"keep_window_size": 20}
+MIXTURE = {"is_moe": True, "num_experts": 16, "num_experts_per_tok": 5}
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+
+CHECKPOINTS = {
+    "dense": {"layout": "native", "num_hidden_layers": 1},
+    "narrow": {"layout": "native", "num_hidden_layers": 1, **WINDOW},
+}
+
+
+def on_cpu(path, chunk):
+    return open_runner(Bundle.open(path), "cpu", chunk=chunk)
+
+
+def on_window_device(path, chunk):
+    return on_device(path, CudaWindowRunner, chunk)
+
+
+def with_fixed_steps(path, chunk):
+    runner = on_device(path, chunk=chunk)
+    with EXCLUSIVE:
+        assert runner.use_fixed_steps(capture=False) is None
+    return runner
+
+
+# Checkpoint, options of the export, what runs it, and by how much logits may differ: they are
+# about 5. An int8 row may be rounded to its other neighbour.
+KINDS = {
+    "in place": ("dense", {}, on_cpu, 1e-3),
+    "int8 state": ("dense", {"kv_cache": "int8"}, on_cpu, 0.1),
+    "past the window": ("narrow", {}, on_cpu, 1e-3),
+    "portable": ("dense", {"target": "portable"}, on_cpu, 1e-3),
+    "window": ("narrow", {"state": "window"}, on_cpu, 1e-3),
+    "portable window": ("narrow", {"state": "window", "target": "portable"}, on_cpu, 1e-3),
+    "window on a device": ("narrow", {"state": "window"}, on_window_device, 1e-3),
+    "fp16": ("dense", {"device": "cuda"}, on_cpu, 0.05),
+    "fp16 on a device": ("dense", {"device": "cuda"}, on_device, 0.05),
+    "fp16, fixed steps": ("dense", {"device": "cuda"}, with_fixed_steps, 0.05),
+    "fp16, past the window": ("narrow", {"device": "cuda"}, on_device, 0.05),
+}
+
+
+@pytest.fixture(scope="module")
+def bundle(make_bundle, tmp_path_factory):
+    """The path of an exported bundle, by its checkpoint and options."""
+    made = {}
+
+    def get(name, options):
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp("checkpoint")
+            older_checkpoints.make(made[name], seed=3, **CHECKPOINTS[name])
+        return make_bundle(made[name], verify=False, context_length=CONTEXT, **options).path
+
+    return get
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_sequence_gets_what_it_gets_alone(kind, seed, bundle, monkeypatch):
+    monkeypatch.setattr(states, "FIRST_CAPACITY", 8)
+    name, options, new, tolerance = KINDS[kind]
+    path = bundle(name, options)
+    alone = on_cpu(path, chunk=CONTEXT)
+
+    def truth(ids):
+        return alone.feed([np.array(ids)], None, last_only=False)[0][0]
+
+    feed_at_random(new(path, chunk=16), truth, VOCABULARY, CONTEXT, tolerance, seed)
+
+
+MODELS = {
+    "native mixture": {"layout": "native", **MIXTURE},
+    "intermediate mixture": {"layout": "intermediate", "norm_topk_prob": True, **MIXTURE},
+    "older, everything": {
+        "layout": "older",
+        "max_position_embeddings": 32,
+        "rope_parameters": DYNAMIC,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "router_bias": True,
+        **WINDOW,
+        **MIXTURE,
+    },
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_unequal_batches_are_the_oracles(name, make_bundle, tmp_path):
+    model = older_checkpoints.make(tmp_path / "checkpoint", seed=8, **MODELS[name])
+    path = make_bundle(model.directory, verify=False, context_length=CONTEXT).path
+    runner = on_cpu(path, chunk=16)
+    texts = [fresh_text(length, VOCABULARY, seed=length) for length in (48, 10, 33, 34)]
+    truths = [oracle.logits(model.config, model.tensors, text) for text in texts]
+    # A prompt, another turn of unequal lengths, and then a token at a time.
+    first, second = (20, 1, 5, 6), (33, 7, 5, 30)
+    rows, state = runner.feed(_cut(texts, (0,) * 4, first), None, last_only=False)
+    more, state = runner.feed(_cut(texts, first, second), state, last_only=False)
+    got = [np.concatenate(pair) for pair in zip(rows, more, strict=True)]
+    lengths = list(second)
+    session = runner.decode(state)
+    while lengths != [len(text) for text in texts]:
+        if ended := [row for row in session.rows if lengths[row] == len(texts[row])]:
+            session.remove(ended)
+        scores = session.step([texts[row][lengths[row]] for row in session.rows])
+        for row, logits in zip(session.rows, scores, strict=True):
+            got[row] = np.concatenate([got[row], logits[np.newaxis]])
+            lengths[row] += 1
+    for ours, truth in zip(got, truths, strict=True):
+        assert_close(ours, truth)
+
+
+def _cut(texts, starts, ends):
+    pairs = zip(texts, starts, ends, strict=True)
+    return [np.array(text[start:end], np.int64) for text, start, end in pairs]
