@@ -184,6 +184,10 @@ class Model:
     ) -> list[Completion]:
         """Continue several prompts side by side; greedily, each gets what it would get alone.
 
+        Weights in int8 or int4 are an exception: their products round activations to 8 bits, so the
+        last bit of a sum, which may depend on how many sequences are summed together, can become
+        half a percent of a logit. Then two tokens that are nearly as likely may change places.
+
         Each prompt draws random numbers of its own, the first one those that it would draw
         alone. Logits processors and a sampler that the caller brings are shared by all prompts,
         so they should remember nothing from one call to the next.
@@ -201,7 +205,9 @@ class Model:
             BundleError: The chat template is no good.
         """
         options = self._options(config, overrides)
-        if not isinstance(prompts, list | tuple | np.ndarray):
+        if not isinstance(prompts, list | tuple | np.ndarray) or (
+            isinstance(prompts, np.ndarray) and prompts.ndim == 0
+        ):
             raise InputError(
                 f"prompts must be a list of them, not {type(prompts).__name__}; generate takes one"
             )

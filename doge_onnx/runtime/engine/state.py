@@ -68,13 +68,15 @@ class State:
     be kept and continued again later, as often as wanted.
 
     Attributes:
-        lengths: Number of tokens that each sequence was fed, int64 `[batch_size]`; padding does
-            not count.
+        lengths: Number of tokens that each sequence was fed, int64 `[batch_size]`, read-only;
+            padding does not count.
     """
 
     def __init__(self, buffer: Buffer, lengths: NDArray[np.int64], owner: object) -> None:
         self.buffer = buffer
-        self.lengths = lengths
+        # A copy that cannot be changed: it says which rows of the buffer are this state's.
+        self.lengths = lengths.copy()
+        self.lengths.flags.writeable = False
         self._owner = owner
 
     @property
