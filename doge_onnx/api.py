@@ -1,7 +1,8 @@
-"""The public functions.
+"""The public functions of the package.
 
-Each imports what does the work when it is called, so that `import doge_onnx` costs
-nothing and the base install does not need what only `export` needs.
+Knows their signatures and which extras they need. Each function imports its implementation when it
+is called, so that `import doge_onnx` is fast and the base installation does not need the packages
+of the extras.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from doge_onnx.measure.evaluate import QualityReport, Scorer
     from doge_onnx.runtime.model import Model
 
-# What the extras bring, all together.
+# Packages that the extras install.
 _OPTIONAL = {
     "torch",
     "onnx",
@@ -47,22 +48,23 @@ def load(
 
     Args:
         bundle: The directory that `export` wrote.
-        device: "cpu" or "cuda", or "auto": CUDA where it is and the bundle is made for it.
-        threads: Threads that one operator may use; None is one for each physical core that this
+        device: "cpu", "cuda" or "auto". "auto" is CUDA if it is installed and can run the bundle,
+            and else the CPU.
+        threads: Threads that one operator may use; None for one for each physical core that this
             process may use.
-        prefill_chunk: Most tokens of a prompt that go through the graph at once; None is a
-            number that is good for speed and memory. The result does not depend on it.
-        verbose: Let the warnings of ONNX Runtime through.
+        prefill_chunk: Most tokens of a prompt in one run of the graph; None for a number that suits
+            the device. The result does not depend on it.
+        verbose: Show the warnings of ONNX Runtime.
         cuda_graph: Whether CUDA captures decode steps once and replays them, which saves the time
-            to launch their kernels. None is where the bundle allows it and the first steps, which
-            are then run both ways, agree.
+            to launch their kernels. None for yes if the bundle allows it and a check of a few
+            steps, captured and not, finds the same results.
 
     Raises:
         BundleError: The bundle is incomplete, altered, too new, or cannot be run.
-        DeviceError: The device is not there, lacks a library, or cannot run the bundle or capture
-            its steps.
-        InputError: An unknown device, a number of threads or tokens below 1, or a `cuda_graph` that
-            is none of the three.
+        DeviceError: The device is missing, lacks a library, or cannot run the bundle or capture its
+            steps.
+        InputError: There is no device of that name, a number of threads or tokens is below 1, or
+            `cuda_graph` is not True, False or None.
     """
     from doge_onnx.runtime import model
 
@@ -93,34 +95,36 @@ def export(
 
     Args:
         model: A directory with a checkpoint, or its id on the Hugging Face Hub.
-        out: Directory to write; it appears when it is complete, or not at all.
-        precision: Of the weights: "fp32", "fp16", "bf16", "int8" or "int4". None is "fp32", or
-            "fp16" where the device is "cuda".
-        kv_cache: Of the state: "fp32" or "int8". None is what the activations have.
-        context_length: Most tokens of one sequence; None is what the model was trained for.
-        target: "ort" for ONNX Runtime's fused operators, "portable" for standard ones.
-        device: What the graph is made for, "cpu" or "cuda". With "cuda", activations are fp16
-            or bf16, also beside quantized weights.
-        state: "growing" for a state with a row for every token, "window" for one that has as
-            many rows as the model's window has keys, however long the text gets.
-        layout: "flat" for a graph beside the other files, "hub" for the directory and the name
-            by which transformers.js finds it.
-        format: Of the graph's file: "onnx", or "ort" for ONNX Runtime's own, which its builds for
-            phones and small boards read; with it comes the list of operators that they need.
-        block_size: For experts: how many quantized weights share a scale, a power of 2 from
-            16 to 256; None is what suits each matrix.
-        rounding: For experts: "gptq" or "nearest"; None is "gptq".
-        verify: Compare the result with the reference and record the figures. Where something is
-            quantized, they say what that lost.
-        max_kl: Most that quantization may lose: mean KL divergence in nats per token. None is
-            no limit.
+        out: Directory to write. It appears only when it is complete.
+        precision: Precision of the weights: "fp32", "fp16", "bf16", "int8" or "int4". None for
+            "fp32", or for "fp16" if the device is "cuda".
+        kv_cache: Precision of the state: "fp32" or "int8". None for that of the activations.
+        context_length: Most tokens of one sequence; None for the length that the model was trained
+            for.
+        target: "ort" for ONNX Runtime's fused operators, "portable" for standard operators.
+        device: The device that the graph is made for, "cpu" or "cuda". With "cuda", activations are
+            fp16 or bf16, even if weights are quantized.
+        state: "growing" for a state with one row for each token, "window" for a state with at most
+            as many rows as the model's window has keys, however long the text is.
+        layout: "flat" for a graph next to the other files, "hub" for the directory and the file
+            name that transformers.js expects.
+        format: Format of the graph's file: "onnx", or "ort" for ONNX Runtime's own format, which
+            its builds for phones and small boards read. "ort" also writes the list of operators
+            that such a build needs.
+        block_size: For experts: how many quantized weights share a scale, a power of 2 from 16 to
+            256. None for a size that suits each matrix.
+        rounding: For experts: "gptq" or "nearest". None for "gptq".
+        verify: Compare the result with the reference and record the figures. If something is
+            quantized, measure how much quality is lost.
+        max_kl: Most that quantization may lose: mean KL divergence in nats per token. None for no
+            limit.
         revision: Branch, tag or commit on the Hub.
-        force: Replace a bundle that is at `out`.
+        force: Replace a bundle that exists at `out`.
         progress: Called with a line of text when a long step begins.
 
     Raises:
-        DogeOnnxError: The checkpoint cannot be read or is not supported, `out` cannot be
-            written, or the graph differs from the reference; see the children of the class.
+        DogeOnnxError: The checkpoint cannot be read or is not supported, `out` cannot be written,
+            or the graph differs from the reference; see the subclasses.
     """
     with _extra("export"):
         from doge_onnx.export import exporter
@@ -154,7 +158,7 @@ def verify(
     revision: str | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> ParityReport:
-    """Compare a bundle with the checkpoint that it was made from, run by transformers.
+    """Compare a bundle with its checkpoint, which transformers runs.
 
     Args:
         bundle: The directory that `export` wrote.
@@ -164,7 +168,7 @@ def verify(
         progress: Called with a line of text when a long step begins.
 
     Raises:
-        DogeOnnxError: One of the two cannot be read; see the children of the class.
+        DogeOnnxError: The bundle or the checkpoint cannot be read; see the subclasses.
     """
     with _extra("export"):
         from doge_onnx.export import verify as verifier
@@ -186,25 +190,27 @@ def evaluate(
     revision: str | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> QualityReport:
-    """Measure how well a bundle predicts a text, and how far it is from a reference.
+    """Measure how well a bundle predicts a text, and how much it differs from a reference.
+
+    Only a checkpoint as reference needs the export extra.
 
     Args:
         bundle: The directory that `export` wrote. It is not changed.
-        reference: What it is compared with: another bundle, or a checkpoint, which is a
-            directory or an id on the Hugging Face Hub. None measures the perplexity alone.
-        text: A file of UTF-8 text. None lets the reference, or else the bundle, write one.
-        window: The text is cut into pieces of this many tokens, each of which is read on its
-            own. Never more than the context length; None is a size that is good for most.
-        max_tokens: Most tokens of the text; None is 8192.
-        seed: Of a text that is sampled; None is always the same one.
-        device: Of bundles: "auto", "cpu" or "cuda"; see `load`.
+        reference: The model to compare with: another bundle, or a checkpoint, which is a directory
+            or an id on the Hugging Face Hub. None for the perplexity alone.
+        text: A file of UTF-8 text. With None the reference, or without one the bundle, writes the
+            text.
+        window: Tokens of the pieces into which the text is cut; each piece is read on its own. At
+            most the context length. None for 512, or 256 if a model writes the text.
+        max_tokens: Most tokens of the text; None for 8192.
+        seed: Seed of a text that a model writes; None for a constant.
+        device: Device of bundles: "auto", "cpu" or "cuda"; see `load`.
         revision: Branch, tag or commit of a reference on the Hub.
         progress: Called with a line of text when a long step begins.
 
     Raises:
-        DogeOnnxError: One of the two or the text cannot be read, they do not fit together, or
-            an option is out of its range; see the children of the class. Only a checkpoint
-            needs the export extra.
+        DogeOnnxError: The bundle, the reference or the text cannot be read, the two models have
+            different vocabularies, or an option is out of its range; see the subclasses.
     """
     from doge_onnx.measure import evaluate as evaluator
 
@@ -256,20 +262,20 @@ def bench(
 
     Args:
         bundle: The directory that `export` wrote.
-        contexts: Lengths of the prompts, in tokens; None is 16, 512 and 1900. What does not
-            fit into the context length is left out.
-        batches: Numbers of sequences that run side by side; None is 1 and 8. All contexts are
-            measured with each.
-        tokens: Decode steps after each prompt, in each repetition; None is 16.
-        repetitions: How often each figure is measured; None is 3.
-        threads: Threads that one operator may use; None is one for each core that may be used.
+        contexts: Lengths of the prompts, in tokens; None for 16, 512 and 1900. Lengths that do not
+            fit into the context are left out.
+        batches: Batch sizes, each of which is measured with all contexts; None for 1 and 8.
+        tokens: Decode steps after each prompt, in each repetition; None for 16.
+        repetitions: How often each figure is measured; None for 3.
+        threads: Threads that one operator may use; None for one for each physical core that this
+            process may use.
         device: "auto", "cpu" or "cuda"; see `load`.
         cuda_graph: See `load`.
         progress: Called with a line of text when a step begins.
 
     Raises:
         BundleError: The bundle is incomplete, altered, too new, or cannot be run.
-        InputError: A number below 1, or no context that fits.
+        InputError: A number is below 1, or no context fits.
     """
     from doge_onnx.measure import bench as benchmark
 
@@ -298,21 +304,21 @@ def push(
 ) -> PushReport:
     """Upload a bundle to the Hugging Face Hub, in one commit.
 
-    The files of the bundle go up, after their checksums were compared, and nothing else of its
-    directory. What is in the repository already stays, unless it has the same name.
+    Compares the checksums of the bundle's files, then uploads these files and nothing else of the
+    directory. Other files in the repository stay; files of the same name are replaced.
 
     Args:
         bundle: The directory that `export` wrote.
         repo: The repository, such as "user/model"; it is created if it does not exist.
-        private: Make a new repository private. One that exists must be private already.
-        revision: The branch; it is created if it does not exist. None is the main one.
-        message: Of the commit; None says what the bundle holds.
-        dry_run: Only check the bundle and report what would be uploaded.
+        private: Make a new repository private. An existing one must be private already.
+        revision: The branch; it is created if it does not exist. None for the main branch.
+        message: Message of the commit; None for one that says what the bundle holds.
+        dry_run: Only check the bundle and report which files would be uploaded.
         progress: Called with a line of text when a step begins.
 
     Raises:
         BundleError: There is no bundle, or it is incomplete, altered or too new.
-        HubError: The name is not valid, there is no token or it may not write there, or the Hub
+        HubError: The name is not valid, there is no token or it has no write access, or the Hub
             cannot be reached.
         MissingExtraError: huggingface_hub is not installed.
     """
@@ -332,7 +338,7 @@ def push(
 
 @contextlib.contextmanager
 def _extra(name: str) -> Iterator[None]:
-    """Say what to install if an import fails for want of an extra."""
+    """A context that turns the failed import of an extra's package into MissingExtraError."""
     try:
         yield
     except ImportError as error:

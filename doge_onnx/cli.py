@@ -1,8 +1,8 @@
 """The command line: one thin command per verb.
 
-Knows the verbs and the exit codes. What a verb does is the library's business, what its
-options mean is in `cli_options`, and how its result looks is `cli_output`'s. Whatever is slow
-to import is imported inside of the commands, so that --help comes at once.
+Knows the verbs and the exit codes. Does not know how a verb is carried out (`api`), what its
+options mean (`cli_options`) or how its result looks (`cli_output`). Slow modules are imported
+inside the commands, so that --help is fast.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _INTERRUPTED = 130
 
 
 class _Verbs(TyperGroup):
-    """Ends with one line and an exit code, rather than a traceback, what a user can cause."""
+    """Ends an error that a user can cause with one line and an exit code, not a traceback."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run the whole command line."""
@@ -34,8 +34,8 @@ class _Verbs(TyperGroup):
             return super().main(*args, **kwargs)
         except MemoryError:
             cli_output.error("not enough memory")
-        # The system's own errors, such as a full disk behind standard output. A closed pipe is
-        # none: typer ends quietly, since whoever read the output has had enough.
+        # OSError covers errors of the system, such as a full disk behind standard output. A closed
+        # pipe is no error: typer ends quietly, because the reader needs no more output.
         except (DogeOnnxError, OSError) as error:
             cli_output.error(str(error))
         cli_output.drop_unwritable()
@@ -45,7 +45,7 @@ class _Verbs(TyperGroup):
         """Run the verb that the command line names."""
         try:
             result = super().invoke(ctx)
-            # Now, while it can still be reported that this fails.
+            # Flushed here, where a failure can still be reported.
             sys.stdout.flush()
         except KeyboardInterrupt:
             cli_output.error("interrupted")
@@ -81,7 +81,7 @@ def _options(
         ),
     ] = False,
 ) -> None:
-    """Hold the options that come before the verb; --version acts on its own."""
+    """Define the options that come before the verb; --version has a callback of its own."""
 
 
 @app.command()
@@ -105,7 +105,7 @@ def export(
 ) -> None:
     """Turn a checkpoint into a bundle.
 
-    A bundle is a directory with the ONNX graph and all else that a device needs to run it.
+    A bundle is a directory with the ONNX graph and everything else that a device needs to run it.
     """
     cli_output.note(f"exporting {model}")
     with cli_output.progress() as progress:
@@ -140,10 +140,10 @@ def verify(
 ) -> None:
     """Compare a bundle with its checkpoint.
 
-    The reference is transformers in float32, fed one token at a time. Compares the logits of
-    a prompt (prefill), of the same prompt token by token (decode) and of a padded batch, then
-    greedy continuations. Writes the figures into the bundle's manifest. The exit code is 1 if
-    a difference is beyond the tolerance.
+    The reference is transformers in float32, fed one token at a time. Compares the logits of a
+    prompt (prefill), of the same prompt token by token (decode) and of a padded batch, then greedy
+    continuations. Writes the figures into the bundle's manifest. The exit code is 1 if a difference
+    exceeds the tolerance.
     """
     cli_output.note(f"comparing {bundle} with {reference}")
     with cli_output.progress() as progress:
@@ -169,10 +169,10 @@ def evaluate(
 ) -> None:
     """Measure the quality of a bundle.
 
-    Prints the perplexity of a text, and with a reference how far the bundle is from it: mean KL
-    divergence, how often both have the same most likely token, and by how much the reference
-    prefers its own where they have not. The bundle is not changed. The exit code is 1 if the
-    mean KL divergence is above --max-kl.
+    Prints the perplexity of a text. With a reference, also prints how much the bundle differs from
+    it: the mean KL divergence, how often both find the same token most likely, and by how much the
+    reference prefers its own token where they disagree. Does not change the bundle. The exit code
+    is 1 if the mean KL divergence is above --max-kl.
     """
     if max_kl is not None and reference is None:
         raise typer.BadParameter("it needs --reference", param_hint="--max-kl")
@@ -216,9 +216,8 @@ def generate(
 ) -> None:
     """Continue a text, or with --chat answer a message.
 
-    The text appears on standard output as it is generated, and nothing else does. Sampling
-    options that are not given follow the bundle's generation_config.json, or else the defaults
-    below.
+    Writes the text, and nothing else, to standard output as it is generated. Options that are not
+    given follow the bundle's generation_config.json, or else the defaults below.
     """
     for name in cli_options.REPORTED:
         if options.get(name) and not json:
@@ -241,7 +240,7 @@ def generate(
             sys.stdout.flush()
             timings = piece.timings
     finally:
-        # Also after Ctrl-C: what comes next begins on a line of its own.
+        # Also after Ctrl-C, so that the next output begins on a new line.
         sys.stdout.write("\n")
         sys.stdout.flush()
     if stats and timings is not None:
@@ -263,8 +262,8 @@ def chat(
 ) -> None:
     """Talk with an instruction-tuned model.
 
-    Each line that you type, or pipe in, is a message; the answers appear on standard output.
-    Ctrl-C ends an answer, Ctrl-D the conversation. The model remembers all of it up to the
+    Each line that you type or pipe in is a message; the answers appear on standard output. Ctrl-C
+    ends an answer, Ctrl-D the conversation. The model remembers the whole conversation up to the
     context length, and then forgets the oldest turns.
     """
     model = _load(bundle, device, threads, prefill_chunk, verbose, cuda_graph)
@@ -290,11 +289,11 @@ def bench(
 ) -> None:
     """Measure how fast a bundle runs on this machine.
 
-    Prompts of several lengths, alone and in batches: time to first token, prefill, decode, and
-    how much of the machine's read bandwidth a decode step uses (MBU). The bandwidth is measured
-    in the same run. Load time and peak memory are those of fresh processes. Each figure is the
-    median of the repetitions. The defaults take a minute or two for a model of 160 million
-    parameters.
+    Runs prompts of several lengths, alone and in batches. Measures the time to the first token,
+    prefill, decode, and the share of the machine's read bandwidth that a decode step uses (MBU);
+    the bandwidth is measured in the same run. Measures load time and peak memory in fresh
+    processes. Each figure is the median of the repetitions. The defaults take a minute or two for a
+    model of 160 million parameters.
     """
     cli_output.note(f"measuring {bundle}")
     with cli_output.progress() as progress:
@@ -340,9 +339,9 @@ def push(
 ) -> None:
     """Upload a bundle to the Hugging Face Hub.
 
-    All files of the bundle are compared with their checksums, then they go up in one commit, and
-    nothing else of the directory. What is in the repository already stays, unless it has the
-    same name. Needs a token with write access: `hf auth login`, or the variable HF_TOKEN.
+    Compares all files of the bundle with their checksums, then uploads them, and nothing else of
+    the directory, in one commit. Other files in the repository stay; files of the same name are
+    replaced. Needs a token with write access: `hf auth login`, or the variable HF_TOKEN.
     """
     cli_output.note(f"pushing {bundle} to {repo}")
     report = doge_onnx.push(
@@ -352,7 +351,7 @@ def push(
         revision=revision,
         message=message,
         dry_run=dry_run,
-        # Lines rather than a spinner: the Hub's client draws bars of its own.
+        # Lines and not a spinner, because the Hub's client draws progress bars.
         progress=lambda step: cli_output.note(f"  {step}"),
     )
     cli_output.push(report)
@@ -380,7 +379,7 @@ def _load(
 
 
 def _prompt(argument: str | None) -> str:
-    """The prompt itself, read from standard input where that was asked for."""
+    """The prompt: the argument, or standard input if the argument is "-" or missing."""
     if argument is not None and argument != "-":
         return argument
     if argument is None and sys.stdin.isatty():
@@ -388,7 +387,7 @@ def _prompt(argument: str | None) -> str:
             "nothing to continue: give a text, '-', or pipe one in", param_hint="PROMPT"
         )
     text = cli_chat.decode(sys.stdin.buffer.read())
-    # What `echo` and editors put at the end is seldom meant as a part of the text.
+    # `echo` and editors add a newline that is seldom meant as a part of the text.
     return text.removesuffix("\n").removesuffix("\r")
 
 
@@ -398,10 +397,10 @@ def _end(number: int, _frame: FrameType | None) -> NoReturn:
 
 def main() -> None:
     """Run the command line; the entry point of the `doge-onnx` script."""
-    # SIGBREAK is Windows' own, for Ctrl-Break and for a console that is closed.
+    # SIGBREAK exists on Windows only: Ctrl-Break, or a console that is closed.
     for name in ("SIGTERM", "SIGHUP", "SIGBREAK"):
         number = getattr(signal, name, None)
-        # As an exception, so that clean-up runs. What `nohup` ignores stays ignored.
+        # The handler raises an exception, so that clean-up runs. What `nohup` ignores stays so.
         if number is not None and signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _end)
     cli_output.prepare_streams()

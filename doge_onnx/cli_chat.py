@@ -1,6 +1,6 @@
-"""The two sides of a conversation on a terminal or a pipe: lines in, answers out, Ctrl-C between.
+"""A conversation on a terminal or a pipe: reads messages, prints answers, handles Ctrl-C.
 
-Does not know models: an answer is an iterator of pieces of text.
+Knows terminals and pipes. Does not know models: an answer is an iterator of pieces.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ _PROMPT = "> "
 
 
 def messages() -> Iterator[str]:
-    """What the user says, line by line, until Ctrl-D or the end of the pipe.
+    """The user's messages, one for each line, until Ctrl-D or the end of the pipe.
 
     Raises:
-        InputError: What is piped in is not UTF-8.
+        InputError: The piped text is not UTF-8.
     """
     lines = _typed() if sys.stdin.isatty() else _piped()
     return (line for line in lines if line.strip())
 
 
 def decode(data: bytes) -> str:
-    """Text that was piped in: not by way of sys.stdin's own encoding, which is the locale's.
+    """Decode piped text as UTF-8, whatever the encoding of the locale.
 
     Raises:
         InputError: It is not UTF-8.
@@ -59,7 +59,7 @@ def print_answer(answer: Generator[Piece, None, None]) -> None:
 
 @contextlib.contextmanager
 def _interruptions() -> Iterator[threading.Event]:
-    """Note Ctrl-C rather than raise it: in the midst of a step it would cost the state."""
+    """A context in which Ctrl-C sets an event: an exception in a step would lose the state."""
     interrupted = threading.Event()
 
     def note(_number: int, _frame: FrameType | None) -> None:
@@ -73,14 +73,14 @@ def _interruptions() -> Iterator[threading.Event]:
 
 
 def _typed() -> Iterator[str]:
-    # Arrow keys and a history of lines, where the system has them.
+    # Gives arrow keys and a history of lines, if the system has readline.
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - input() uses it once it is imported
     while True:
         try:
             yield input(_PROMPT)
         except KeyboardInterrupt:
-            # Gives up the line, as in a shell.
+            # Ctrl-C discards the line, as in a shell.
             sys.stdout.write("\n")
         except EOFError:
             sys.stdout.write("\n")

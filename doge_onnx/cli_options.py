@@ -1,8 +1,8 @@
-"""The arguments and options of the commands: type, limits and help of each.
+"""The arguments and options of the commands: the type, limits and help of each.
 
-Does not know what they do. What is checked here is wrong usage, with an exit code of its own;
-the library checks all that it is given once more. Options of generation are those of
-`GenerationConfig`, which says what each of them means and may be.
+Knows how options are written on the command line. Errors in them are wrong usage, with an exit code
+of its own; the library checks all values once more. Does not know what the options do. Those of
+generation are taken from the fields of `GenerationConfig`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import typer
 
 from doge_onnx.runtime.generation.config import GenerationConfig, Option
 
-# What is reported beside the text, so that a command which only writes a text lacks it.
+# Options that add to the report beside the text, which only the JSON output has.
 REPORTED = ("logprobs", "top_logprobs")
 
 
 class Precisions(StrEnum):
-    """What --precision takes."""
+    """Values of --precision."""
 
     fp32 = "fp32"
     fp16 = "fp16"
@@ -34,14 +34,14 @@ class Precisions(StrEnum):
 
 
 class KVCaches(StrEnum):
-    """What --kv-cache takes."""
+    """Values of --kv-cache."""
 
     fp32 = "fp32"
     int8 = "int8"
 
 
 class Devices(StrEnum):
-    """What --device takes where something runs."""
+    """Values of --device in commands that run a bundle."""
 
     auto = "auto"
     cpu = "cpu"
@@ -49,42 +49,42 @@ class Devices(StrEnum):
 
 
 class ExportDevices(StrEnum):
-    """What --device takes where something is made."""
+    """Values of --device in `export`."""
 
     cpu = "cpu"
     cuda = "cuda"
 
 
 class Roundings(StrEnum):
-    """What --rounding takes."""
+    """Values of --rounding."""
 
     gptq = "gptq"
     nearest = "nearest"
 
 
 class Targets(StrEnum):
-    """What --target takes."""
+    """Values of --target."""
 
     ort = "ort"
     portable = "portable"
 
 
 class States(StrEnum):
-    """What --state takes."""
+    """Values of --state."""
 
     growing = "growing"
     window = "window"
 
 
 class Layouts(StrEnum):
-    """What --layout takes."""
+    """Values of --layout."""
 
     flat = "flat"
     hub = "hub"
 
 
 class Formats(StrEnum):
-    """What --format takes."""
+    """Values of --format."""
 
     onnx = "onnx"
     ort = "ort"
@@ -93,9 +93,12 @@ class Formats(StrEnum):
 def generation_options(
     without: Collection[str] = (),
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the options of generation, in the place of its parameter `options`.
+    """A decorator that replaces a command's parameter `options` by the options of generation.
 
-    The command gets those that are given as one dict. Options in `without` are left out.
+    The command is called with one dict of the options that the user gave.
+
+    Args:
+        without: Names of options to leave out.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -140,7 +143,7 @@ def _generation_parameters(without: Collection[str]) -> Iterator[inspect.Paramet
 
 
 def flag(name: str) -> str:
-    """What an option of the library is called on the command line."""
+    """The flag of an option of the library: `top_k` becomes `--top-k`."""
     return f"--{name.replace('_', '-')}"
 
 
@@ -156,7 +159,7 @@ def _help(name: str, option: Option) -> str:
 
 
 def _checker(name: str, option: Option) -> Callable[[Any], Any]:
-    """What refuses a value that the option may not have."""
+    """A callback for typer that refuses values that are not valid for the option."""
 
     def check(given: Any) -> Any:
         value = _value(name, given)
@@ -168,7 +171,7 @@ def _checker(name: str, option: Option) -> Callable[[Any], Any]:
 
 
 def _value(name: str, given: Any) -> Any:
-    """The value of an option, from what the command line holds; None where it is not given."""
+    """The value of an option as the library takes it; None if it is not given."""
     if given is None or given == []:
         return None
     return _biases(given) if name == "logit_bias" else given
@@ -186,11 +189,15 @@ def _biases(entries: list[str]) -> dict[int, float]:
 
 
 class Counts(tuple[int, ...]):
-    """What --contexts and --batches take: positive whole numbers with commas between them."""
+    """The value of --contexts and --batches: positive whole numbers, separated by commas."""
 
     @classmethod
     def parse(cls, text: str) -> Counts:
-        """Read them from the command line."""
+        """Parse the numbers from the command line.
+
+        Raises:
+            typer.BadParameter: The text is not a list of positive whole numbers.
+        """
         try:
             counts = cls(int(part) for part in text.split(","))
         except ValueError:

@@ -1,7 +1,7 @@
-"""What the commands print, and where: results go to stdout, everything else to stderr.
+"""Prints the output of the commands: results to stdout, everything else to stderr.
 
-Knows how a manifest, a comparison and a completion look to a person or to a program. Does
-not know options, and computes nothing.
+Knows how manifests, comparisons, measurements and completions look, for a person and as JSON. Does
+not know options and computes nothing.
 """
 
 from __future__ import annotations
@@ -35,28 +35,28 @@ if TYPE_CHECKING:
 
 _stdout = Console(highlight=False, markup=False)
 _stderr = Console(highlight=False, markup=False, stderr=True)
-# Mean KL divergence, in nats per token, that deserves a warning.
+# Mean KL divergence, in nats per token, above which an export prints a warning.
 _NOTABLE_KL = 0.05
 
 
 def prepare_streams() -> None:
-    """Make pipes and files UTF-8 with plain newlines on every system.
+    """Use UTF-8 and plain newlines for pipes and files, on every system.
 
     A terminal keeps its own encoding and newlines.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        # Whoever starts a command may close its streams.
+        # The process that starts a command may have closed its streams.
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - open until the end
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             encoding, newline = (None, None) if stream.isatty() else ("utf-8", "\n")
-            # File names can hold bytes that are no text, and a terminal can lack a character.
+            # A file name may hold bytes that are not text, and a terminal may lack a character.
             stream.reconfigure(encoding=encoding, newline=newline, errors="backslashreplace")
 
 
 def drop_unwritable() -> None:
-    """Forget output that cannot be written, or Python would report it again as it exits."""
+    """Discard output that cannot be written, or Python would report the error again at exit."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -64,21 +64,21 @@ def drop_unwritable() -> None:
 
 
 def note(words: str) -> None:
-    """Say on stderr what is going on."""
+    """Print a line on stderr that says what the command does."""
     _stderr.print(Text(_printable(words), style="dim"), soft_wrap=True)
 
 
 def error(message: str) -> None:
-    """Print one line on stderr, whatever the message holds."""
+    """Print an error as one line on stderr, even if the message has several lines."""
     line = Text.assemble(("error:", "bold red"), " ", _printable(message.replace("\n", " ")))
     _stderr.print(line, soft_wrap=True)
 
 
 @contextlib.contextmanager
 def progress() -> Iterator[Callable[[str], None]]:
-    """Yield what a long task calls as each of its steps begins.
+    """A context whose value is a function that a long task calls when each step begins.
 
-    On a terminal the step stands beside a spinner, elsewhere each is a line of its own.
+    On a terminal, it shows the step beside a spinner; elsewhere, it prints a line for each step.
     """
     status: Status | None = None
 
@@ -87,7 +87,7 @@ def progress() -> Iterator[Callable[[str], None]]:
         if not _stderr.is_terminal:
             note(f"  {step}")
         elif status is None:
-            # Not before the first step: a download comes earlier and draws bars of its own.
+            # Starts with the first step, because a download before it draws its own progress bar.
             status = _stderr.status(escape(step))
             status.start()
         else:
@@ -101,7 +101,7 @@ def progress() -> Iterator[Callable[[str], None]]:
 
 
 def export_summary(out: str, report: ExportReport) -> None:
-    """Print what an export made."""
+    """Print the summary of an export."""
     rows: dict[str, object] = {
         "bundle": out,
         "size": _megabytes(report.size),
@@ -117,7 +117,7 @@ def export_summary(out: str, report: ExportReport) -> None:
         )
     if report.quality is not None:
         lost = report.quality
-        # In place of a parity that cannot be expected.
+        # A quantized bundle cannot have parity, so its loss is shown instead.
         del rows["parity"]
         rows["lost"] = (
             f"KL divergence {lost.mean_kl:.2g} nats per token, top-1 agreement "
@@ -135,7 +135,7 @@ def _context(shown: Manifest) -> str:
 
 
 def parity(report: ParityReport) -> None:
-    """Print how a comparison with the reference ended."""
+    """Print the figures of a comparison with the reference."""
     _print_rows(
         {
             "reference": report.reference,
@@ -185,7 +185,12 @@ def quality_json(report: QualityReport) -> None:
 
 
 def manifest(shown: Manifest, ignored: Sequence[str]) -> None:
-    """Print a manifest for a person, and what of generation_config.json is not done."""
+    """Print a manifest for a person.
+
+    Args:
+        shown: The manifest.
+        ignored: Fields of generation_config.json that this package does not implement.
+    """
     state = shown.state
     row = f"{state.num_heads} heads x {state.row_size} channels ({state.head_dim} + gates + rest)"
     _print_section(
@@ -230,13 +235,13 @@ def manifest(shown: Manifest, ignored: Sequence[str]) -> None:
 
 
 def manifest_json(shown: Manifest, ignored: Sequence[str]) -> None:
-    """Print the same for a program."""
+    """Print a manifest as JSON; see `manifest`."""
     fields = json.loads(shown.to_json()) | {"ignored_generation_options": list(ignored)}
     json_text(json.dumps(fields, indent=2, ensure_ascii=False))
 
 
 def push(report: PushReport) -> None:
-    """Print what was uploaded, or would be, and where it is."""
+    """Print which files were uploaded, or would be, and to which address."""
     _print_section("Files", {name: _megabytes(size) for name, size in report.files.items()})
     _print_rows(
         {
@@ -287,7 +292,7 @@ def bench(report: BenchReport) -> None:
         },
     )
     _stdout.print(Text("Speed", style="bold"))
-    # At most 80 columns, which is what rich assumes of a pipe.
+    # At most 80 columns, the width that rich assumes for a pipe.
     table = Table(box=None, pad_edge=False, header_style="cyan")
     for header in (
         "\ncontext",
@@ -333,7 +338,7 @@ def _seconds(spread: Spread) -> str:
 
 
 def json_text(text: str) -> None:
-    """Print JSON as it is."""
+    """Print JSON unchanged, with one newline at the end."""
     sys.stdout.write(text.rstrip("\n") + "\n")
 
 
@@ -374,7 +379,7 @@ def timings(measured: Timings) -> None:
         ),
         (
             "decode",
-            # The first token comes out of the prefill.
+            # The prefill gives the first token.
             max(measured.generated_tokens - 1, 0),
             measured.decode_seconds,
             measured.decode_tokens_per_second,
@@ -394,7 +399,7 @@ def _spaced(figures: Mapping[str, object]) -> dict[str, object]:
 
 
 def _print_rows(rows: Mapping[str, object]) -> None:
-    # Not a table of rich's: that one cuts or folds long paths, also where nobody looks.
+    # Not a table of rich, which would cut or fold long paths, in a pipe too.
     width = max(map(len, rows), default=0)
     for name, value in rows.items():
         line = Text.assemble((name.ljust(width), "cyan"), "  ", _words(value))
@@ -402,7 +407,7 @@ def _print_rows(rows: Mapping[str, object]) -> None:
 
 
 def _printable(text: str) -> str:
-    """A text without what a terminal takes for a command: it may be out of somebody's file."""
+    """A text with control characters escaped: a file may hold commands for the terminal."""
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
     )
@@ -419,7 +424,7 @@ def _words(value: object) -> str:
 
 
 def _megabytes(size: int) -> str:
-    # The smallest files of a bundle have some hundred bytes.
+    # The smallest files of a bundle have a few hundred bytes.
     return f"{size / 1e6:.1f} MB" if size >= 100_000 else f"{size / 1e3:.1f} kB"
 
 

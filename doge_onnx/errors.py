@@ -1,19 +1,19 @@
-"""What can go wrong that a user can do something about.
+"""The errors that a user can cause or correct.
 
-The command line turns every `DogeOnnxError` into one line and exit code 1, so each
-message says what was wrong, with which file or value, and what to do. Anything else
-that escapes is a bug of this package and keeps its traceback.
+The command line turns every `DogeOnnxError` into one line and exit code 1. So each message says
+what was wrong, with which file or value, and what to do. Any other exception that escapes is a bug
+of this package and keeps its traceback.
 """
 
 from __future__ import annotations
 
 
 class DogeOnnxError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base class of all errors that this package raises on purpose."""
 
 
 class ConfigError(DogeOnnxError):
-    """A checkpoint's config.json that is unreadable, senseless or not supported."""
+    """A checkpoint's config.json that cannot be read, is invalid or is not supported."""
 
 
 class CheckpointError(DogeOnnxError):
@@ -25,15 +25,15 @@ class BundleError(DogeOnnxError):
 
 
 class DeviceError(DogeOnnxError):
-    """A device that is not there, lacks a library, or cannot run a bundle."""
+    """A device that is missing, lacks a library, or cannot run a bundle."""
 
 
 class CaptureError(DeviceError):
-    """A graph with which CUDA cannot replay steps; it may run there without."""
+    """A graph whose decode steps CUDA cannot capture; it may still run there without a capture."""
 
 
 class InputError(DogeOnnxError):
-    """A prompt, token ids or a sampling option that the model cannot take."""
+    """A prompt, token ids or an option that is invalid or that the model cannot take."""
 
 
 class ParityError(DogeOnnxError):

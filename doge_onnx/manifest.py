@@ -1,7 +1,7 @@
-"""The manifest of a bundle, `doge_onnx.json`: what a reader must know of the other files.
+"""The manifest of a bundle, `doge_onnx.json`, which describes the other files.
 
-Knows the fields and what may be in them. Does not know the directory (`bundle`) or what is inside
-the graph; imports nothing but the standard library, so that both halves of the package share it.
+Knows the fields and their valid values. Does not know the directory (`bundle`) or the content of
+the graph. Imports only the standard library, because both halves of the package share it.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 from doge_onnx.errors import BundleError
 
 FORMAT_VERSION = 5
-# What a bundle can be made for.
+# Devices that a bundle can be made for.
 DEVICES = ("cpu", "cuda")
-# ONNX Runtime tells its own format by this end of a file's name.
+# ONNX Runtime recognizes files of its own format by this suffix.
 ORT_SUFFIX = ".ort"
-# Of float32 and bfloat16.
+# Largest finite value of float32 and bfloat16, rounded down.
 _LARGEST = 3.38e38
 # More than any disk holds.
 _MOST_BYTES = 2**50
@@ -27,12 +27,12 @@ _MOST_BYTES = 2**50
 
 @dataclass(frozen=True)
 class ClosedRow:
-    """What makes a key one that no query attends to: padding, or a free row.
+    """The values that close a key row, so that no query attends to it: padding, or a free row.
 
     Attributes:
-        channels: Channels of a key row. The others may hold anything finite.
-        value: What each of these channels holds then, in the element type of the state: of int8,
-            the code itself.
+        channels: Channels of the row that hold `value`. The others may hold any finite value.
+        value: The value in these channels, in the element type of the state; for int8, the stored
+            integer.
     """
 
     channels: tuple[int, ...]
@@ -44,39 +44,39 @@ class WeightsRead:
     """Bytes of weights that a decode step reads.
 
     Attributes:
-        whole: Of the weights that each step reads from end to end. An embedding that is also the
+        whole: Bytes of the weights that each step reads completely. An embedding that is also the
             head is one of them.
-        per_token: Of the rows that each new token looks up: embeddings and experts. Tokens that
-            share rows read less.
+        per_token: Bytes of the rows that each new token looks up: embeddings and experts. Tokens
+            that look up the same rows read less.
     """
 
     whole: int
     per_token: int
 
     def step_bytes(self, batch: int) -> int:
-        """Bytes that a step with one new token for each of `batch` sequences reads."""
+        """Bytes of weights that a step with one new token for each of `batch` sequences reads."""
         return self.whole + batch * self.per_token
 
 
 @dataclass(frozen=True)
 class StateLayout:
-    """What a step carries over: one key and one value tensor per layer.
+    """Shape and element type of the state: one key and one value tensor for each layer.
 
     Attributes:
-        kind: "growing": one row per token seen, `[batch, num_heads, tokens, row_size]`.
-            "window": at most `keep_window_size` rows, in any order; a free row is closed, and
-            zero in its other channels.
+        kind: "growing": one row for each token, `[batch, num_heads, tokens, row_size]`.
+            "window": at most `keep_window_size` rows, in any order; a free row is closed, and its
+            other channels are zero.
         num_layers: Number of key/value pairs.
         num_heads: Heads of each tensor.
-        row_size: Channels of one row: head_dim, the gate channels, and zeros up to a
-            multiple that the attention kernel takes.
-        head_dim: Channels of a row that hold the key or value itself; the gate follows.
+        row_size: Channels of a row: head_dim, the gate channels, and zeros up to a multiple that
+            the attention kernel supports.
+        head_dim: Channels of a row that hold the key or value itself; the gates follow.
         dtype: Name of the element type: NumPy's, or "bfloat16", which NumPy lacks.
-        keep_window_size: Number of keys, those with the largest gates, that one query
-            attends to; None for all.
-        in_place: Whether past and present may be one buffer with spare rows, which the
-            graph then extends without copying it.
-        closing: What closes a row.
+        keep_window_size: Number of keys that a query attends to, those with the largest gates;
+            None for all keys.
+        in_place: Whether past and present may be the same buffer with spare rows, which the graph
+            then extends without a copy.
+        closing: The values that close a row.
     """
 
     kind: str
@@ -96,7 +96,7 @@ class StateLayout:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of a row of all tensors together."""
+        """Bytes of one row of all tensors together."""
         return 2 * self.num_layers * self.num_heads * self.row_size * self.item_size
 
 
@@ -106,21 +106,22 @@ class Manifest:
 
     Attributes:
         target: "ort" (ONNX Runtime's fused operators) or "portable" (standard ones only).
-        device: "cpu" or "cuda": what the bundle was made for. It may run on the other, too.
-        precision: Of the weights, for example "fp32".
-        activations: Element type that the graph computes in, named like that of the state.
+        device: "cpu" or "cuda": the device that the bundle was made for. It may run on the other,
+            too.
+        precision: Precision of the weights, for example "fp32".
+        activations: Element type that the graph computes in; named like that of the state.
         context_length: Most tokens that one sequence may have, prompt included.
         vocab_size: Token ids are in `range(vocab_size)`.
         parameters: Number of weights of the checkpoint, tied ones counted once.
         weights_read: Bytes of weights that a decode step reads.
         state: Shape and element type of the recurrent state.
-        graph: Which of the files is the graph; external weights are in the same directory.
-        source: Where the checkpoint came from: "model" and "revision".
+        graph: Path of the graph in the bundle; external weights are in the same directory.
+        source: The checkpoint: "model" and "revision".
         versions: Versions of this package and of the libraries that made the bundle.
-        parity: Figures of the comparison with the reference, or None if none was made.
-        quality: Figures of the evaluation of a quantized bundle, or None if none was made.
-        files: Size and SHA-256 of every file of the bundle but the manifest itself.
-        format_version: Version of this format.
+        parity: Figures of the comparison with the reference; None if there was none.
+        quality: Figures of the evaluation of a quantized bundle; None if there was none.
+        files: Size in bytes and SHA-256 of every file of the bundle but the manifest.
+        format_version: Version of the bundle format.
     """
 
     target: str
@@ -142,29 +143,33 @@ class Manifest:
 
     @property
     def ort_format(self) -> bool:
-        """Whether the graph is of ONNX Runtime's own format, which has all weights inside."""
+        """Whether the graph is in ONNX Runtime's own format, which holds all weights itself."""
         return self.graph.endswith(ORT_SUFFIX)
 
     @property
     def quantized(self) -> bool:
-        """Whether weights or state are whole numbers of few bits, with scales."""
+        """Whether weights or state are integers of few bits with scales."""
         return self.precision not in ("fp32", "fp16", "bf16") or self.state.dtype == "int8"
 
     def to_json(self) -> str:
-        """The manifest as it stands in the file."""
+        """The manifest as the text of its file."""
         return json.dumps(asdict(self), indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str, origin: Path) -> Manifest:
-        """Parse a manifest; `origin` is the file that error messages name.
+        """Parse a manifest.
+
+        Args:
+            text: Content of the file.
+            origin: The file, for error messages.
 
         Raises:
-            BundleError: It is not JSON, its format is another one than this version reads, or
-                a field is missing, of the wrong type or out of its range.
+            BundleError: The text is not JSON, this version does not read its format version, or a
+                field is missing, of the wrong type or out of its range.
         """
         try:
             raw = json.loads(text)
-        # RecursionError: brackets nested deeper than any manifest's.
+        # RecursionError: brackets that are nested too deeply.
         except (ValueError, RecursionError) as error:
             raise BundleError(f"{origin} is not valid JSON ({error}); export again") from None
         if not isinstance(raw, dict):
@@ -212,7 +217,8 @@ class Manifest:
         return manifest
 
 
-# Annotations are strings here (`from __future__ import annotations`), and these are all of them.
+# All annotations of the fields, which are strings (`from __future__ import annotations`), and the
+# types that JSON has for them.
 _FIELD_TYPES: dict[str, type | tuple[type, ...]] = {
     "str": str,
     "int": int,
@@ -228,14 +234,18 @@ _FIELD_TYPES: dict[str, type | tuple[type, ...]] = {
     "dict[str, dict[str, Any]]": dict,
     "dict[str, Any] | None": (dict, type(None)),
 }
-# Fields that are objects themselves.
+# Fields that are JSON objects with fields of their own.
 _PARTS: dict[str, type[Any]] = {
     part.__name__: part for part in (ClosedRow, WeightsRead, StateLayout)
 }
 
 
 def _parse(cls: type[Any], raw: Mapping[str, Any], origin: Path) -> Any:
-    """A dataclass out of parsed JSON, each field checked for its type; unknown ones are ignored."""
+    """Make a dataclass from a JSON object; fields that the dataclass lacks are ignored.
+
+    Raises:
+        BundleError: A field is missing or of the wrong type.
+    """
     values: dict[str, Any] = {}
     for entry in fields(cls):
         if entry.name not in raw:
@@ -251,7 +261,11 @@ def _parse(cls: type[Any], raw: Mapping[str, Any], origin: Path) -> Any:
 
 
 def _check_closing(state: StateLayout, origin: Path) -> None:
-    """Raise BundleError unless a key row has the channels that close it, and can hold the value."""
+    """Check that a key row has the channels that close it, and can hold their value.
+
+    Raises:
+        BundleError: It has not, or cannot.
+    """
     channels, value = state.closing.channels, state.closing.value
     if not channels or not all(
         isinstance(channel, int) and state.head_dim <= channel < state.row_size
@@ -262,7 +276,7 @@ def _check_closing(state: StateLayout, origin: Path) -> None:
             f"{state.row_size}; export again"
         )
     largest = 127 if state.dtype == "int8" else _LARGEST
-    # Not `>`, which is false of NaN.
+    # Not `>`, which is false for NaN.
     if not -largest <= value < 0:
         raise BundleError(
             f"{origin}: field 'value' cannot be {value!r} in a state of {state.dtype}; export again"

@@ -1,4 +1,7 @@
-"""How fast memory is read: by threads on this machine, or by a copy on a device."""
+"""Measures the bandwidth of memory: reads by threads of this machine, or a copy on a device.
+
+Does not know models.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +16,15 @@ from doge_onnx.runtime.cuda.device_memory import DeviceMemory
 from doge_onnx.runtime.cuda.lock import EXCLUSIVE
 from doge_onnx.runtime.engine.threads import usable_cores
 
-# More than the caches of most processors, and not so much that it hurts.
+# Larger than the caches of most processors, but small enough for most machines.
 MAX_ARRAY_BYTES = 512 * 2**20
 MIN_ARRAY_BYTES = 16 * 2**20
-# The best of so many reads counts.
+# Number of reads, of which the fastest counts.
 READS = 5
 
 
 def read_bandwidth(threads: int) -> float:
-    """Bytes per second that `threads` threads together read from memory; the best of several."""
+    """Bytes per second that `threads` threads together read from memory; the best of `READS`."""
     data = np.ones(array_bytes() // 8, np.int64)
     parts = np.array_split(data, threads)
     with ThreadPoolExecutor(threads) as pool:
@@ -34,11 +37,11 @@ def read_bandwidth(threads: int) -> float:
 
 
 def copy_bandwidth(memory: DeviceMemory) -> float:
-    """Bytes per second that a copy on a device reads and writes; the best of several."""
+    """Bytes per second that a copy on a device reads and writes together; the best of `READS`."""
     rows = MAX_ARRAY_BYTES // 256
     with EXCLUSIVE:
         source, target = (memory.empty((1, 1, size, 64), "float32") for size in (rows, rows + 1))
-        # Not `extended`: on a GPU, memory takes longer to get than to fill.
+        # Not `extended`, which allocates: on a GPU, that takes longer than the copy.
         copy = memory.extension(source, np.zeros(64, np.float32), target)
         best = float("inf")
         for _ in range(READS):
@@ -49,7 +52,7 @@ def copy_bandwidth(memory: DeviceMemory) -> float:
 
 
 def array_bytes() -> int:
-    """Size of the array that `read_bandwidth` reads: smaller where memory is short."""
+    """Size in bytes of the array that `read_bandwidth` reads; smaller if memory is short."""
     available = available_memory()
     if available is None:
         return MAX_ARRAY_BYTES
@@ -57,5 +60,5 @@ def array_bytes() -> int:
 
 
 def default_threads() -> int:
-    """As many threads as a model takes that is not told."""
+    """Number of threads that a model uses if the caller gives none."""
     return usable_cores() or os.cpu_count() or 1

@@ -1,9 +1,9 @@
-"""Speed of a bundle on this machine: prefill and decode, and all figures of a report together.
+"""Measures the speed of a bundle on this machine: prefill and decode, and a report of all figures.
 
-Knows what is measured, in which order, and what a decode step must read. Does not know how a
-fresh process is measured (`start_up`), nor memory (`bandwidth`), nor how the figures are printed.
-Measures what `generate` reports of itself, greedily and without an end of the text; turning
-tokens into text is not counted.
+Knows what is measured, in which order, and how many bytes a decode step must read. Does not know
+how to measure a fresh process (`start_up`) or bandwidth (`bandwidth`), or how figures are printed
+(`cli_output`). Uses the timings that `generate` reports for greedy texts that no token ends;
+turning tokens into text is not counted.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ DEFAULT_CONTEXTS = (16, 512, 1900)
 DEFAULT_BATCHES = (1, 8)
 DEFAULT_TOKENS = 16
 DEFAULT_REPETITIONS = 3
-# Tokens of the prompt of a fresh process, if they fit.
+# Tokens of the prompt in a fresh process, unless the context is shorter.
 _START_CONTEXT = 512
 
 Generate = Callable[[list[list[int]], int], Timings]
@@ -43,7 +43,7 @@ Generate = Callable[[list[list[int]], int], Timings]
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A context that was not measured, and why."""
+    """A length of prompts that was not measured, and the reason."""
 
     context: int
     reason: str
@@ -51,20 +51,20 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class CellReport:
-    """Speed after prompts of one length, in one batch.
+    """Speed of one batch of prompts of equal length.
 
     Attributes:
         context: Tokens of each prompt.
-        batch: Sequences.
-        first_token_seconds: From the prompts to the first token of each.
-        prefill_tokens_per_second: Of all sequences together.
-        step_seconds: Of one decode step, the mean of a repetition's steps.
-        decode_tokens_per_second: Of all sequences together.
-        bytes_per_step: What a decode step must read: each weight once (of tables in which rows
-            are looked up only those rows) and all rows of the state.
-        bytes_per_token: The same divided by the batch.
-        mbu: Memory-bandwidth utilisation: `bytes_per_step`, divided by the median time of a
-            step and by the read bandwidth. Above 1 where caches hold what is read.
+        batch: Number of sequences.
+        first_token_seconds: Time from the prompts to the first token of each.
+        prefill_tokens_per_second: Prompt tokens of all sequences per second.
+        step_seconds: Time of one decode step: the mean over the steps of a repetition.
+        decode_tokens_per_second: Generated tokens of all sequences per second.
+        bytes_per_step: Bytes that a decode step must read: each weight once (of tables in which
+            tokens look up rows, only those rows) and all rows of the state.
+        bytes_per_token: `bytes_per_step` divided by the batch.
+        mbu: Memory-bandwidth utilisation: `bytes_per_step`, divided by the median time of a step
+            and by the read bandwidth. Above 1 if caches hold part of what is read.
     """
 
     context: int
@@ -80,25 +80,25 @@ class CellReport:
 
 @dataclass(frozen=True)
 class BenchReport:
-    """All that was measured.
+    """All figures of a measurement.
 
     Attributes:
-        bundle: Its directory.
-        precision: Of its weights.
+        bundle: Directory of the bundle.
+        precision: Precision of its weights.
         state: Kind and element type of its state.
-        file_bytes: Of graph and weights on the disk.
+        file_bytes: Bytes of graph and weights on the disk.
         machine: Processor, cores, system, and versions of the libraries.
         device: Where the model ran, "cpu" or "cuda".
-        cuda_graph: Whether CUDA may have replayed its decode steps; see `load`.
-        threads: Asked for, or else one for each core that may be used; bandwidth is measured
-            with as many.
-        read_bytes_per_second: The best that this many threads read from memory; on a device
-            with a memory of its own, the best that a copy there reads and writes.
+        cuda_graph: Whether CUDA may have replayed decode steps; see `load`.
+        threads: The number asked for, or else one for each physical core that the process may use;
+            the bandwidth is measured with the same number.
+        read_bytes_per_second: Bytes per second that this many threads read from memory, at best; on
+            a GPU, the bytes that a copy in its memory reads and writes.
         tokens: Decode steps of each repetition.
         repetitions: How often each figure was measured.
-        start: Of fresh processes.
-        cells: One for each context and batch.
-        left_out: Those that could not be measured.
+        start: Start-up time and memory of fresh processes.
+        cells: Speed for each context and batch.
+        left_out: Contexts that could not be measured.
     """
 
     bundle: str
@@ -117,12 +117,12 @@ class BenchReport:
     left_out: tuple[LeftOut, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as JSON can hold it."""
+        """The report as a dict that can be written as JSON."""
         return asdict(self)
 
 
 class Samples(NamedTuple):
-    """What each repetition of a cell took: seconds to the first token, and of one step."""
+    """Times of each repetition of a cell, in seconds: to the first token, and of one step."""
 
     prefill: list[float]
     step: list[float]
@@ -156,7 +156,7 @@ def bench(
             f"no context fits into the {manifest.context_length} tokens of {bundle} together "
             f"with the {tokens + 1} that are generated"
         )
-    # Before the fresh processes, so that this one holds no model while they are measured.
+    # Before the fresh processes, so that this process holds no model while they run.
     report("loading and warming up")
     model = load(opened.path, device, threads, cuda_graph=cuda_graph)
     ran_on, captured = model.device, model.cuda_graph
@@ -200,10 +200,10 @@ def bench(
 def choose_cells(
     manifest: Manifest, contexts: Sequence[int], batches: Sequence[int], tokens: int
 ) -> tuple[list[Cell], list[LeftOut]]:
-    """What can be measured, shortest context first, and the contexts that cannot.
+    """The cells that can be measured, shortest context first, and the contexts that cannot.
 
-    A prompt, `tokens` decode steps and the token that the last one chooses must fit into the
-    context length.
+    A prompt, the tokens of `tokens` decode steps and the token that the last step chooses must fit
+    into the context length.
     """
     cells, left_out = [], []
     longest = manifest.context_length - tokens - 1
@@ -232,17 +232,17 @@ def measure_cells(
 ) -> dict[Cell, Samples]:
     """Run each cell `repetitions` times.
 
-    A repetition runs all cells one after another, so that a machine that becomes slower does so
-    for all of them. Each batch is warmed up with its shortest prompts; that is not counted.
+    Each repetition runs all cells one after another, so that a machine that slows down affects all
+    of them. Each batch size is warmed up with its shortest prompts, which is not counted.
 
     Args:
-        generate: Continues prompts by a number of tokens, and says how long that took.
-        cells: What to run.
-        vocab_size: The prompts are random token ids below it.
-        tokens: Decode steps of one run; the token before them comes out of the prefill.
-        repetitions: How many samples each cell gets.
-        begin: Called with the number of the repetition, from 0, as it begins a cell.
-        warm_up_all: Warm up with all prompts, since what is captured is for some lengths only.
+        generate: Continues prompts by a number of tokens and returns the timings.
+        cells: The cells to run.
+        vocab_size: Prompts are random token ids below it.
+        tokens: Decode steps of each run. The prefill gives one more token before them.
+        repetitions: Number of samples of each cell.
+        begin: Called with the number of the repetition, from 0, and each cell that it begins.
+        warm_up_all: Warm up with all prompts, because a captured step is for some lengths only.
     """
     samples = {cell: Samples([], []) for cell in cells}
     shortest = {cell.batch: cell for cell in sorted(cells, reverse=True)}
@@ -258,7 +258,7 @@ def measure_cells(
 
 
 def step_bytes(manifest: Manifest, cell: Cell, tokens: int) -> int:
-    """Bytes that a decode step must read, on average over `tokens` steps after a prompt."""
+    """Bytes that a decode step must read: the average over `tokens` steps after the prompts."""
     state = manifest.state
     rows = [cell.context + step for step in range(tokens)]
     if state.kind == "window" and state.keep_window_size is not None:
@@ -268,7 +268,14 @@ def step_bytes(manifest: Manifest, cell: Cell, tokens: int) -> int:
 
 
 def summarise_cell(cell: Cell, samples: Samples, read: int, bandwidth: float) -> CellReport:
-    """The figures of a cell, of which each step reads `read` bytes, at bytes per second."""
+    """The figures of a cell.
+
+    Args:
+        cell: The cell.
+        samples: Times of its repetitions.
+        read: Bytes that each of its decode steps reads.
+        bandwidth: Bytes per second that the machine reads.
+    """
     step = Spread.of(samples.step)
     prompt_tokens = cell.context * cell.batch
     return CellReport(
@@ -292,7 +299,7 @@ def _measure_model(
     threads: int,
     report: Callable[[str], None],
 ) -> tuple[dict[Cell, Samples], float]:
-    """Samples of all cells, and the best read bandwidth of all repetitions."""
+    """Samples of all cells, and the highest read bandwidth of all repetitions, in bytes/second."""
     bandwidths = []
 
     def generate(prompts: list[list[int]], count: int) -> Timings:
@@ -329,10 +336,10 @@ def _machine() -> dict[str, Any]:
 
 
 def _counts(name: str, values: Any) -> list[int]:
-    """Positive whole numbers, at least one.
+    """Check that `values` is a list of at least one positive whole number.
 
     Raises:
-        InputError: They are something else.
+        InputError: It is something else.
     """
     if isinstance(values, str) or not isinstance(values, Sequence) or not values:
         raise InputError(f"{name} must be a list of positive whole numbers, not {values!r}")

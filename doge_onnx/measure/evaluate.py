@@ -1,9 +1,8 @@
-"""Quality: how well a bundle predicts a text, and how far it is from a reference.
+"""Measures quality: how well a bundle predicts a text, and how much it differs from a reference.
 
-Knows perplexity, KL divergence and agreement on the most likely token, and where the text
-that they are measured on comes from: a file, or the reference itself, which writes one.
-Does not know what the reference is: another bundle, or a checkpoint in PyTorch
-(`export.quality`).
+Knows perplexity, KL divergence and agreement on the most likely token, and how to get a text to
+measure them on: from a file, or written by a model. Does not know whether the reference is another
+bundle or a checkpoint in PyTorch (`export.quality`).
 """
 
 from __future__ import annotations
@@ -26,14 +25,15 @@ from doge_onnx.runtime.text.tokenizer import Tokenizer
 
 DEFAULT_SEED = 20250611
 DEFAULT_TOKENS = 8192
-# Tokens of a window of a file, and of a text that a model writes, which costs a step for each.
+# Tokens of a window in the text of a file, and in a text that a model writes, which takes a decode
+# step for each token.
 FILE_WINDOW = 512
 SAMPLE_WINDOW = 256
-# Sequences that are sampled at once: the weights are read once for all of them.
+# Sequences that are sampled at once, so that a step reads the weights once for all of them.
 _ROWS = 16
-# Positions whose logits are float64 at the same time.
+# Positions whose logits are converted to float64 at once.
 _CHUNK = 64
-# Of a file no more is read than the tokens that are wanted can have.
+# Characters to read from a file for each token that is needed: on average, tokens have fewer.
 _CHARACTERS_PER_TOKEN = 32
 
 Floats = NDArray[np.float64]
@@ -41,12 +41,12 @@ _State = TypeVar("_State")
 
 
 class Scorer(Protocol):
-    """A language model, as an evaluation sees it.
+    """The interface of a language model that an evaluation needs.
 
     Attributes:
-        description: What it is, for a person.
+        description: Name of the model, for a person.
         vocab_size: Token ids are in `range(vocab_size)`.
-        context_length: Most tokens that a text may have; None if there is no end.
+        context_length: Most tokens that a text may have; None for no limit.
     """
 
     description: str
@@ -54,17 +54,17 @@ class Scorer(Protocol):
     context_length: int | None
 
     def logits(self, ids: list[int]) -> NDArray[np.float32]:
-        """Logits `[S, V]` of a text of S tokens."""
+        """Logits, float32 `[S, V]`, of a text of S tokens."""
 
     def sample(self, seed: int, rows: int, length: int, first_row: int = 0) -> NDArray[np.int64]:
-        """Texts `[rows, length]`; see `sample_text`."""
+        """Texts that the model writes, int64 `[rows, length]`; see `sample_text`."""
 
 
 class BundleScorer:
     """A bundle, run by ONNX Runtime on a device; see `doge_onnx.load`.
 
     Raises:
-        DeviceError: It cannot be run there.
+        DeviceError: The device is missing or cannot run the bundle.
         BundleError: The bundle is incomplete, altered, too new, or cannot be run.
     """
 
@@ -78,17 +78,17 @@ class BundleScorer:
         self.context_length = None if manifest.state.kind == "window" else manifest.context_length
 
     def logits(self, ids: list[int]) -> NDArray[np.float32]:
-        """Logits `[S, V]` of a text of S tokens.
+        """Logits, float32 `[S, V]`, of a text of S tokens.
 
         Raises:
-            InputError: An id is outside of the vocabulary, or the text is too long.
+            InputError: An id is outside the vocabulary, or the text is longer than the context.
         """
         logits, _ = self._model.forward([ids], logits="all")
         text: NDArray[np.float32] = logits[0]
         return text
 
     def sample(self, seed: int, rows: int, length: int, first_row: int = 0) -> NDArray[np.int64]:
-        """Texts `[rows, length]` that the bundle writes; see `sample_text`."""
+        """Texts that the bundle writes, int64 `[rows, length]`; see `sample_text`."""
 
         def step(tokens: NDArray[np.int64], state: Any) -> tuple[NDArray[np.float32], Any]:
             logits, state = self._model.forward(tokens[:, np.newaxis], state)
@@ -105,7 +105,7 @@ class BundleScorer:
 
         Raises:
             InputError: The bundle has no tokenizer.
-            BundleError: Its tokenizer cannot be read.
+            BundleError: The tokenizer cannot be read.
         """
         path = self._bundle.file("tokenizer.json")
         if path is None:
@@ -125,27 +125,27 @@ def sample_text(
     rows: range,
     length: int,
 ) -> NDArray[np.int64]:
-    """Let a model write texts, at temperature 1 and without filters: what it believes in.
+    """Let a model write texts at temperature 1, without filters: samples of its own distribution.
 
-    Every row draws numbers of its own, so that all texts are different and a row is the same
-    text, but for rounding, whatever rows are written beside it.
+    Each row draws its own random numbers. So all texts differ, and a row is the same text whatever
+    other rows are written with it, except for rounding.
 
     Args:
-        step: From the last token of each sequence, int64 `[B]`, and the state before it (None
-            at first) to logits `[B, V]`, which may be changed, and the next state.
-        bos: The token that texts begin with; None for a random one in each.
-        never: Tokens that are not chosen, those that end a text: what stands behind an end
-            belongs to no text, and models are not used there.
+        step: Takes the last token of each sequence, int64 `[B]`, and the state before it (None at
+            first). Returns logits `[B, V]`, which may be changed, and the next state.
+        bos: The token that texts begin with; None for a random token in each.
+        never: Tokens that are never chosen: those that end a text, because models are not used on
+            what follows the end of a text.
         vocab_size: V.
-        seed: Of all rows.
+        seed: Seed of all rows.
         rows: Numbers of the rows.
-        length: Tokens of each text, the first one included.
+        length: Tokens of each text, including the first.
 
     Returns:
-        Token ids `[B, length]`.
+        Token ids, int64 `[B, length]`.
 
     Raises:
-        QualityError: Logits are not finite.
+        QualityError: The logits are not finite.
     """
     generators = [np.random.default_rng([seed, row]) for row in rows]
     samplers = [make_sampler(rng, temperature=1.0) for rng in generators]
@@ -164,27 +164,29 @@ def sample_text(
 
 @dataclass(frozen=True)
 class QualityReport:
-    """How well a bundle predicts a text, and how far it is from its reference.
+    """How well a bundle predicts a text, and how much it differs from its reference.
 
-    What compares is None without a reference.
+    Without a reference, all figures of the comparison are None.
 
     Attributes:
-        tokens: Predictions that were scored: all tokens of the text but each window's first.
-        perplexity: Of the bundle.
-        reference_perplexity: Of the reference.
+        tokens: Number of predictions that were scored: all tokens of the text but the first of each
+            window.
+        perplexity: Perplexity of the bundle.
+        reference_perplexity: Perplexity of the reference.
         mean_kl: Mean of KL(reference || bundle) over the predictions, in nats.
-        max_kl: The largest of them.
-        top1_agreement: Share of predictions with the same most likely token, 0 to 1.
-        disagreements: Number of the others.
-        top2_gap_median: By how much the reference prefers its first choice to its second, in
-            logits, where the two disagree; None where they never do.
-        top2_gap_max: Likewise.
-        choice_gap_median: By how much the reference prefers its choice to the bundle's.
-        choice_gap_max: Likewise.
-        window: Most tokens that a prediction sees, itself included.
-        text: Where the text comes from.
-        seed: Of a text that was sampled, else None.
-        reference: What the bundle was compared with.
+        max_kl: Largest KL(reference || bundle) of a prediction, in nats.
+        top1_agreement: Share of predictions for which both find the same token most likely, 0 to 1.
+        disagreements: Number of predictions for which they do not.
+        top2_gap_median: Where they disagree: the difference of the reference's logits of its first
+            and its second choice, median. None if they never disagree.
+        top2_gap_max: The same, maximum.
+        choice_gap_median: Where they disagree: the difference of the reference's logits of its own
+            and of the bundle's choice, median. None if they never disagree.
+        choice_gap_max: The same, maximum.
+        window: Most tokens in the text of a prediction, the predicted token included.
+        text: Source of the text, for a person.
+        seed: Seed of a text that a model wrote; None for the text of a file.
+        reference: Name of the reference, for a person.
     """
 
     tokens: int
@@ -204,11 +206,16 @@ class QualityReport:
     reference: str | None
 
     def require(self, max_kl: float, name: str) -> None:
-        """Raise QualityError if the mean KL divergence is above `max_kl`, or is no number.
+        """Check that the mean KL divergence is a number and at most `max_kl` nats per token.
 
-        `name` is the bundle in its message.
+        Args:
+            max_kl: The limit, in nats per token.
+            name: Name of the bundle, for the error message.
+
+        Raises:
+            QualityError: The mean KL divergence is above the limit, NaN or unknown.
         """
-        # Not `>`, which is false of NaN.
+        # Not `>`, which is false for NaN.
         if self.mean_kl is None or not self.mean_kl <= max_kl:
             measured = "unknown" if self.mean_kl is None else f"{self.mean_kl:.3g} nats per token"
             raise QualityError(
@@ -217,7 +224,7 @@ class QualityReport:
             )
 
     def as_dict(self) -> dict[str, Any]:
-        """The figures as they stand in the manifest; None for one that is not a number."""
+        """The figures as the manifest holds them; None for those that are not finite."""
         return {
             name: None if isinstance(value, float) and not np.isfinite(value) else value
             for name, value in asdict(self).items()
@@ -226,13 +233,13 @@ class QualityReport:
 
 @dataclass(frozen=True)
 class Text:
-    """What an evaluation reads.
+    """A text to evaluate models on, cut into windows.
 
     Attributes:
-        windows: Token ids, read one after another; at least two in the first.
-        window: Most tokens of one.
-        description: Where it comes from.
-        seed: If it is sampled.
+        windows: Token ids of each window, in order; at least two in the first.
+        window: Most tokens of a window.
+        description: Source of the text, for a person.
+        seed: Seed of a text that a model writes; else None.
     """
 
     windows: Iterable[list[int]]
@@ -253,26 +260,26 @@ def evaluate(
     min_tokens: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> QualityReport:
-    """Measure the quality of a bundle.
-
-    Options are those that pass `check_options`.
+    """Measure the quality of a bundle. The options must have passed `check_options`.
 
     Args:
-        bundle: What is measured.
-        reference: What it is compared with; None measures the perplexity alone.
-        text: A file of UTF-8 text. None lets the reference, or else the bundle, write one.
-        window: The text is cut into pieces of this many tokens, each of which is read on its
-            own. Never more than the context length; None is a size that is good for most.
-        max_tokens: Most tokens of the text; None is `DEFAULT_TOKENS`.
-        seed: Of a text that is sampled; None is `DEFAULT_SEED`.
-        max_seconds: No window is begun after that time, if `min_tokens` have been read.
-        min_tokens: Least tokens of the text, however long it takes; there is always a window.
-        progress: Called with a few words whenever a step begins.
+        bundle: The bundle.
+        reference: The model to compare with; None for the perplexity alone.
+        text: A file of UTF-8 text. With None the reference, or without one the bundle, writes the
+            text.
+        window: Tokens of the pieces into which the text is cut; each piece is read on its own. At
+            most the context length. None for `FILE_WINDOW`, or `SAMPLE_WINDOW` if a model writes
+            the text.
+        max_tokens: Most tokens of the text; None for `DEFAULT_TOKENS`.
+        seed: Seed of a text that a model writes; None for `DEFAULT_SEED`.
+        max_seconds: Begin no window after this time, if `min_tokens` have been read.
+        min_tokens: Fewest tokens to read, however long it takes. One window is always read.
+        progress: Called with a few words when a step begins.
 
     Raises:
-        InputError: The reference has another vocabulary, the text cannot be read or has less
+        InputError: The reference has another vocabulary, or the text cannot be read or has fewer
             than two tokens.
-        QualityError: The model that is to write the text cannot.
+        QualityError: The model that should write the text cannot.
     """
     report = progress or (lambda _: None)
     if reference is not None and reference.vocab_size != bundle.vocab_size:
@@ -297,10 +304,10 @@ def evaluate(
 
 
 def check_options(window: int | None, max_tokens: int | None, seed: int | None) -> None:
-    """Check the options of an evaluation, before anything large is loaded.
+    """Check the options of an evaluation, before a model is loaded.
 
     Raises:
-        InputError: One is out of its range.
+        InputError: An option is out of its range.
     """
     options = (
         ("window", window, 2, 2**20),
@@ -317,9 +324,15 @@ def check_options(window: int | None, max_tokens: int | None, seed: int | None) 
 
 
 def sampled_text(source: Scorer, seed: int, window: int, max_tokens: int) -> Text:
-    """A text that `source` writes, as many windows as fit into `max_tokens`, but at least one.
+    """A text that a model writes: as many windows as fit into `max_tokens`, but at least one.
 
-    It is written while it is read, some windows at a time.
+    The model writes some windows at a time, when the evaluation asks for them.
+
+    Args:
+        source: The model.
+        seed: Seed of all windows.
+        window: Most tokens of a window.
+        max_tokens: Most tokens of the text.
     """
     length = min(window, max_tokens)
 
@@ -335,15 +348,21 @@ def sampled_text(source: Scorer, seed: int, window: int, max_tokens: int) -> Tex
 def file_text(path: Path, encode: Callable[[str], list[int]], window: int, max_tokens: int) -> Text:
     """The first `max_tokens` tokens of a file.
 
+    Args:
+        path: The file, in UTF-8.
+        encode: Converts text to token ids.
+        window: Most tokens of a window.
+        max_tokens: Most tokens of the text.
+
     Raises:
-        InputError: The file cannot be read, is not UTF-8, or has less than two tokens.
+        InputError: The file cannot be read, is not UTF-8, or has fewer than two tokens.
     """
     try:
         with path.open(encoding="utf-8", newline="") as stream:
             content = stream.read(_CHARACTERS_PER_TOKEN * max_tokens)
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text: {error}") from None
-    # ValueError: a name that the system does not take.
+    # ValueError: a file name that the system does not allow.
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path}: {error}") from None
     ids = encode(content)[:max_tokens]
@@ -360,7 +379,7 @@ def score(
     max_seconds: float | None = None,
     min_tokens: int = 0,
 ) -> QualityReport:
-    """Read a text with one or both models, window by window; see `evaluate`."""
+    """Compute the figures of a text, window by window, with one or both models; see `evaluate`."""
     started = time.monotonic()
     losses: list[Floats] = []
     comparisons: list[_Comparison] = []
@@ -402,13 +421,13 @@ def score(
 
 
 class _Comparison(NamedTuple):
-    """Figures of some predictions.
+    """Figures of N predictions, of which the models disagree about D; all float64.
 
     Attributes:
-        losses: Of the reference, `[N]`.
-        kl: `[N]`.
-        top2_gaps: One for each disagreement.
-        choice_gaps: Likewise.
+        losses: Negative log-probabilities of the reference, in nats, `[N]`.
+        kl: KL(reference || bundle), in nats, `[N]`.
+        top2_gaps: See `QualityReport.top2_gap_median`, `[D]`.
+        choice_gaps: See `QualityReport.choice_gap_median`, `[D]`.
     """
 
     losses: Floats
@@ -423,7 +442,14 @@ def _compare(
     theirs: NDArray[np.float32],
     targets: NDArray[np.int64],
 ) -> _Comparison:
-    """Compare the predictions of some positions; all arrays but `targets` are `[N, V]`."""
+    """Compare the predictions of N positions.
+
+    Args:
+        ours: Logits of the bundle, `[N, V]`.
+        our_log_probabilities: Their log-softmax, `[N, V]`.
+        theirs: Logits of the reference, `[N, V]`.
+        targets: The tokens of the text, `[N]`.
+    """
     log_probabilities = _log_softmax(theirs)
     kl = (np.exp(log_probabilities) * (log_probabilities - our_log_probabilities)).sum(axis=-1)
     chosen, best = ours.argmax(axis=-1), theirs.argmax(axis=-1)
@@ -441,7 +467,7 @@ def _join(parts: list[_Comparison]) -> _Comparison:
 
 def _log_softmax(logits: NDArray[np.float32]) -> Floats:
     shifted = logits.astype(np.float64)
-    # Logits that are no numbers make figures that are none, without a warning for each.
+    # Logits that are NaN or infinite give figures that are NaN, without a warning for each.
     with np.errstate(invalid="ignore"):
         shifted -= shifted.max(axis=-1, keepdims=True)
         shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))

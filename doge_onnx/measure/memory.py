@@ -1,4 +1,7 @@
-"""How much memory there is, and how much this process has had, where the system tells."""
+"""Reads how much memory is available and how much this process has used.
+
+Knows the interfaces of Linux and other Unix systems. Does not know what the memory is for.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,8 @@ from pathlib import Path
 
 
 def peak_memory() -> int | None:
-    """The most resident memory that this process had, in bytes; None where nobody tells."""
-    # Not getrusage, where there is another way: on Linux that counts the parent's memory, too.
+    """Peak resident memory of this process, in bytes; None if the system does not report it."""
+    # Not getrusage if /proc exists: on Linux, getrusage counts the parent's memory, too.
     if (kilobytes := _kilobytes("/proc/self/status", "VmHWM:")) is not None:
         return 1024 * kilobytes
     try:
@@ -20,13 +23,13 @@ def peak_memory() -> int | None:
 
 
 def available_memory() -> int | None:
-    """Bytes that new arrays may take without swapping; None where nobody tells."""
+    """Bytes that can be allocated without swapping; None if the system does not report it."""
     kilobytes = _kilobytes("/proc/meminfo", "MemAvailable:")
     return None if kilobytes is None else 1024 * kilobytes
 
 
 def _kilobytes(path: str, name: str) -> int | None:
-    """The number on one line of a file of Linux; None on other systems."""
+    """The number on the line of a /proc file that begins with `name`; None if there is none."""
     try:
         lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -1,4 +1,8 @@
-"""What a fresh process needs until it has a first token, and how much memory it takes."""
+"""Measures a fresh process: time to its first token, and peak memory.
+
+Knows how to start such a process and what it reports. Does not know the speed of decode steps
+(`bench`).
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from doge_onnx.measure.memory import peak_memory
 from doge_onnx.measure.workload import Cell, Spread, generate_plain, random_prompts
 from doge_onnx.runtime.model import load
 
-# What a fresh process runs: first what `doge_onnx.load` imports, then what measures it.
+# The program of a fresh process: imports what `doge_onnx.load` imports, then measures the rest.
 _FRESH = """
 import time
 started = time.perf_counter()
@@ -29,17 +33,17 @@ print_start(seconds)
 
 @dataclass(frozen=True)
 class StartReport:
-    """What a fresh process needs to get going, its files in the system's cache already.
+    """Start-up time and memory of fresh processes, with all files in the system's cache.
 
     Attributes:
-        import_seconds: For importing what `doge_onnx.load` needs.
-        load_seconds: For `doge_onnx.load` alone, which checks every file; no imports.
-        first_token_seconds: From the beginning of the imports to the first token of a prompt
-            of one token: imports, load and the first step together.
+        import_seconds: Time to import the modules that `doge_onnx.load` needs.
+        load_seconds: Time of `doge_onnx.load`, which checks every file, without the imports.
+        first_token_seconds: Time from the first import to the first token of a prompt of one token:
+            imports, load and the first step together.
         context: Tokens of the prompt that the process then continued.
-        peak_memory_bytes: The most resident memory that it had; None if the system does not
-            tell.
-        peak_to_file: Its median, divided by the bytes of graph and weights on the disk.
+        peak_memory_bytes: Peak resident memory; None if the system does not report it.
+        peak_to_file: Median of the peak memory, divided by the bytes of graph and weights on the
+            disk.
     """
 
     import_seconds: Spread
@@ -58,7 +62,18 @@ def measure_start(
     device: str = "auto",
     cuda_graph: bool | None = None,
 ) -> dict[str, Any]:
-    """Load a bundle and generate with it in a fresh process; what that one printed.
+    """Load a bundle and generate with it in a fresh process.
+
+    Args:
+        path: Directory of the bundle.
+        threads: See `doge_onnx.load`.
+        context: Tokens of the prompt.
+        tokens: Decode steps after the prompt.
+        device: See `doge_onnx.load`.
+        cuda_graph: See `doge_onnx.load`.
+
+    Returns:
+        The figures that the process printed; see `print_start`.
 
     Raises:
         BundleError: The process failed.
@@ -78,7 +93,11 @@ def measure_start(
 
 
 def print_start(import_seconds: float) -> None:
-    """Be the fresh process of `measure_start`, whose imports took `import_seconds`."""
+    """Run as the fresh process of `measure_start`: measure, and print the figures as JSON.
+
+    Args:
+        import_seconds: Time that the imports took.
+    """
     bundle, threads, context, tokens, device, cuda_graph = json.loads(sys.argv[1])
     started = time.perf_counter()
     model = load(bundle, device, threads, cuda_graph=cuda_graph)
@@ -97,7 +116,13 @@ def print_start(import_seconds: float) -> None:
 
 
 def summarise_start(starts: Sequence[dict[str, Any]], context: int, file_bytes: int) -> StartReport:
-    """The figures of several fresh processes, of which each took a prompt of `context`."""
+    """Summarise the figures of several fresh processes.
+
+    Args:
+        starts: Figures of each process; see `measure_start`.
+        context: Tokens of the prompt that each process continued.
+        file_bytes: Bytes of graph and weights on the disk.
+    """
     peaks = [start["peak_memory_bytes"] for start in starts]
     peak = None if None in peaks else Spread.of(peaks)
     return StartReport(

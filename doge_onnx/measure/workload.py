@@ -1,4 +1,7 @@
-"""What a measurement runs: prompts of given lengths, and as many steps as are wanted."""
+"""The workload of a measurement: random prompts of given lengths, and a given number of steps.
+
+Does not know what is measured.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,8 @@ from doge_onnx.runtime.generation.config import GenerationConfig
 from doge_onnx.runtime.generation.output import Completion
 from doge_onnx.runtime.model import Model
 
-# Greedy whatever the bundle recommends, and no token ends a text: each run has as many steps as it
-# was asked for.
+# Greedy whatever the bundle recommends, and no token ends a text, so that each run has the number
+# of steps that the caller asked for.
 _PLAIN = GenerationConfig(
     temperature=0,
     min_new_tokens=0,
@@ -25,7 +28,7 @@ _PLAIN = GenerationConfig(
 
 @dataclass(frozen=True)
 class Spread:
-    """One figure, measured several times."""
+    """Median, minimum and maximum of a figure that was measured several times."""
 
     median: float
     min: float
@@ -38,18 +41,18 @@ class Spread:
 
 
 class Cell(NamedTuple):
-    """A prompt of `context` tokens in each of `batch` sequences."""
+    """One measurement: a batch of `batch` prompts of `context` tokens each."""
 
     context: int
     batch: int
 
 
 def random_prompts(cell: Cell, vocab_size: int) -> list[list[int]]:
-    """Token ids `[batch, context]`, always the same ones for a cell."""
+    """Token ids `[batch, context]`; the same for each call with the same cell."""
     ids: list[list[int]] = np.random.default_rng(cell).integers(0, vocab_size, cell[::-1]).tolist()
     return ids
 
 
 def generate_plain(model: Model, prompts: list[list[int]], count: int) -> list[Completion]:
-    """Generate up to `count` tokens, or up to the context, whatever the bundle recommends."""
+    """Generate `count` tokens greedily, or fewer if the context ends, whatever the bundle says."""
     return model.generate_batch(prompts, _PLAIN, max_new_tokens=count)

@@ -1,4 +1,4 @@
-"""Runs a bundle with ONNX Runtime: the half of the package that an edge device needs.
+"""Runs bundles with ONNX Runtime: the half of the package that an edge device needs.
 
-Imports numpy, onnxruntime and tokenizers, and never torch, onnx or transformers.
+Imports numpy, onnxruntime and tokenizers, but never torch, onnx or transformers.
 """

@@ -1,7 +1,8 @@
-"""A conversation in several turns, of which the model reads each token once.
+"""A conversation in several turns, in which each token is fed to the model only once.
 
-Knows messages and how the prompt of a turn goes on from the tokens of the one before, whose
-state is kept. Does not know templates (`chat`) or how an answer comes about.
+Knows messages, and how the prompt of a turn continues the tokens of the previous turn, whose state
+is in a prefix cache. Does not know how templates are rendered (`text.chat_template`) or how an
+answer is generated (`generation`).
 """
 
 from __future__ import annotations
@@ -43,11 +44,12 @@ class Chat:
 
         Args:
             runner: Runs the model.
-            template: The model's.
-            tokenizer: The model's.
-            begin: Makes the sequence that answers a prompt; the number is that of the turn.
-            most_tokens: Of a prompt, so that an answer still fits; None is no limit.
-            system: What a first message of the role "system" says; None is no such message.
+            template: The model's chat template.
+            tokenizer: The model's tokenizer.
+            begin: Makes the sequence that answers a prompt, from token ids and the number of the
+                turn.
+            most_tokens: Most tokens of a prompt, so that an answer still fits; None for no limit.
+            system: Content of a first message of the role "system"; None for no such message.
         """
         self.messages: list[Message] = []
         if system is not None:
@@ -60,31 +62,31 @@ class Chat:
         self._prefix_cache = PrefixCache()
         self._turns = 0
         self._answering = False
-        # The last prompt and its answer, as text and as the tokens that the model wrote.
+        # The last prompt and its answer: as text, and as the tokens that were fed or generated.
         self._text = ""
         self._tokens: list[int] = []
 
     def send(self, content: str) -> Completion:
-        """Say something and wait for the answer; see `stream`."""
+        """Send a message and wait for the whole answer; see `stream`."""
         return Completion.join(list(self.stream(content)))
 
     def stream(self, content: str) -> Generator[Piece, None, None]:
-        """Say something and get the answer piece by piece.
+        """Send a message and get the answer piece by piece.
 
-        When the conversation no longer fits into the context, its oldest turns are forgotten, but
-        not what the system said. An answer that is not read to its end, because its iterator is
-        closed, stands as far as it was read.
+        When the conversation no longer fits into the context, its oldest turns are dropped, but not
+        the system message. If the caller closes the iterator early, the conversation keeps the
+        part of the answer that was read.
 
         Args:
-            content: What the user says.
+            content: The user's message.
 
         Yields:
-            One `Piece` per token, as `Model.stream` does.
+            One `Piece` for each token, as `Model.stream` does.
 
         Raises:
             InputError: The message alone is longer than the context, the template refuses the
                 conversation, or the last answer has neither ended nor been closed.
-            BundleError: The template is no good.
+            BundleError: The template cannot be compiled or run.
         """
         self._check_ended()
         messages = [*self.messages, {"role": "user", "content": content}]
@@ -115,22 +117,22 @@ class Chat:
             self.messages = [*messages, {"role": "assistant", "content": answer}]
             tokens = [i for piece in pieces for i in piece.token_ids]
             if pieces and pieces[-1].finish_reason == "eos":
-                # The template writes down in its own way that the answer has ended.
+                # The template itself writes the end of the answer.
                 tokens.pop()
             self._text, self._tokens = text + answer, sequence.prompt + tokens
             if self._tokenizer.decode(tokens) != answer:
-                # Not all of it is in the text, such as a stop string.
+                # Some tokens are not in the text, such as those of a stop string.
                 self._text, self._tokens = "", []
 
     def _fit(self, messages: list[Message]) -> tuple[list[Message], str, list[int]]:
-        """The messages that fit, their prompt, and its tokens."""
+        """The messages that fit into the context, their prompt as text, and its token ids."""
         while True:
             text = self._template.render(messages)
             ids = self._tokenizer.encode(text, add_special_tokens=False)
             written = len(self._tokens)
             if text.startswith(self._text) and ids[:written] != self._tokens:
-                # A model may cut its words into other tokens than a tokenizer would. What it has
-                # read stays as it is.
+                # The model may have written its words as other tokens than the tokenizer would.
+                # Those tokens are kept, because the state in the prefix cache is of them.
                 rest = self._tokenizer.encode(text[len(self._text) :], add_special_tokens=False)
                 ids = self._tokens + rest
             shorter = _without_oldest_turn(messages)
@@ -140,7 +142,7 @@ class Chat:
 
 
 def _without_oldest_turn(messages: Sequence[Message]) -> list[Message] | None:
-    """The messages from the second of the user's on, after the system's; None for the last turn."""
+    """The messages without the oldest turn, but with the system's; None if one turn is left."""
     users = [number for number, message in enumerate(messages) if message.get("role") == "user"]
     if len(users) < 2:
         return None

@@ -1,7 +1,7 @@
 """A loaded bundle: `forward`, `generate`, `generate_batch`, `stream` and `chat`.
 
-Knows how the parts of the runtime fit together and what a caller may pass. The parts
-themselves are elsewhere: sessions, steps and states, options, sampling, text, chat templates.
+Knows how the parts of the runtime fit together and what a caller may pass. Does not know how a
+graph is run (`engine`), how tokens are chosen (`generation`) or how text is made (`text`).
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from doge_onnx.runtime.generation.sequence import GeneratedSequence
 from doge_onnx.runtime.text.chat_template import ChatTemplate
 from doge_onnx.runtime.text.tokenizer import Tokenizer
 
-# Lists and tuples rather than any sequence: a str is a sequence of str, too.
+# Lists and tuples, not Sequence: a str is a sequence of str, too.
 Messages = list[dict[str, Any]] | list[dict[str, str]]
 Prompt = str | list[int] | tuple[int, ...] | NDArray[np.integer[Any]] | Messages
 
-# Of a context, what an answer in a conversation shall have at least, in hundredths.
+# Percent of the context that a conversation leaves free for the next answer.
 _ANSWER_SHARE = 25
 
 
@@ -46,7 +46,7 @@ def load(
     verbose: bool = False,
     cuda_graph: bool | None = None,
 ) -> Model:
-    """Load a bundle, or one that is open. See `doge_onnx.load`."""
+    """Load a bundle from its path, or one that is open already. See `doge_onnx.load`."""
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     defaults = Defaults.read(opened)
     path = opened.file("tokenizer.json")
@@ -58,7 +58,7 @@ def load(
 class Model:
     """A language model that is ready to run. Made by `doge_onnx.load`.
 
-    May be used from several threads: all that a run changes is in its states.
+    Several threads may use it at once: a run changes nothing but its own state.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Model:
         self._runner = runner
         self._defaults = defaults
         self._tokenizer = tokenizer
-        # A state of constant size has no end of the context.
+        # With a window state, a text may have any length.
         self._bounded = bundle.manifest.state.kind != "window"
 
     @property
@@ -78,7 +78,7 @@ class Model:
 
     @property
     def reason_for_cpu(self) -> str | None:
-        """Why the device "auto" is the CPU, where the bundle or the installation is for CUDA."""
+        """Why "auto" chose the CPU, if the bundle or the installation is for CUDA; else None."""
         return self._runner.reason_for_cpu
 
     @property
@@ -88,15 +88,15 @@ class Model:
 
     @property
     def manifest(self) -> Manifest:
-        """What the bundle says of itself."""
+        """The bundle's manifest."""
         return self._bundle.manifest
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """From text to token ids and back.
+        """The tokenizer: text to token ids and back.
 
         Raises:
-            InputError: The bundle has none.
+            InputError: The bundle has no tokenizer.
         """
         if self._tokenizer is None:
             raise InputError(
@@ -111,26 +111,26 @@ class Model:
         logits: Literal["last", "all"] = "last",
         attention_mask: ArrayLike | None = None,
     ) -> tuple[NDArray[np.float32], State]:
-        """Feed tokens to the model; prefill and decode alike.
+        """Feed tokens to the model, for prefill and decode alike.
 
-        However a text is cut into calls, the logits are the same.
+        The logits do not depend on how a text is divided into calls.
 
         Args:
-            input_ids: Token ids `[B, S]`, whole numbers.
-            state: The state that an earlier call returned, of the same B sequences, or
-                None at their start. It is not changed: it may be continued again.
-            logits: "last" for the last position only, "all" for every one.
-            attention_mask: `[B, S]`, 1 for a token and 0 for padding, wherever that is, for the
-                new ids alone: the state remembers what it was for the earlier ones. Padding is
-                left out: nothing ever attends to it, and it is no position. None: no padding.
+            input_ids: Token ids `[B, S]`, integers.
+            state: The state that an earlier call returned for the same B sequences; None at their
+                start. The call does not change it, so it may be continued several times.
+            logits: "last" for the last position only, "all" for every position.
+            attention_mask: `[B, S]`, for the new ids only: 1 for a token, 0 for padding, which may
+                be anywhere. Padding is skipped: no token attends to it, and it takes no position.
+                None if there is no padding.
 
         Returns:
-            Logits, float32 `[B, 1, V]`, those of the last token of each sequence, or `[B, S, V]`;
-            0 where a sequence has no token. And the state after these tokens.
+            Logits of the last token of each sequence, float32 `[B, 1, V]`, or of all positions,
+            `[B, S, V]`, with zeros where there is no token; and the state after these tokens.
 
         Raises:
-            InputError: Ids outside of the vocabulary, shapes or types that do not fit, a
-                state that does not fit, or more tokens than the context length.
+            InputError: An id is outside the vocabulary, a shape or type does not fit, the state is
+                of another model or batch size, or a sequence would exceed the context length.
         """
         if logits not in ("last", "all"):
             raise InputError(f"logits must be 'last' or 'all', not {logits!r}")
@@ -161,18 +161,18 @@ class Model:
         """Continue a prompt.
 
         Args:
-            prompt: A str, or the ids of its tokens, or a conversation: a list of messages,
-                `[{"role": "user", "content": "Hello"}]`, which the bundle's chat template makes a
-                prompt of.
-            config: How; None follows the bundle's generation_config.json. Where that says
-                nothing, generation is greedy and goes on to the end of the context.
-            overrides: Options of `GenerationConfig` that go before those of `config`.
+            prompt: A text, a list of token ids, or a conversation, which is a list of messages such
+                as `[{"role": "user", "content": "Hello"}]` that the bundle's chat template turns
+                into a prompt.
+            config: Options; None for those of the bundle's generation_config.json. Without any,
+                generation is greedy and goes on to the end of the context.
+            overrides: Options of `GenerationConfig` that replace those of `config`.
 
         Raises:
-            InputError: An empty prompt, one longer than the context, ids outside of the
-                vocabulary, text without a tokenizer, messages without a chat template or that
-                it refuses, or an option out of its range.
-            BundleError: The chat template is no good.
+            InputError: The prompt is empty or longer than the context, has ids outside the
+                vocabulary, is text and there is no tokenizer, or is a conversation and there is no
+                chat template or the template refuses it; or an option is out of its range.
+            BundleError: The chat template cannot be read, compiled or run.
         """
         return Completion.join(list(self.stream(prompt, config, **overrides)))
 
@@ -182,15 +182,15 @@ class Model:
         config: GenerationConfig | None = None,
         **overrides: Unpack[GenerationOptions],
     ) -> list[Completion]:
-        """Continue several prompts side by side; greedily, each gets what it would get alone.
+        """Continue several prompts as one batch. Greedily, each gets the tokens it would get alone.
 
         Weights in int8 or int4 are an exception: their products round activations to 8 bits, so the
         last bit of a sum, which may depend on how many sequences are summed together, can become
         half a percent of a logit. Then two tokens that are nearly as likely may change places.
 
-        Each prompt draws random numbers of its own, the first one those that it would draw
-        alone. Logits processors and a sampler that the caller brings are shared by all prompts,
-        so they should remember nothing from one call to the next.
+        Each prompt draws its own random numbers, and the first prompt the same ones as alone.
+        All prompts share the caller's logits processors and sampler, which should therefore keep
+        nothing from one call to the next.
 
         Args:
             prompts: See `generate`.
@@ -201,8 +201,8 @@ class Model:
             A completion for each prompt.
 
         Raises:
-            InputError: See `generate`; the message names the number of the prompt.
-            BundleError: The chat template is no good.
+            InputError: See `generate`; the message says which prompt it is about.
+            BundleError: See `generate`.
         """
         options = self._options(config, overrides)
         if not isinstance(prompts, list | tuple | np.ndarray) or (
@@ -236,13 +236,13 @@ class Model:
             overrides: See `generate`.
 
         Yields:
-            One `Piece` per token; its text is empty while a character or what could become a
-            stop string is incomplete. Together they are the text that `generate` returns. The
-            last one has the finish_reason.
+            One `Piece` for each token. Its text is empty while a character or a possible stop
+            string is incomplete. All texts together are the text that `generate` returns. The last
+            piece has a finish_reason.
 
         Raises:
             InputError: See `generate`; raised by this call, not by the first iteration.
-            BundleError: The chat template is no good.
+            BundleError: See `generate`.
         """
         sequence = self._sequence(prompt, self._options(config, overrides), 0)
         return (piece for _, piece in generate_pieces(self._runner, [sequence]))
@@ -253,17 +253,18 @@ class Model:
         config: GenerationConfig | None = None,
         **overrides: Unpack[GenerationOptions],
     ) -> Chat:
-        """Begin a conversation, of which each turn feeds what is new in it and no more.
+        """Begin a conversation. Each message feeds only the tokens that are new.
 
         Args:
-            system: What the model is told before the conversation; None is nothing.
-            config: For all answers; see `generate`.
+            system: Content of a system message that begins the conversation; None for no such
+                message.
+            config: Options of all answers; see `generate`.
             overrides: See `generate`.
 
         Raises:
             InputError: The bundle has no chat template or no tokenizer, or an option is out of
                 its range.
-            BundleError: The chat template is no good.
+            BundleError: The chat template cannot be read.
         """
         options = self._options(config, overrides)
         context_length = self.manifest.context_length
@@ -280,15 +281,15 @@ class Model:
         )
 
     def apply_chat_template(self, messages: Messages, add_generation_prompt: bool = True) -> str:
-        """The prompt that `generate` makes of a conversation, as text with its special tokens.
+        """Render a conversation as the prompt that `generate` would use, special tokens included.
 
         Args:
             messages: See `generate`.
-            add_generation_prompt: End with what an answer begins with.
+            add_generation_prompt: Append the beginning of an answer.
 
         Raises:
             InputError: The bundle has no chat template, or the template refuses the messages.
-            BundleError: The chat template is no good.
+            BundleError: The chat template cannot be read, compiled or run.
         """
         return self._chat_template.render(messages, add_generation_prompt)
 
@@ -305,7 +306,7 @@ class Model:
     def _options(
         self, config: GenerationConfig | None, overrides: GenerationOptions
     ) -> GenerationConfig:
-        """What a caller gives, completed by what the bundle recommends."""
+        """The caller's options, checked and completed with what the bundle recommends."""
         if not isinstance(config, GenerationConfig | None):
             raise InputError(f"config must be a GenerationConfig, not {type(config).__name__}")
         given = (config or GenerationConfig()).merged(**overrides)
@@ -320,7 +321,13 @@ class Model:
     def _sequence(
         self, prompt: Prompt, options: GenerationConfig, number: int
     ) -> GeneratedSequence:
-        """What generates one text; `options` are complete."""
+        """Make the sequence of one prompt.
+
+        Args:
+            prompt: See `generate`.
+            options: Complete options; see `_options`.
+            number: Number of the prompt in its batch.
+        """
         ids = self._prompt_ids(prompt)
         context_length = self.manifest.context_length
         room = context_length - len(ids)
@@ -333,7 +340,7 @@ class Model:
         if self._bounded:
             wanted = room if wanted is None else min(wanted, room)
         elif wanted is None:
-            # Nothing but an end-of-text token would end the text.
+            # Without this, only an end-of-text token would end the text.
             wanted = context_length
         return GeneratedSequence(
             ids, wanted, options, self._defaults.eos_token_ids, self._tokenizer, number

@@ -1,1 +1,1 @@
-"""Text in and out: the tokenizer, text that grows token by token, chat templates."""
+"""Text: the tokenizer, streaming of text, stop strings, chat templates."""

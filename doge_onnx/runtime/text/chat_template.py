@@ -1,13 +1,13 @@
-"""Chat templates: from the messages of a conversation to the prompt that a model was tuned on.
+"""Chat templates: turn the messages of a conversation into the prompt that a model was tuned on.
 
-Knows what of Jinja a template of the Hugging Face Hub may use, and renders exactly what
-transformers renders. Does not know tokens or the model.
+Knows which parts of Jinja a template of the Hugging Face Hub may use, and renders the same text as
+transformers. Does not know tokens or the model.
 
-A template is a stranger's program. It runs in Jinja's sandbox, on plain data: it reaches no
-files, no network and no objects of Python. A loop ends with what it goes over, range() gives at
-most 100,000 numbers, recursion ends at Python's own limit, and the numbers that a template
-multiplies and the text that it writes are limited. What a hostile template may still cost is
-time, since loops may be nested, and memory: neither is limited here.
+A template is an untrusted program. It runs in Jinja's sandbox, on plain data: it cannot reach
+files, the network or Python's objects. Every loop is finite, range() gives at most 100,000 numbers,
+recursion stops at Python's limit, and both the size of products and powers and the length of the
+output are limited. A hostile template can still take much time, because loops can be nested, and
+much memory: neither is limited here.
 """
 
 from __future__ import annotations
@@ -28,27 +28,34 @@ if TYPE_CHECKING:
 _FILE_NAME = "chat_template.jinja"
 _CONFIG_NAME = "tokenizer_config.json"
 _TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
-# Bits of a product or power that a template computes: more than any template needs.
+# Most bits of a product or power in a template: more than any template needs.
 _MAX_BITS = 10_000
-# Characters that a template may write: more than any context takes.
+# Most characters that a template may write: more than fit into any context.
 _MAX_SIZE = 16_000_000
 
 
 class ChatTemplate:
-    """How a bundle's model wants its conversations written down."""
+    """A bundle's chat template: renders a conversation as the prompt that its model expects."""
 
     def __init__(self, source: str, tokens: Mapping[str, str], origin: Path) -> None:
-        """A template, the special tokens that it may name, and the file that errors name."""
+        """Make a template.
+
+        Args:
+            source: The template, in Jinja.
+            tokens: Special tokens that the template may use, by variable name such as `bos_token`.
+            origin: The template's file, for error messages.
+        """
         self._source = source
         self._tokens = dict(tokens)
         self._origin = origin
 
     @classmethod
     def read(cls, bundle: Bundle) -> ChatTemplate | None:
-        """Take the template out of a bundle's files; None if there is none.
+        """Read the template from a bundle's files; None if there is none.
 
         Raises:
-            BundleError: There are several, and none of them is the default; or one is no text.
+            BundleError: A file cannot be read, the template is not text, or there are several and
+                none has the name "default".
         """
         config = bundle.read_json(_CONFIG_NAME)
         path = bundle.file(_FILE_NAME)
@@ -63,7 +70,7 @@ class ChatTemplate:
         if source is None:
             return None
         if "added_tokens_decoder" not in config:
-            # Then this is a tokenizer from before its config held everything.
+            # An older tokenizer, whose special tokens are in a file of their own.
             config |= bundle.read_json("special_tokens_map.json")
         tokens = {}
         for name in _TOKENS:
@@ -76,20 +83,20 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
     ) -> str:
-        """The text of a conversation.
+        """Render a conversation as text.
 
-        Special tokens are in it as text, that of the beginning included if the template wants
-        it: a tokenizer has to parse them, and must not add any.
+        Special tokens are spelled out in the text, including the one that begins a text if the
+        template writes it. So a tokenizer has to parse them, and must not add others.
 
         Args:
-            messages: Each with a "role" and a "content", both of which are text. What else is
-                in them is for the template.
-            add_generation_prompt: End with what an answer begins with.
+            messages: Dicts with a "role" and a "content", both text. The template may use further
+                fields.
+            add_generation_prompt: Append the beginning of an answer.
 
         Raises:
-            InputError: No messages, ones of another form, or ones that the template refuses.
-            BundleError: The template is no valid Jinja, writes too much, or does what the
-                sandbox does not allow.
+            InputError: There are no messages, they have another form, or the template refuses them.
+            BundleError: The template is not valid Jinja, writes too much, or does something that
+                the sandbox forbids.
             MissingExtraError: Jinja is not installed.
         """
         variables = {
@@ -118,7 +125,7 @@ class ChatTemplate:
             raise InputError(
                 f"{self._origin}: the chat template refuses this: {_reason(error)}"
             ) from None
-        # Whatever Python raises: a template adds, subscripts and calls as it likes.
+        # Any exception: a template can make Python raise all kinds, such as TypeError or KeyError.
         except Exception as error:
             raise InputError(
                 f"{self._origin}: the chat template fails with these messages: {_reason(error)}"
@@ -146,8 +153,7 @@ class ChatTemplate:
             ) from None
         except RecursionError:
             raise BundleError(f"{self._origin}: the chat template is nested too deeply") from None
-        # Jinja compiles a template to Python, which has limits of its own: of nested loops, of
-        # the digits of a number.
+        # Jinja compiles a template to Python, which limits nested loops and the digits of a number.
         except Exception as error:
             raise BundleError(
                 f"{self._origin}: Python cannot compile the chat template: {_reason(error)}"
@@ -155,12 +161,20 @@ class ChatTemplate:
 
 
 def _reason(error: Exception) -> str:
-    """What an error says, in one line: its text may be the template's own."""
+    """The message of an error in one line: a template may have written it over several."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def _default(templates: Any, origin: Path) -> str | None:
-    """The template of a conversation without tools, of one or of several that have names."""
+    """The template itself, or the one named "default" of several.
+
+    Args:
+        templates: The field `chat_template` of tokenizer_config.json.
+        origin: Its file, for error messages.
+
+    Raises:
+        BundleError: The template is not text, or none of several has the name "default".
+    """
     if isinstance(templates, list):
         named = {
             entry.get("name"): entry.get("template")
@@ -179,7 +193,11 @@ def _default(templates: Any, origin: Path) -> str | None:
 
 
 def _plain(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A copy that holds nothing but what JSON can: nothing in it has methods of its own."""
+    """A copy of the messages that holds only JSON types, so that no object reaches the template.
+
+    Raises:
+        InputError: There are no messages, or they have another form.
+    """
     if not messages:
         raise InputError("a conversation needs at least one message")
     for number, message in enumerate(messages):
@@ -187,12 +205,12 @@ def _plain(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             raise InputError(f"message {number} is no dict with a role and a content: {message!r}")
         for field in ("role", "content"):
             value = message.get(field)
-            # Instead of words, an answer may have calls of tools.
+            # An answer may have tool calls in place of a content.
             calls = field == "content" and value is None and "tool_calls" in message
             if not isinstance(value, str) and not calls:
                 raise InputError(f"message {number} needs a {field!r} that is text, not {value!r}")
     try:
-        # As in transformers, a field that is None is one that is not there.
+        # As in transformers, a field that is None counts as missing.
         plain: list[dict[str, Any]] = json.loads(
             json.dumps([{k: v for k, v in m.items() if v is not None} for m in messages])
         )
@@ -202,13 +220,13 @@ def _plain(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _environment() -> jinja2.Environment:
-    """Jinja as transformers sets it up for templates."""
+    """A sandboxed environment of Jinja, set up as in transformers."""
     import jinja2
     import jinja2.ext
     import jinja2.sandbox
 
     class Generation(jinja2.ext.Extension):
-        """The tag around an answer, by which training finds it. Rendering does not need it."""
+        """The tag `generation`, which marks answers for training. Rendering ignores it."""
 
         tags = {"generation"}  # noqa: RUF012 - typed so in the base class
 
@@ -218,7 +236,7 @@ def _environment() -> jinja2.Environment:
             return jinja2.nodes.Scope(body).set_lineno(line)
 
     class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-        """Also refuses products of huge numbers: Python cannot be interrupted in one."""
+        """Also refuses huge products and powers, which Python computes without an interrupt."""
 
         intercepted_binops = frozenset({"*", "**"})
 
@@ -247,7 +265,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # Jinja's own escapes what HTML does not take.
+    # Jinja's own filter escapes characters that are special in HTML.
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii,

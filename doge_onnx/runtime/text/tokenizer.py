@@ -1,4 +1,4 @@
-"""Text in and text out: the tokenizer, text that grows token by token, stop strings.
+"""The tokenizer, streaming of text token by token, and stop strings.
 
 Knows token ids and strings. Does not know the model or how tokens are chosen.
 """
@@ -16,19 +16,20 @@ from numpy.typing import NDArray
 
 from doge_onnx.errors import BundleError, InputError
 
-# What a decoder shows for bytes that are no character (yet).
+# Decoders return this for bytes that are not, or not yet, a character.
 _REPLACEMENT = "\ufffd"
-# The end of a text that may still become a character: one has at most 4 bytes, and some decoders
-# show a replacement for each byte of one that is incomplete.
+# Most replacements at the end of a text that may still become one character: a character has at
+# most 4 bytes, and some decoders return a replacement for each byte of an incomplete one.
 _MAX_PENDING = 3
-# Tokens of which some decoders need the one before, and of which several may make one character.
+# Earlier tokens that are decoded together with new ones: some decoders need the previous token, and
+# several tokens may form one character.
 _CONTEXT = 8
-# Bytes that make no character in this many tokens never will.
+# Most tokens that are held back: bytes that form no character in this many tokens never will.
 _MAX_HELD = 16
 
 
 class Tokenizer:
-    """A bundle's tokenizer: from text to token ids and back. `Model.tokenizer` is one."""
+    """A bundle's tokenizer: text to token ids and back. `Model.tokenizer` is one."""
 
     def __init__(self, path: Path) -> None:
         """Load a tokenizer.json.
@@ -40,21 +41,21 @@ class Tokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing more specific
             raise BundleError(f"{path} does not hold a tokenizer: {error}") from None
-        # A file may carry the settings of its training; a prompt is never cut or filled up.
+        # The file may hold settings from training. A prompt is never truncated or padded.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         added = self._tokenizer.get_added_tokens_decoder()
         self._silent = {token_id for token_id, token in added.items() if token.special}
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text.
+        """Convert a text to token ids.
 
         Args:
-            text: Special tokens that are written in it become tokens in any case.
-            add_special_tokens: Put those around it that the tokenizer puts around a text.
+            text: The text. Special tokens that are spelled out in it are parsed in any case.
+            add_special_tokens: Add the special tokens that the tokenizer puts around a text.
 
         Raises:
-            InputError: It is no str, or holds half of a surrogate pair, which no encoding has.
+            InputError: The text is no str, or holds half of a surrogate pair.
         """
         if not isinstance(text, str):
             raise InputError(f"the text must be a str, not {type(text).__name__}")
@@ -68,14 +69,14 @@ class Tokenizer:
     def decode(
         self, token_ids: Sequence[int] | NDArray[np.integer[Any]], skip_special_tokens: bool = True
     ) -> str:
-        """Text of some tokens.
+        """Convert token ids to text.
 
         Args:
-            token_ids: What the tokenizer does not know among them has no text.
-            skip_special_tokens: Leave out those that have a meaning rather than a text.
+            token_ids: The ids. Ids that the tokenizer does not know are left out.
+            skip_special_tokens: Leave special tokens out as well.
 
         Raises:
-            InputError: Something that is no token id.
+            InputError: An entry is not a whole number of 0 or more.
         """
         try:
             text: str = self._tokenizer.decode(
@@ -87,39 +88,39 @@ class Tokenizer:
         return text
 
     def token(self, token_id: int) -> str | None:
-        """A token as the tokenizer's file spells it; None if it does not know the id."""
+        """A token as the tokenizer's file spells it; None for an unknown id."""
         if token_id < 0:
             return None
         token: str | None = self._tokenizer.id_to_token(token_id)
         return token
 
     def visible(self, token_id: int) -> bool:
-        """Whether a token has text: it is neither special nor unknown to the tokenizer."""
+        """Whether a token has text, that is, whether it is known and not special."""
         return token_id not in self._silent and self.token(token_id) is not None
 
 
 class TextStream:
-    """The text of a growing sequence of tokens, piece by piece, at O(1) per token.
+    """Decodes a growing sequence of tokens piece by piece, at O(1) per token.
 
-    A token is decoded together with those before it, because some decoders treat the
-    first token of a text specially (they strip its space); only what it adds to their
-    text is new. Text that ends in half a character is held back. The first tokens are
-    decoded after the last ones of the prompt, so that prompt and pieces read as one text.
+    Each token is decoded together with a few tokens before it, because some decoders treat the
+    first token of a text specially: they strip its space. The piece is what the token adds to their
+    text. Text that ends in half a character is held back. The first tokens are decoded together
+    with the last ones of the prompt, so that the prompt and the pieces form one text.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        # Tokens that are decoded together: context, whose text is out, and then held ones.
+        # Tokens that are decoded together: first those whose text was returned, then held ones.
         self._window = [i for i in prompt[-_CONTEXT:] if tokenizer.visible(i)]
         self._text = tokenizer.decode(self._window)
         if self._text.endswith(_REPLACEMENT):
-            # Half a character of the prompt is no part of the text that follows it.
+            # Half a character at the end of the prompt is not part of the generated text.
             self._window, self._text = [], ""
         self._context = len(self._window)
         self._emitted = len(self._text)
 
     def push(self, token_id: int) -> str:
-        """Add a token; return the text that is now certain."""
+        """Add a token; returns the new text that is certain."""
         if not self._tokenizer.visible(token_id):
             return ""
         self._window.append(token_id)
@@ -135,7 +136,7 @@ class TextStream:
         return ""
 
     def flush(self) -> str:
-        """The text held back, complete or not."""
+        """Return the text held back, even if it ends in half a character."""
         return self._emit(len(self._text))
 
     def _emit(self, end: int) -> str:
@@ -143,7 +144,7 @@ class TextStream:
         return self._text[start : self._emitted]
 
     def _shorten(self, dropped: int) -> None:
-        """Forget the first tokens of the window; what was not emitted stays the same."""
+        """Drop the first tokens of the window, but none of the text that was not returned yet."""
         pending = len(self._text) - self._emitted
         self._window = self._window[dropped:]
         self._context = len(self._window)
@@ -152,9 +153,10 @@ class TextStream:
 
 
 class StopFinder:
-    """Ends a text before the first stop string in it, however the text is cut up.
+    """Ends a text before its first stop string, however the text is cut into pieces.
 
-    The first is the one that is complete first; of several that end together, the longest.
+    The first stop string is the one that is complete first; if several end at the same place, the
+    longest of them.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -163,7 +165,7 @@ class StopFinder:
         self.found = False
 
     def push(self, text: str) -> str:
-        """Add text; return what is certainly before any stop string."""
+        """Add text; returns the text that is certainly before any stop string."""
         if self.found:
             return ""
         if not self._stops:
@@ -181,13 +183,13 @@ class StopFinder:
         return text[:safe]
 
     def flush(self) -> str:
-        """The text held back, which has become no stop string."""
+        """Return the text held back, which did not become a stop string."""
         held, self._held = self._held, ""
         return held
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`, but not all of it."""
+    """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
     return next(
         size for size in range(min(len(stop) - 1, len(text)), -1, -1) if text.endswith(stop[:size])
     )
