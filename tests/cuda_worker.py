@@ -21,10 +21,10 @@ import numpy as np
 from doge_onnx.bundle import Bundle
 from doge_onnx.runtime.cuda.graph_replay import FixedSteps
 from doge_onnx.runtime.engine.device import CUDA, CUDA_PROVIDER, placed
-from doge_onnx.runtime.engine.loader import open_runner
 from doge_onnx.runtime.engine.runner import Runner
 from doge_onnx.runtime.engine.session import open_session
 from doge_onnx.runtime.generation.defaults import Defaults
+from doge_onnx.runtime.loader import open_runner
 from doge_onnx.runtime.model import Model
 
 STEPS = 10

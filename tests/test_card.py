@@ -23,10 +23,10 @@ from tokenizers import Tokenizer
 
 import doge_onnx
 from doge_onnx.bundle import Bundle, read_manifest
-from doge_onnx.config import DogeConfig
 from doge_onnx.export import card, metadata
 from doge_onnx.export.checkpoint import Source
 from doge_onnx.export.exporter import export
+from doge_onnx.export.model_config import DogeConfig
 from doge_onnx.export.snippets import PLACE, snippets
 
 ROOT = Path(__file__).parent.parent

@@ -19,7 +19,7 @@ from doge_onnx.bundle import Bundle
 from doge_onnx.runtime.cuda.runner import CudaCopyingRunner
 from doge_onnx.runtime.engine import state as states
 from doge_onnx.runtime.engine.io_names import PAST_LENGTHS
-from doge_onnx.runtime.engine.loader import open_runner
+from doge_onnx.runtime.loader import open_runner
 
 TOLERANCE = 2e-2  # logits are up to 300
 

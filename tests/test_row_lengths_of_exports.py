@@ -15,7 +15,7 @@ from doge_onnx.bundle import Bundle
 from doge_onnx.runtime.cuda.lock import EXCLUSIVE
 from doge_onnx.runtime.cuda.runner import CudaWindowRunner
 from doge_onnx.runtime.engine import state as states
-from doge_onnx.runtime.engine.loader import open_runner
+from doge_onnx.runtime.loader import open_runner
 
 VOCABULARY = older_checkpoints.SMALL["vocab_size"]
 CONTEXT = 120

@@ -11,8 +11,8 @@ from runners import WatchedSession, model_on, on_host
 import doge_onnx
 from doge_onnx.bundle import Bundle
 from doge_onnx.errors import InputError
-from doge_onnx.runtime.engine.loader import open_runner
 from doge_onnx.runtime.engine.state import Buffer, grown_capacity
+from doge_onnx.runtime.loader import open_runner
 
 TOLERANCE = 1e-3  # logits are up to 300
 

@@ -10,11 +10,11 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from doge_onnx.bundle import MANIFEST_NAME, Bundle
-from doge_onnx.config import DogeConfig
 from doge_onnx.errors import BundleError
 from doge_onnx.export import metadata
 from doge_onnx.export.checkpoint import CARD_NAME, Source
 from doge_onnx.export.metadata import Metadata
+from doge_onnx.export.model_config import DogeConfig
 from doge_onnx.export.ort_format import OPERATORS_NAME
 from doge_onnx.export.snippets import Snippet, snippets
 from doge_onnx.manifest import Manifest, StateLayout

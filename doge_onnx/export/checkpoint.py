@@ -29,8 +29,8 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from doge_onnx.config import CONFIG_NAME, DEFAULT_WINDOW, DogeConfig
 from doge_onnx.errors import CheckpointError
+from doge_onnx.export.model_config import CONFIG_NAME, DEFAULT_WINDOW, DogeConfig
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"

@@ -20,7 +20,6 @@ import torch
 
 from doge_onnx import bundle
 from doge_onnx.bundle import Bundle
-from doge_onnx.config import DogeConfig
 from doge_onnx.errors import BundleError, DeviceError, DogeOnnxError
 from doge_onnx.export import card, half, metadata, ort_format, quality, sidecar
 from doge_onnx.export import checkpoint as checkpoints
@@ -30,6 +29,7 @@ from doge_onnx.export.graph import trace
 from doge_onnx.export.growing_state import GrowingState
 from doge_onnx.export.lowering import Target, for_web, require_kernels
 from doge_onnx.export.lowering import target as find_target
+from doge_onnx.export.model_config import DogeConfig
 from doge_onnx.export.quantize import RECIPES, Recipe, check_choices, quantize, recipe_for
 from doge_onnx.export.step import RecurrentStep, State
 from doge_onnx.export.step_bytes import weights_read

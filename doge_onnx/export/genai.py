@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from doge_onnx.config import DogeConfig
+from doge_onnx.export.model_config import DogeConfig
 from doge_onnx.manifest import Manifest
 from doge_onnx.runtime.generation.defaults import Defaults
 

@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCardData
 
-from doge_onnx.config import DogeConfig
 from doge_onnx.export.checkpoint import CARD_NAME, Source
+from doge_onnx.export.model_config import DogeConfig
 from doge_onnx.manifest import Manifest
 
 # The block stands at the beginning of a card; the longest ones have some ten kilobytes.

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from doge_onnx.config import DogeConfig
 from doge_onnx.errors import DogeOnnxError
 from doge_onnx.export import rounding
 from doge_onnx.export.growing_state import GrowingState
@@ -31,6 +30,7 @@ from doge_onnx.export.matrices import (
     QuantizedRows,
     Rows,
 )
+from doge_onnx.export.model_config import DogeConfig
 from doge_onnx.export.step import MLP, Attention, CDMoE, Layer, RecurrentStep
 
 ROUNDINGS = ("gptq", "nearest")

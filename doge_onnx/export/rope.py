@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from doge_onnx.config import DogeConfig
+from doge_onnx.export.model_config import DogeConfig
 
 
 def rotary_tables(config: DogeConfig, length: int) -> tuple[Tensor, Tensor]:

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import tokenizers
 
-from doge_onnx.config import DogeConfig
 from doge_onnx.errors import BundleError, CheckpointError
 from doge_onnx.export import genai
 from doge_onnx.export.checkpoint import SIDE_FILES, Source
+from doge_onnx.export.model_config import DogeConfig
 from doge_onnx.manifest import Manifest
 from doge_onnx.runtime.generation.defaults import GENERATION_CONFIG_NAME, Defaults
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from doge_onnx.config import DogeConfig
+from doge_onnx.export.model_config import DogeConfig
 
 # What closes a key that must never be attended to (padding, a free row): its gate, or a summand
 # of it. exp() of it is 0 beside any real score, and no real gate makes up for it. Finite, because

@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from doge_onnx.bundle import Bundle, write_parity
-from doge_onnx.config import DogeConfig, RopeConfig
 from doge_onnx.errors import BundleError, CheckpointError, ParityError
 from doge_onnx.export import checkpoint as checkpoints
 from doge_onnx.export.checkpoint import Checkpoint, Source
 from doge_onnx.export.eager import EagerModel, Past
+from doge_onnx.export.model_config import DogeConfig, RopeConfig
 from doge_onnx.manifest import Manifest
 from doge_onnx.runtime.model import Model, load
 

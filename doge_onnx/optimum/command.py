@@ -16,8 +16,8 @@ from typing import Any
 
 import doge_onnx
 from doge_onnx.bundle import is_bundle
-from doge_onnx.config import CONFIG_NAME
 from doge_onnx.errors import DogeOnnxError
+from doge_onnx.export.model_config import CONFIG_NAME
 
 _TASKS = ("auto", "text-generation-with-past", "causal-lm-with-past")
 # Options that a bundle cannot fulfil, by their names in the parsed arguments. Options that only

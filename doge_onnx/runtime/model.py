@@ -19,7 +19,6 @@ from doge_onnx.errors import InputError
 from doge_onnx.runtime.chat import Chat
 from doge_onnx.runtime.engine.device import AUTO
 from doge_onnx.runtime.engine.input_checks import check_room, check_state, token_mask, token_matrix
-from doge_onnx.runtime.engine.loader import open_runner
 from doge_onnx.runtime.engine.runner import Runner
 from doge_onnx.runtime.engine.state import State
 from doge_onnx.runtime.generation.config import GenerationConfig, GenerationOptions
@@ -27,6 +26,7 @@ from doge_onnx.runtime.generation.defaults import Defaults
 from doge_onnx.runtime.generation.loop import generate_pieces
 from doge_onnx.runtime.generation.output import Completion, Piece
 from doge_onnx.runtime.generation.sequence import GeneratedSequence
+from doge_onnx.runtime.loader import open_runner
 from doge_onnx.runtime.text.chat_template import ChatTemplate
 from doge_onnx.runtime.text.tokenizer import Tokenizer
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from doge_onnx.config import ACTIVATIONS, DogeConfig, RopeConfig
 from doge_onnx.errors import ConfigError
+from doge_onnx.export.model_config import ACTIVATIONS, DogeConfig, RopeConfig
 
 MINIMAL: dict[str, Any] = {
     "model_type": "doge",
