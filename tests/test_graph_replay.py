@@ -23,12 +23,13 @@ from runners import PassingSession, model_on, on_device
 import doge_onnx
 from doge_onnx.bundle import Bundle
 from doge_onnx.errors import BundleError, CaptureError, DeviceError, InputError
-from doge_onnx.runtime import loader, state
+from doge_onnx.runtime import loader
 from doge_onnx.runtime.cuda import graph_replay
 from doge_onnx.runtime.cuda.device_memory import DeviceMemory
 from doge_onnx.runtime.cuda.lock import EXCLUSIVE
 from doge_onnx.runtime.cuda.runner import CudaGrowingRunner
 from doge_onnx.runtime.engine import device as devices
+from doge_onnx.runtime.engine import state
 from doge_onnx.runtime.engine.io_names import INPUT_IDS, PAST_LENGTHS
 from doge_onnx.runtime.loader import open_runner
 

@@ -147,7 +147,9 @@ class FixedSteps:
         self._capture = capture
         self._graphs: Counter[tuple[int, ...]] = Counter()
         self._free: deque[FixedStep] = deque()
-        self._of_buffer: weakref.WeakKeyDictionary[Buffer, FixedStep] = weakref.WeakKeyDictionary()
+        self._of_buffer: weakref.WeakKeyDictionary[Buffer[Tensor], FixedStep] = (
+            weakref.WeakKeyDictionary()
+        )
 
     def take(self, batch: int, capacity: int) -> FixedStep | None:
         """Take a free step for `batch` sequences of `capacity` rows; None if there is none."""
@@ -174,13 +176,13 @@ class FixedSteps:
         self._free.clear()
         return kept
 
-    def lend(self, step: FixedStep, buffer: Buffer) -> None:
+    def lend(self, step: FixedStep, buffer: Buffer[Tensor]) -> None:
         """Lend a step to a buffer that has its tensors, for as long as the buffer lives."""
         self._of_buffer[buffer] = step
         if step.graph is not None:
             weakref.finalize(buffer, self._free.append, step).atexit = False
 
-    def of(self, buffer: Buffer) -> FixedStep:
+    def of(self, buffer: Buffer[Tensor]) -> FixedStep:
         """The step of a buffer; makes one if the buffer has none."""
         step = self._of_buffer.get(buffer)
         if step is None:

@@ -9,7 +9,7 @@ how steps are captured (`graph_replay`).
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnxruntime as ort
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from doge_onnx.manifest import Manifest
 from doge_onnx.runtime.cuda.device_memory import DeviceMemory, Tensor, TopFinder
-from doge_onnx.runtime.cuda.graph_replay import FixedStep, FixedSteps
+from doge_onnx.runtime.cuda.graph_replay import FixedSteps
 from doge_onnx.runtime.cuda.lock import DeviceLock
 from doge_onnx.runtime.engine.binding import last_position
 from doge_onnx.runtime.engine.copying_runner import CopyingRunner
@@ -29,8 +29,6 @@ from doge_onnx.runtime.engine.io_names import (
     LOGITS,
     LOGITS_TO_KEEP,
     PAST_LENGTHS,
-    past_names,
-    present_names,
 )
 from doge_onnx.runtime.engine.padded_runner import PaddedState
 from doge_onnx.runtime.engine.runner import DecodeSession, Scores, TopLogits
@@ -141,32 +139,35 @@ class CudaBinding:
         return self._logits
 
 
-class _DeviceState:
+class DeviceContext:
     """What all runners of a GPU share: memory for states, the lock of the device, and bindings.
 
     Args:
         session: Has the inputs and outputs that the manifest implies.
         manifest: The bundle's.
+        names: Input and output of each tensor of the state.
         memory: Memory of the device.
         capture: Whether the session may capture runs.
     """
 
     def __init__(
-        self, session: ort.InferenceSession, manifest: Manifest, memory: DeviceMemory, capture: bool
+        self,
+        session: ort.InferenceSession,
+        manifest: Manifest,
+        names: Sequence[tuple[str, str]],
+        memory: DeviceMemory,
+        capture: bool = False,
     ) -> None:
-        layout = manifest.state
         self.memory = memory
         self.lock = DeviceLock(few_threads=capture)
         # An empty row.
-        self.zero = np.zeros(layout.row_size, np.float32)
-        self._session, self._vocab_size = session, manifest.vocab_size
-        past, present = past_names(layout.num_layers), present_names(layout.num_layers)
-        self.names = list(zip(past, present, strict=True))
-        self._layout = layout
+        self.zero = np.zeros(manifest.state.row_size, np.float32)
+        self._session, self._names, self._vocab_size = session, names, manifest.vocab_size
+        self._layout = manifest.state
 
     def bind(self, tensors: Sequence[Tensor]) -> CudaBinding:
         """Bind the graph to the tensors of a state."""
-        return CudaBinding(self._session, self.names, tensors, self.memory, self._vocab_size)
+        return CudaBinding(self._session, self._names, tensors, self.memory, self._vocab_size)
 
     def no_rows(self, batch: int) -> Tensor:
         """A state tensor without rows, `[batch, heads, 0, row]`."""
@@ -174,7 +175,21 @@ class _DeviceState:
         return self.memory.empty(shape, self._layout.dtype)
 
 
-class CudaGrowingRunner(InPlaceRunner):
+class DecodeBinding(Protocol):
+    """The graph, bound to the buffer of a decode session: `CudaBinding` or `FixedStep`."""
+
+    @property
+    def ids(self) -> Tensor:
+        """int64 `[B, 1]` on the device: the tokens of the next run."""
+
+    def put_lengths(self, lengths: NDArray[np.int64]) -> None:
+        """Set how many rows of each sequence come before the tokens of the next run."""
+
+    def run_on_device(self) -> Tensor:
+        """Run the graph; returns logits `[B, 1, V]`, which the next run overwrites."""
+
+
+class CudaGrowingRunner(InPlaceRunner[Tensor]):
     """Runs graphs that extend their state in place; can capture decode steps.
 
     Args:
@@ -195,28 +210,15 @@ class CudaGrowingRunner(InPlaceRunner):
     ) -> None:
         super().__init__(session, manifest, chunk)
         self.device, self.memory = memory.device, memory
-        self._on_device = _DeviceState(session, manifest, memory, capture)
-        self.lock = self._on_device.lock
+        self._context = DeviceContext(session, manifest, self._names, memory, capture)
+        self.lock = self._context.lock
         self._activations = manifest.activations
         # None until a check has shown that steps of fixed shapes are right here.
         self._fixed: FixedSteps | None = None
 
-    def feed(
-        self,
-        tokens: Sequence[NDArray[np.int64]],
-        state: State | None,
-        last_only: bool,
-        consume: bool = False,
-        most_tokens: int | None = None,
-    ) -> tuple[list[NDArray[np.float32]], State]:
-        """Feed each sequence of a batch its new tokens; see `Runner.feed`."""
-        return self._on_device.lock.run(
-            super().feed, tokens, state, last_only, consume, most_tokens
-        )
-
-    def bind(self, tensors: Sequence[Any]) -> CudaBinding:
+    def bind(self, tensors: Sequence[Tensor]) -> CudaBinding:
         """Bind the graph to the tensors of a state."""
-        return self._on_device.bind(tensors)
+        return self._context.bind(tensors)
 
     def use_fixed_steps(self, capture: bool) -> str | None:
         """Run decode steps with fixed shapes from now on, if a check finds them right here.
@@ -249,7 +251,7 @@ class CudaGrowingRunner(InPlaceRunner):
         """Start a decode session; see `Runner.decode`."""
         return _CudaSession(self, state)
 
-    def bind_step(self, buffer: Buffer) -> CudaBinding | FixedStep:
+    def bind_step(self, buffer: Buffer[Tensor]) -> DecodeBinding:
         """Bind the graph to a buffer for decode steps; only one session may use the result."""
         return self.bind(buffer.tensors) if self._fixed is None else self._fixed.of(buffer)
 
@@ -263,8 +265,8 @@ class CudaGrowingRunner(InPlaceRunner):
         return super()._capacity(max(rows, min(rows + 1, self._context_length)), None)
 
     def _new_buffer(
-        self, past: Sequence[Any], batch: int, length: int, capacity: int, end: int
-    ) -> Buffer:
+        self, past: Sequence[Tensor], batch: int, length: int, capacity: int, end: int
+    ) -> Buffer[Tensor]:
         if past:
             # The copy takes all rows of the past, also the unused rows between two sequences.
             capacity = max(capacity, past[0].shape[2])
@@ -276,15 +278,15 @@ class CudaGrowingRunner(InPlaceRunner):
         self._fixed.lend(step, buffer)
         # Without a past, old rows may stay in the buffer: the graph does not read them.
         for source, target in zip(past, step.tensors, strict=False):
-            self.memory.extension(source, self._on_device.zero, target)()
+            self.memory.extension(source, self._context.zero, target)()
         return buffer
 
     def _new_tensors(
-        self, past: Sequence[Any], batch: int, length: int, capacity: int
+        self, past: Sequence[Tensor], batch: int, length: int, capacity: int
     ) -> Sequence[Tensor]:
         try:
             more = [
-                self.memory.extended(t, self._on_device.zero, capacity - t.shape[2]) for t in past
+                self.memory.extended(t, self._context.zero, capacity - t.shape[2]) for t in past
             ]
             return more or self._zeros(batch, capacity)
         # ONNX Runtime's exceptions have no other base class in common.
@@ -295,11 +297,11 @@ class CudaGrowingRunner(InPlaceRunner):
         return self._new_tensors(past, batch, length, capacity)
 
     def _zeros(self, batch: int, capacity: int) -> list[Tensor]:
-        none = self._on_device.no_rows(batch)
-        return [self.memory.extended(none, self._on_device.zero, capacity) for _ in self._names]
+        none = self._context.no_rows(batch)
+        return [self.memory.extended(none, self._context.zero, capacity) for _ in self._names]
 
 
-class _CudaSession(InPlaceSession):
+class _CudaSession(InPlaceSession[CudaGrowingRunner]):
     """A decode session that leaves the logits on the device if it can.
 
     Shapes are fixed, so a sequence that has ended keeps its place: each step feeds it a token and
@@ -308,9 +310,8 @@ class _CudaSession(InPlaceSession):
 
     def __init__(self, runner: CudaGrowingRunner, state: State) -> None:
         super().__init__(runner, state)
-        self._cuda = runner
         self._ids = np.zeros((state.batch_size, 1), np.int64)
-        self._binding: CudaBinding | FixedStep | None = None
+        self._binding: DecodeBinding | None = None
         self._finder: TopFinder | None = None
         self._count = 0
         # Whether the device holds the ids of the next step already.
@@ -319,7 +320,7 @@ class _CudaSession(InPlaceSession):
     def step(self, token_ids: Sequence[int], top: int | None = None) -> Sequence[Scores]:
         """Feed the next token of each sequence; see `DecodeSession.step`."""
         self._ids[self.rows, 0] = token_ids
-        return self._cuda.lock.run(self._step, top)
+        return self._runner.lock.run(self._step, top)
 
     def remove(self, rows: Collection[int]) -> None:
         """Remove sequences; see `DecodeSession.remove`."""
@@ -328,7 +329,7 @@ class _CudaSession(InPlaceSession):
     def _step(self, top: int | None) -> Sequence[Scores]:
         before, buffer = self._buffer, self._make_room()
         if self._binding is None or buffer is not before:
-            self._binding = self._cuda.bind_step(buffer)
+            self._binding = self._runner.bind_step(buffer)
             self._finder, self._chosen = None, False
         binding = self._binding
         binding.put_lengths(self._lengths)
@@ -338,7 +339,7 @@ class _CudaSession(InPlaceSession):
         self._lengths[self.rows] += 1
         self._longest = int(self._lengths.max())
         self._chosen = top == 1
-        memory = self._cuda.memory
+        memory = self._runner.memory
         if top is None:
             everything = memory.read(logits)
             return [everything[row, 0] for row in self.rows]
@@ -349,12 +350,12 @@ class _CudaSession(InPlaceSession):
             return [TopLogits(ids[row], zero) for row in self.rows]
         return self._candidates(logits, *finder.read(), top)
 
-    def _find(self, binding: CudaBinding | FixedStep, logits: Tensor, top: int) -> TopFinder:
+    def _find(self, binding: DecodeBinding, logits: Tensor, top: int) -> TopFinder:
         count = 1 if top == 1 else min(top + SPARE, logits.shape[2])
         if self._finder is None or self._count != count:
             # The single most likely token is fed next, so it is written to the input directly.
             ids = binding.ids if top == 1 else None
-            self._finder, self._count = self._cuda.memory.top(logits, count, ids), count
+            self._finder, self._count = self._runner.memory.top(logits, count, ids), count
         return self._finder
 
     def _candidates(
@@ -368,7 +369,7 @@ class _CudaSession(InPlaceSession):
             values: Their logits, float32 `[B, count]`, largest first.
             top: How many the caller asked for.
         """
-        memory, everything = self._cuda.memory, None
+        memory, everything = self._runner.memory, None
         scores: list[Scores] = []
         for row in self.rows:
             row_ids, row_values = ids[row], values[row]
@@ -394,30 +395,18 @@ class CudaWindowRunner(WindowRunner):
     ) -> None:
         super().__init__(session, manifest, chunk)
         self.device, self.memory = memory.device, memory
-        self._on_device = _DeviceState(session, manifest, memory, capture=False)
-
-    def feed(
-        self,
-        tokens: Sequence[NDArray[np.int64]],
-        state: State | None,
-        last_only: bool,
-        consume: bool = False,
-        most_tokens: int | None = None,
-    ) -> tuple[list[NDArray[np.float32]], State]:
-        """Feed each sequence of a batch its new tokens; see `Runner.feed`."""
-        return self._on_device.lock.run(
-            super().feed, tokens, state, last_only, consume, most_tokens
-        )
+        self._context = DeviceContext(session, manifest, self._names, memory)
+        self.lock = self._context.lock
 
     def bind(self, tensors: Sequence[Any]) -> CudaBinding:
         """Bind the graph to the tensors of a state."""
-        return self._on_device.bind(tensors)
+        return self._context.bind(tensors)
 
     def _new_tensors(self, state: PaddedState | None, batch: int, capacity: int) -> list[Any]:
-        zero = self._on_device.zero
+        zero = self._context.zero
         closed = zero.copy()
         closed[list(self._closing.channels)] = self._closing.value
-        past = [self._on_device.no_rows(batch)] * len(self._names)
+        past = [self._context.no_rows(batch)] * len(self._names)
         if state is not None:
             past = list(state.buffer.tensors)
         free = [closed, zero] * (len(past) // 2)
@@ -439,27 +428,15 @@ class CudaCopyingRunner(CopyingRunner):
     ) -> None:
         super().__init__(session, manifest, chunk)
         self.device, self.memory = memory.device, memory
-        self._on_device = _DeviceState(session, manifest, memory, capture=False)
-
-    def feed(
-        self,
-        tokens: Sequence[NDArray[np.int64]],
-        state: State | None,
-        last_only: bool,
-        consume: bool = False,
-        most_tokens: int | None = None,
-    ) -> tuple[list[NDArray[np.float32]], State]:
-        """Feed each sequence of a batch its new tokens; see `Runner.feed`."""
-        return self._on_device.lock.run(
-            super().feed, tokens, state, last_only, consume, most_tokens
-        )
+        self._context = DeviceContext(session, manifest, self._names, memory)
+        self.lock = self._context.lock
 
     def rewind(self, state: State, length: int) -> State | None:
         """None: the rows would have to be copied to the host and back; see `Runner.rewind`."""
         return None
 
     def _empty(self, batch: int) -> ort.OrtValue:
-        return self._on_device.no_rows(batch).value
+        return self._context.no_rows(batch).value
 
     def _run_graph(
         self, feeds: dict[str, NDArray[np.int64]], past: Sequence[ort.OrtValue]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from doge_onnx.runtime.engine.io_names import INPUT_IDS, LOGITS, LOGITS_TO_KEEP
 from doge_onnx.runtime.engine.session import has_logits_to_keep
-from doge_onnx.runtime.engine.state import Buffer
+from doge_onnx.runtime.engine.state import Buffer, T
 
 _DEVICE = ("cpu", 0)
 
@@ -125,9 +125,11 @@ class Bindings:
     """
 
     def __init__(self) -> None:
-        self._of_buffer: weakref.WeakKeyDictionary[Buffer, Binding] = weakref.WeakKeyDictionary()
+        self._of_buffer: weakref.WeakKeyDictionary[Buffer[Any], Binding] = (
+            weakref.WeakKeyDictionary()
+        )
 
-    def of(self, buffer: Buffer, new: Callable[[Sequence[Any]], Binding]) -> Binding:
+    def of(self, buffer: Buffer[T], new: Callable[[Sequence[T]], Binding]) -> Binding:
         """The binding of a buffer's tensors; `new` makes it if there is none yet."""
         binding = self._of_buffer.get(buffer)
         if binding is None:

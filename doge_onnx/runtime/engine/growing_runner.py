@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import onnxruntime as ort
@@ -27,7 +27,17 @@ _MASK_COLUMNS = 256
 _RUN_COST = 16
 
 
-class InPlaceRunner(Runner):
+class RowTensor(Protocol):
+    """A tensor of a state, `[batch, heads, capacity, row_size]`: of NumPy, or of a device."""
+
+    def __getitem__(self, sequences: slice, /) -> Any:
+        """The part of some neighbouring sequences, in the same memory."""
+
+
+Row = TypeVar("Row", bound=RowTensor)
+
+
+class InPlaceRunner(Runner, Generic[Row]):
     """For graphs whose past and present are one buffer, wherever it is."""
 
     def __init__(
@@ -37,29 +47,29 @@ class InPlaceRunner(Runner):
         self._bindings = Bindings()
 
     @abstractmethod
-    def bind(self, tensors: Sequence[Any]) -> Binding:
+    def bind(self, tensors: Sequence[Row]) -> Binding:
         """What runs the graph on the tensors of a state."""
 
     @abstractmethod
     def _new_tensors(
-        self, past: Sequence[Any], batch: int, length: int, capacity: int
-    ) -> Sequence[Any]:
+        self, past: Sequence[Row], batch: int, length: int, capacity: int
+    ) -> Sequence[Row]:
         """Tensors of `capacity` rows for `batch` sequences, the first `length` as in the past."""
 
-    def feed(
+    def _feed(
         self,
         tokens: Sequence[NDArray[np.int64]],
         state: State | None,
         last_only: bool,
-        consume: bool = False,
-        most_tokens: int | None = None,
+        consume: bool,
+        most_tokens: int | None,
     ) -> tuple[list[NDArray[np.float32]], State]:
         """Feed each sequence of a batch its new tokens; see `Runner.feed`."""
         lengths = np.zeros(len(tokens), np.int64) if state is None else state.lengths
         ends = lengths + np.array([len(ids) for ids in tokens])
         buffer = self.claim(state, len(tokens), int(ends.max()), most_tokens)
         if state is not None and buffer is state.buffer and not consume:
-            buffer.shared = True
+            buffer.share()
         try:
             logits = self._fill(buffer, tokens, lengths, last_only)
         except BaseException:
@@ -68,7 +78,9 @@ class InPlaceRunner(Runner):
         buffer.release(ends)
         return logits, State(buffer, ends, self)
 
-    def claim(self, state: State | None, batch: int, end: int, most: int | None = None) -> Buffer:
+    def claim(
+        self, state: State | None, batch: int, end: int, most: int | None = None
+    ) -> Buffer[Row]:
         """A buffer that holds the rows of `state` and is the caller's up to the row `end`.
 
         Args:
@@ -85,8 +97,8 @@ class InPlaceRunner(Runner):
         return self._new_buffer(past, batch, length, capacity, end)
 
     def _new_buffer(
-        self, past: Sequence[Any], batch: int, length: int, capacity: int, end: int
-    ) -> Buffer:
+        self, past: Sequence[Row], batch: int, length: int, capacity: int, end: int
+    ) -> Buffer[Row]:
         tensors = self._new_tensors(past, batch, length, capacity)
         return Buffer(tensors, capacity, np.full(batch, end, np.int64))
 
@@ -96,10 +108,10 @@ class InPlaceRunner(Runner):
 
     def rewind(self, state: State, length: int) -> State | None:
         """The first rows of the same buffer; see `Runner.rewind`."""
-        state.buffer.shared = True
+        state.buffer.share()
         return State(state.buffer, np.full_like(state.lengths, length), self)
 
-    def claim_all(self, state: State) -> Buffer:
+    def claim_all(self, state: State) -> Buffer[Row]:
         """A buffer that holds the rows of `state`, has room for another, and is the caller's."""
         longest = int(state.lengths.max())
         capacity = state.buffer.capacity
@@ -109,7 +121,7 @@ class InPlaceRunner(Runner):
 
     def _fill(
         self,
-        buffer: Buffer,
+        buffer: Buffer[Row],
         tokens: Sequence[NDArray[np.int64]],
         lengths: NDArray[np.int64],
         last_only: bool,
@@ -207,12 +219,12 @@ class InPlaceRunner(Runner):
         binding.put(ATTENTION_MASK, np.ones((batch, columns), np.int64))
         return binding.run(last_only)
 
-    def grow(self, buffer: Buffer, batch: int) -> Buffer:
+    def grow(self, buffer: Buffer[Row], batch: int) -> Buffer[Row]:
         """A larger buffer with the first sequences of a full one, and the caller's."""
         capacity = self._capacity(buffer.capacity + 1, None)
         return self._new_buffer(buffer.tensors, batch, buffer.capacity, capacity, capacity)
 
-    def copy(self, buffer: Buffer, lengths: NDArray[np.int64]) -> Buffer:
+    def copy(self, buffer: Buffer[Row], lengths: NDArray[np.int64]) -> Buffer[Row]:
         """A buffer with so many rows of each of the first sequences of another, the caller's."""
         capacity = buffer.capacity
         return self._new_buffer(
@@ -225,19 +237,19 @@ def mask_columns(length: int, capacity: int) -> int:
     return min(-(-length // _MASK_COLUMNS) * _MASK_COLUMNS, capacity)
 
 
-class GrowingRunner(InPlaceRunner):
+class GrowingRunner(InPlaceRunner[NDArray[Any]]):
     """For such graphs on the CPU: the state is NumPy arrays."""
 
     def decode(self, state: State) -> DecodeSession:
         """Go on from `state`, which nobody will use again, one token at a time."""
         return _GrowingSession(self, state)
 
-    def bind(self, tensors: Sequence[Any]) -> InPlaceBinding:
+    def bind(self, tensors: Sequence[NDArray[Any]]) -> InPlaceBinding:
         """What runs the graph on NumPy arrays."""
         return InPlaceBinding(self._session, self._names, tensors, self.vocab_size)
 
     def _new_tensors(
-        self, past: Sequence[Any], batch: int, length: int, capacity: int
+        self, past: Sequence[NDArray[Any]], batch: int, length: int, capacity: int
     ) -> Sequence[NDArray[Any]]:
         heads, row_size = self._row_shape
         tensors = [np.zeros((batch, heads, capacity, row_size), self._dtype) for _ in self._names]
@@ -246,19 +258,22 @@ class GrowingRunner(InPlaceRunner):
         return tensors
 
 
-class InPlaceSession(DecodeSession):
+InPlace = TypeVar("InPlace", bound=InPlaceRunner[Any])
+
+
+class InPlaceSession(DecodeSession, Generic[InPlace]):
     """Has all rows of a buffer for itself, and a length for each sequence."""
 
-    def __init__(self, runner: InPlaceRunner, state: State) -> None:
+    def __init__(self, runner: InPlace, state: State) -> None:
         self.rows = list(range(state.batch_size))
         self._runner = runner
         self._state = state
         self._lengths = state.lengths.copy()
         self._longest = int(self._lengths.max())
         # None before the first step, which may never come.
-        self._buffer: Buffer | None = None
+        self._buffer: Buffer[Any] | None = None
 
-    def _make_room(self) -> Buffer:
+    def _make_room(self) -> Buffer[Any]:
         """The buffer, with room for one more row of each sequence."""
         if self._buffer is None:
             self._buffer = self._runner.claim_all(self._state)
@@ -275,7 +290,7 @@ class InPlaceSession(DecodeSession):
         return State(self._buffer, self._lengths, self._runner)
 
 
-class _GrowingSession(InPlaceSession):
+class _GrowingSession(InPlaceSession[GrowingRunner]):
     """Reads and writes the same NumPy arrays at each step.
 
     What Python does between two steps finds its code and data swept out of the caches, and takes
@@ -284,7 +299,6 @@ class _GrowingSession(InPlaceSession):
 
     def __init__(self, runner: GrowingRunner, state: State) -> None:
         super().__init__(runner, state)
-        self._bind_numpy = runner.bind
         self._ids = np.zeros((state.batch_size, 1), np.int64)
         self._logits = np.empty((state.batch_size, 1, runner.vocab_size), np.float32)
         self._scores: list[NDArray[np.float32]] = []
@@ -328,7 +342,7 @@ class _GrowingSession(InPlaceSession):
         before, buffer, count = self._buffer, self._make_room(), len(self.rows)
         binding = self._binding
         if binding is None or buffer is not before:
-            binding = self._bind_numpy([tensor[:count] for tensor in buffer.tensors])
+            binding = self._runner.bind([tensor[:count] for tensor in buffer.tensors])
             binding.bind(INPUT_IDS, self._ids[:count])
             binding.bind(PAST_LENGTHS, self._lengths)
             binding.bind_logits(self._logits[:count])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -30,7 +31,7 @@ class PaddedState(State):
     """
 
     def __init__(
-        self, buffer: Buffer, lengths: NDArray[np.int64], owner: object, columns: int
+        self, buffer: Buffer[Any], lengths: NDArray[np.int64], owner: object, columns: int
     ) -> None:
         super().__init__(buffer, lengths, owner)
         self.columns = columns
@@ -46,13 +47,13 @@ class PaddedRunner(Runner):
         # Most rows of a sequence without padding.
         self._most_rows = manifest.context_length
 
-    def feed(
+    def _feed(
         self,
         tokens: Sequence[NDArray[np.int64]],
         state: State | None,
         last_only: bool,
-        consume: bool = False,
-        most_tokens: int | None = None,
+        consume: bool,
+        most_tokens: int | None,
     ) -> tuple[list[NDArray[np.float32]], State]:
         """Feed each sequence of a batch its new tokens; see `Runner.feed`."""
         assert state is None or isinstance(state, PaddedState)

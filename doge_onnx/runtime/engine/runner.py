@@ -18,8 +18,8 @@ What each kind of bundle supports:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import onnxruntime as ort
@@ -32,6 +32,9 @@ from doge_onnx.runtime.engine.state import State
 # Most tokens of a prompt in one run of the graph. Half as many are up to 13 % slower; twice as many
 # are up to 8 % slower and need twice the memory.
 DEFAULT_CHUNK = 256
+
+
+R = TypeVar("R")
 
 
 class TopLogits(NamedTuple):
@@ -48,6 +51,21 @@ class TopLogits(NamedTuple):
 
 # Logits of one position: all of them, `[V]`, or only the largest.
 Scores = NDArray[np.float32] | TopLogits
+
+
+class Lock(Protocol):
+    """What lets one caller at a time use a device."""
+
+    def run(self, function: Callable[..., R], *args: Any) -> R:
+        """Call a function when no other caller uses the device, and return its result."""
+
+
+class NoLock:
+    """For the CPU, which any number of callers may use."""
+
+    def run(self, function: Callable[..., R], *args: Any) -> R:
+        """Call a function and return its result."""
+        return function(*args)
 
 
 class Runner(ABC):
@@ -73,6 +91,7 @@ class Runner(ABC):
         self, session: ort.InferenceSession, manifest: Manifest, chunk: int = DEFAULT_CHUNK
     ) -> None:
         layout = manifest.state
+        self.lock: Lock = NoLock()
         self._session = session
         # The rotary tables have one row for each position up to the context length.
         self._chunk = min(chunk, manifest.context_length)
@@ -85,7 +104,6 @@ class Runner(ABC):
         self.vocab_size = manifest.vocab_size
         self._context_length = manifest.context_length
 
-    @abstractmethod
     def feed(
         self,
         tokens: Sequence[NDArray[np.int64]],
@@ -111,6 +129,18 @@ class Runner(ABC):
             tokens, in arrays that belong to the caller; and the state after these tokens. If the
             call raises, `state` is unchanged, unless the caller gave it up.
         """
+        return self.lock.run(self._feed, tokens, state, last_only, consume, most_tokens)
+
+    @abstractmethod
+    def _feed(
+        self,
+        tokens: Sequence[NDArray[np.int64]],
+        state: State | None,
+        last_only: bool,
+        consume: bool,
+        most_tokens: int | None,
+    ) -> tuple[list[NDArray[np.float32]], State]:
+        """Feed a batch while no other caller uses the device; see `feed`."""
 
     @abstractmethod
     def decode(self, state: State) -> DecodeSession:

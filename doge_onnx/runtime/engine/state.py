@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,11 @@ from numpy.typing import NDArray
 FIRST_CAPACITY = 256
 
 
-class Buffer:
+# A tensor of a state: of NumPy, of ONNX Runtime, or of a device.
+T = TypeVar("T")
+
+
+class Buffer(Generic[T]):
     """Storage of one or more states: rows of every key and value tensor.
 
     States share a buffer because a state is a prefix of the one that follows it. In each
@@ -35,7 +39,7 @@ class Buffer:
             their rows must stay where they are.
     """
 
-    def __init__(self, tensors: Sequence[Any], capacity: int, lengths: NDArray[np.int64]) -> None:
+    def __init__(self, tensors: Sequence[T], capacity: int, lengths: NDArray[np.int64]) -> None:
         self.tensors = tensors
         self.capacity = capacity
         self.lengths = lengths
@@ -56,6 +60,10 @@ class Buffer:
             self.lengths = np.full_like(starts, end)
             return True
 
+    def share(self) -> None:
+        """Note that older states are still in use, so that no row may be moved."""
+        self.shared = True
+
     def release(self, lengths: NDArray[np.int64]) -> None:
         """Give back what was claimed, but for the first `lengths` rows of each sequence."""
         self.lengths = lengths
@@ -72,7 +80,7 @@ class State:
             padding does not count.
     """
 
-    def __init__(self, buffer: Buffer, lengths: NDArray[np.int64], owner: object) -> None:
+    def __init__(self, buffer: Buffer[Any], lengths: NDArray[np.int64], owner: object) -> None:
         self.buffer = buffer
         # A copy that cannot be changed: it says which rows of the buffer are this state's.
         self.lengths = lengths.copy()

@@ -72,7 +72,7 @@ class WindowRunner(PaddedRunner):
 
     def _writable(
         self, state: PaddedState | None, batch: int, columns: int, consume: bool, capacity: int
-    ) -> Buffer:
+    ) -> Buffer[Any]:
         """A buffer that the caller may overwrite: the rows of `state`, and enough for `columns`.
 
         This is the state's own buffer if the state may be consumed and the buffer is large enough,
