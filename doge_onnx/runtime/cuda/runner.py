@@ -259,7 +259,7 @@ class CudaGrowingRunner(InPlaceRunner):
         return self._rounded_capacity(rows)
 
     def _rounded_capacity(self, rows: int) -> int:
-        """Capacity of a new buffer: one of few sizes, so that captured steps fit, and with room."""
+        """Capacity of a new buffer with room for a token: one of few, to match captured steps."""
         return super()._capacity(max(rows, min(rows + 1, self._context_length)), None)
 
     def _new_buffer(
