@@ -21,6 +21,8 @@ DEVICES = ("cpu", "cuda")
 ORT_SUFFIX = ".ort"
 # Largest finite value of float32 and bfloat16, rounded down.
 _LARGEST = 3.38e38
+# More than any disk holds.
+_MOST_BYTES = 2**50
 
 
 @dataclass(frozen=True)
@@ -193,9 +195,19 @@ class Manifest:
             (state, "num_layers"),
             (state, "num_heads"),
             (state, "row_size"),
+            (state, "head_dim"),
         ):
             if getattr(owner, name) < 1:
                 raise BundleError(f"{origin}: field {name!r} is not positive; export again")
+        window = state.keep_window_size
+        if state.kind == "window" if window is None else window < 1:
+            raise BundleError(
+                f"{origin}: field 'keep_window_size' cannot be {window!r} in a state of the kind "
+                f"{state.kind!r}; export again"
+            )
+        for name in ("whole", "per_token"):
+            if not 0 <= getattr(manifest.weights_read, name) <= _MOST_BYTES:
+                raise BundleError(f"{origin}: field {name!r} is no number of bytes; export again")
         if manifest.device not in DEVICES:
             raise BundleError(
                 f"{origin}: field 'device' is {manifest.device!r}, not one of "
@@ -265,7 +277,7 @@ def _check_closing(state: StateLayout, origin: Path) -> None:
         )
     largest = 127 if state.dtype == "int8" else _LARGEST
     # Not `>`, which is false for NaN.
-    if not abs(value) <= largest:
+    if not -largest <= value < 0:
         raise BundleError(
             f"{origin}: field 'value' cannot be {value!r} in a state of {state.dtype}; export again"
         )

@@ -213,6 +213,9 @@ def test_objects_of_the_manifest_are_checked_field_by_field(path, place, field, 
         ({"channels": ["9"]}, "'channels' cannot be ['9']"),
         ({"value": float("nan")}, "'value' cannot be nan in a state of float32"),
         ({"value": float("-inf")}, "'value' cannot be -inf"),
+        # It would let the key be seen.
+        ({"value": 5.0}, "'value' cannot be 5.0"),
+        ({"value": 0}, "'value' cannot be 0"),
         ({"value": -(10**400)}, "'value' cannot be -1000"),
     ],
 )
@@ -232,6 +235,21 @@ def test_an_int8_row_is_closed_by_a_code(path, value, fits):
         assert Bundle.open(path).manifest.state.closing == ClosedRow((9,), value)
     else:
         assert "in a state of int8" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "window"), [("window", None), ("window", 0), ("growing", 0), ("growing", -1)]
+)
+def test_a_window_holds_at_least_a_key(path, kind, window):
+    edit_manifest(path, lambda raw: raw["state"].update(kind=kind, keep_window_size=window))
+    assert f"'keep_window_size' cannot be {window!r}" in refusal(path)
+
+
+@pytest.mark.parametrize("name", ["whole", "per_token"])
+@pytest.mark.parametrize("number", [-1, 10**400])
+def test_weights_that_are_read_have_a_size(path, name, number):
+    edit_manifest(path, lambda raw: raw["weights_read"].update({name: number}))
+    assert f"field {name!r} is no number of bytes" in refusal(path)
 
 
 def test_a_device_that_nobody_knows(path):
@@ -527,7 +545,7 @@ def test_room_is_checked_before_work_is_done(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "field", ["context_length", "vocab_size", "num_layers", "num_heads", "row_size"]
+    "field", ["context_length", "vocab_size", "num_layers", "num_heads", "row_size", "head_dim"]
 )
 def test_sizes_of_a_manifest_are_positive(field):
     raw = json.loads(MANIFEST.to_json())

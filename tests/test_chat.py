@@ -141,6 +141,16 @@ def test_a_stop_string_is_no_part_of_the_conversation(model):
     assert 0 < again.timings.cached_tokens < again.prompt_tokens
 
 
+def test_only_one_of_two_answers_that_were_asked_for_at_once_begins(model):
+    chat = model.chat(max_new_tokens=5)
+    first, second = chat.stream("one"), chat.stream("two")
+    next(first)
+    with pytest.raises(InputError, match="has not ended"):
+        next(second)
+    first.close()
+    assert [message["content"] for message in chat.messages[::2]] == ["one"]
+
+
 def test_an_answer_that_is_closed_stands_as_far_as_it_was_read(model):
     watcher = Watcher()
     chat = model.chat(max_new_tokens=50, processors=[watcher])

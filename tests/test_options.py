@@ -49,6 +49,7 @@ def _log_softmax(logits):
         ("temperature", float("nan")),
         ("temperature", float("inf")),
         ("temperature", "hot"),
+        ("temperature", 10**400),
         ("top_k", 0),
         ("top_k", 2.0),
         ("top_p", 0),
@@ -56,13 +57,19 @@ def _log_softmax(logits):
         ("min_p", -0.1),
         ("min_p", 1.1),
         ("repetition_penalty", 0),
+        ("repetition_penalty", 1e-39),
+        ("repetition_penalty", 1e39),
         ("presence_penalty", float("nan")),
+        ("presence_penalty", -1e300),
+        ("frequency_penalty", 1e31),
         ("frequency_penalty", True),
         ("no_repeat_ngram_size", -1),
         ("logit_bias", [1, 2]),
         ("logit_bias", {-1: 1.0}),
         ("logit_bias", {"a": 1.0}),
         ("logit_bias", {1: float("inf")}),
+        ("logit_bias", {1: 1e300}),
+        ("logit_bias", {1: 10**400}),
         ("seed", -1),
         ("seed", True),
         ("stop", ""),
@@ -192,6 +199,9 @@ def test_a_sampler_of_the_caller_replaces_what_is_recommended(tmp_path):
     ("generation", "message"),
     [
         ({"top_p": 7}, r"generation_config\.json: top_p must be"),
+        ({"temperature": 10**400}, r"generation_config\.json: temperature must be"),
+        ({"do_sample": "true"}, r"generation_config\.json: do_sample must be true or false"),
+        ({"do_sample": 1}, r"generation_config\.json: do_sample must be true or false"),
         ({"min_new_tokens": "x"}, r"generation_config\.json: min_new_tokens must be"),
         ({"eos_token_id": "x"}, "eos_tok"),
         ({"eos_token_id": [True]}, "eos_tok"),
@@ -391,7 +401,17 @@ def test_a_sampler_of_the_caller_chooses(model):
     ("options", "message"),
     [
         ({"processors": [lambda tokens, logits: None]}, r"of shape \[\d+\], not NoneType"),
-        ({"processors": [lambda tokens, logits: logits[:-1]]}, r"of shape \[\d+\], not shape"),
+        ({"processors": [lambda tokens, logits: logits[:-1]]}, r"of shape \[\d+\], not float32 of"),
+        (
+            {"processors": [lambda tokens, logits: logits > 0]},
+            "numbers .*, not bool of",
+        ),
+        (
+            {"processors": [lambda tokens, logits: logits + 0j]},
+            "numbers .*, not complex",
+        ),
+        ({"processors": [lambda tokens, logits: logits * np.nan]}, "is not a number, or infinite"),
+        ({"processors": [lambda tokens, logits: logits + np.inf]}, "is not a number, or infinite"),
         ({"processors": [lambda tokens, logits: logits - np.inf]}, "no token is left"),
         ({"sampler": lambda logits: VOCAB}, f"0 to {VOCAB - 1}, not {VOCAB}"),
         ({"sampler": lambda logits: -1}, "not -1"),
@@ -401,6 +421,40 @@ def test_a_sampler_of_the_caller_chooses(model):
 def test_what_the_caller_brings_is_checked(model, options, message):
     with pytest.raises(InputError, match=message):
         model.generate([4, 5], max_new_tokens=2, **options)
+
+
+def test_the_largest_numbers_of_options_leave_a_distribution(model):
+    extremes = {
+        "presence_penalty": -1e30,
+        "frequency_penalty": -1e30,
+        "repetition_penalty": 1e9,
+        "logit_bias": {3: 1e30, 4: 1e30},
+    }
+    for name, value in extremes.items():
+        for temperature in (0, 1):
+            options = {name: value, "temperature": temperature, "seed": 3}
+            assert len(model.generate([4, 5], max_new_tokens=6, **options).token_ids) <= 6
+    biased = model.generate([4, 5], max_new_tokens=6, temperature=1, logit_bias={3: 1e30, 4: 1e30})
+    assert set(biased.token_ids) <= {3, 4}
+
+
+def test_logits_of_a_processor_that_cannot_be_written_go_on_to_the_next(model):
+    def frozen(tokens, logits):
+        logits.flags.writeable = False
+        return logits
+
+    def changing(tokens, logits):
+        logits[7] = 1e9
+        return logits
+
+    out = model.generate([4, 5], max_new_tokens=2, processors=[frozen, changing])
+    assert out.token_ids == [7, 7]
+
+
+def test_a_name_that_is_no_option_is_refused_whatever_its_value(model):
+    for value in (None, 5):
+        with pytest.raises(InputError, match="no option 'max_tokens'; there are max_new_tokens"):
+            model.generate([4, 5], **{"max_tokens": value})
 
 
 def test_tokens_that_a_processor_gets_cannot_be_changed(model):

@@ -104,6 +104,15 @@ def test_a_state_can_be_continued_more_than_once(model):
     _close(logits[0], reference(start + ends[0])[6:])
 
 
+def test_nobody_can_change_the_lengths_of_a_state(model):
+    ids = _ids(7)
+    _, state = model.forward([ids[:6]])
+    with pytest.raises(ValueError, match="read-only"):
+        state.lengths[0] = 1
+    logits, _ = model.forward([ids[6:]], state)
+    _close(logits[0, 0], reference(ids)[-1])
+
+
 def test_a_batch_of_unequal_prompts_with_padding_anywhere(model):
     a, b, c = _ids(7, 1), _ids(3, 2), _ids(5, 3)
     ids = [a, [0] * 4 + b, [9] * 2 + c]

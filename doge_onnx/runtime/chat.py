@@ -88,15 +88,20 @@ class Chat:
                 conversation, or the last answer has neither ended nor been closed.
             BundleError: The template cannot be compiled or run.
         """
-        if self._answering:
-            raise InputError("the last answer has not ended; read it to its end, or close it")
+        self._check_ended()
         messages = [*self.messages, {"role": "user", "content": content}]
         messages, text, ids = self._fit(messages)
         return self._answer(messages, text, self._begin(ids, self._turns))
 
+    def _check_ended(self) -> None:
+        if self._answering:
+            raise InputError("the last answer has not ended; read it to its end, or close it")
+
     def _answer(
         self, messages: list[Message], text: str, sequence: GeneratedSequence
     ) -> Generator[Piece, None, None]:
+        # Another answer may have begun since the caller asked for this one.
+        self._check_ended()
         self._answering = True
         pieces: list[Piece] = []
         try:

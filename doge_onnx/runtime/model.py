@@ -184,6 +184,10 @@ class Model:
     ) -> list[Completion]:
         """Continue several prompts as one batch. Greedily, each gets the tokens it would get alone.
 
+        Weights in int8 or int4 are an exception: their products round activations to 8 bits, so the
+        last bit of a sum, which may depend on how many sequences are summed together, can become
+        half a percent of a logit. Then two tokens that are nearly as likely may change places.
+
         Each prompt draws its own random numbers, and the first prompt the same ones as alone.
         All prompts share the caller's logits processors and sampler, which should therefore keep
         nothing from one call to the next.
@@ -201,7 +205,9 @@ class Model:
             BundleError: See `generate`.
         """
         options = self._options(config, overrides)
-        if not isinstance(prompts, list | tuple | np.ndarray):
+        if not isinstance(prompts, list | tuple | np.ndarray) or (
+            isinstance(prompts, np.ndarray) and prompts.ndim == 0
+        ):
             raise InputError(
                 f"prompts must be a list of them, not {type(prompts).__name__}; generate takes one"
             )

@@ -72,12 +72,15 @@ class State:
     kept and continued later, several times.
 
     Attributes:
-        lengths: Number of tokens that each sequence was fed, without padding, int64 `[batch_size]`.
+        lengths: Number of tokens that each sequence was fed, without padding, int64 `[batch_size]`;
+            read-only.
     """
 
     def __init__(self, buffer: Buffer, lengths: NDArray[np.int64], owner: object) -> None:
         self.buffer = buffer
-        self.lengths = lengths
+        # A copy that cannot be changed: it says which rows of the buffer are this state's.
+        self.lengths = lengths.copy()
+        self.lengths.flags.writeable = False
         self._owner = owner
 
     @property

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # Each of these asks for sampling if no temperature is given.
 FILTERS = ("top_k", "top_p", "min_p")
+# Added to logits, which are float32: sums of larger numbers would overflow.
+_LARGEST_SUMMAND = 1e30
 
 
 class LogitBias(Mapping[int, float]):
@@ -87,7 +89,17 @@ def _is_whole(value: object) -> bool:
 
 
 def _is_real(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not _is_bool(value) and math.isfinite(value)
+    if not isinstance(value, numbers.Real) or _is_bool(value):
+        return False
+    try:
+        return math.isfinite(value)
+    # A whole number that no float is large enough for.
+    except OverflowError:
+        return False
+
+
+def _is_summand(value: object) -> bool:
+    return _is_real(value) and abs(float(cast(float, value))) <= _LARGEST_SUMMAND
 
 
 def _is_bool(value: object) -> bool:
@@ -131,7 +143,8 @@ def _is_stop(value: Any) -> bool:
 
 def _is_bias(value: Any) -> bool:
     return isinstance(value, Mapping) and all(
-        _is_whole(token_id) and token_id >= 0 and _is_real(bias) for token_id, bias in value.items()
+        _is_whole(token_id) and token_id >= 0 and _is_summand(bias)
+        for token_id, bias in value.items()
     )
 
 
@@ -197,8 +210,8 @@ class GenerationConfig:
     repetition_penalty: float | None = field(
         default=None,
         metadata=_real(
-            "a finite number above 0",
-            lambda x: x > 0,
+            "between 1e-9 and 1e9",
+            lambda x: 1e-9 <= x <= 1e9,
             "Above 1 makes tokens of the prompt and the text less likely; 1.1 is mild.",
             "none",
             "R",
@@ -207,8 +220,8 @@ class GenerationConfig:
     presence_penalty: float | None = field(
         default=None,
         metadata=_real(
-            "a finite number",
-            lambda x: True,
+            "between -1e30 and 1e30",
+            _is_summand,
             "Subtracted from the logits of tokens that were generated before.",
             "none",
             "X",
@@ -217,8 +230,8 @@ class GenerationConfig:
     frequency_penalty: float | None = field(
         default=None,
         metadata=_real(
-            "a finite number",
-            lambda x: True,
+            "between -1e30 and 1e30",
+            _is_summand,
             "Subtracted from the logit of a token once for each time that it was generated before.",
             "none",
             "X",
@@ -233,7 +246,7 @@ class GenerationConfig:
     logit_bias: Mapping[int, float] | None = field(
         default=None,
         metadata=_option(
-            "a mapping of token ids to finite numbers",
+            "a mapping of token ids to numbers between -1e30 and 1e30",
             _is_bias,
             LogitBias,
             "Add BIAS to the logit of the token ID.",
@@ -324,8 +337,12 @@ class GenerationConfig:
         """A copy with some options replaced; an override that is None changes nothing.
 
         Raises:
-            InputError: An option is out of its range, or two options exclude each other.
+            InputError: There is no option of a name, an option is out of its range, or two options
+                exclude each other.
         """
+        known = [entry.name for entry in fields(self)]
+        if unknown := sorted(overrides.keys() - set(known)):
+            raise InputError(f"there is no option {unknown[0]!r}; there are {', '.join(known)}")
         given: dict[str, Any] = {k: v for k, v in overrides.items() if v is not None}
         return replace(self, **given) if given else self
 

@@ -109,7 +109,7 @@ def ignored_fields(config: Mapping[str, Any]) -> tuple[str, ...]:
             if name not in _KNOWN
             and value is not None
             and value is not False
-            and not (name in _NEUTRAL and value == _NEUTRAL[name])
+            and not (name in _NEUTRAL and value is not True and value == _NEUTRAL[name])
         )
     )
 
@@ -159,6 +159,12 @@ class Defaults:
         for token_id in eos_ids:
             if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0:
                 raise BundleError(f"{origin}: eos_token_id cannot be {eos!r}")
+        sample = config.get("do_sample")
+        if not isinstance(sample, bool | None):
+            raise BundleError(
+                f"{origin / GENERATION_CONFIG_NAME}: do_sample must be true or false, not "
+                f"{sample!r}"
+            )
         values = {name: config[name] for name in _TAKEN_OVER if config.get(name) is not None}
         # In these files 0 means no limit. From a caller, 0 is more likely a mistake.
         if values.get("top_k") == 0:
@@ -169,7 +175,7 @@ class Defaults:
             raise BundleError(f"{origin / GENERATION_CONFIG_NAME}: {error}") from None
         return cls(
             frozenset(eos_ids),
-            config.get("do_sample") is True,
+            bool(sample),
             recommended,
             ignored_fields(config),
         )

@@ -153,13 +153,24 @@ class GeneratedSequence:
         scores = logits.copy()
         for process in self._processors:
             scores = process(self._tokens.view(), scores)
-            if not isinstance(scores, np.ndarray) or scores.shape != logits.shape:
+            if (
+                not isinstance(scores, np.ndarray)
+                or scores.shape != logits.shape
+                or scores.dtype.kind != "f"
+            ):
                 raise InputError(
-                    f"a logits processor must return logits of shape {list(logits.shape)}, not "
+                    f"a logits processor must return numbers of shape {list(logits.shape)}, not "
                     f"{_form(scores)}"
                 )
-        if scores.max() == -np.inf:
+            if not scores.flags.writeable:
+                scores = scores.copy()
+        largest_score = scores.max()
+        if largest_score == -np.inf:
             raise InputError("no token is left to choose from: the options rule out all of them")
+        if not np.isfinite(largest_score):
+            raise InputError(
+                "a logits processor returned a logit that is not a number, or infinite"
+            )
         return scores
 
     def _sample(self, scores: NDArray[np.float32]) -> int:
@@ -218,4 +229,6 @@ class _Tokens:
 
 
 def _form(value: object) -> str:
-    return f"shape {list(value.shape)}" if isinstance(value, np.ndarray) else type(value).__name__
+    if not isinstance(value, np.ndarray):
+        return type(value).__name__
+    return f"{value.dtype.name} of shape {list(value.shape)}"

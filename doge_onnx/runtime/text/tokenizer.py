@@ -55,8 +55,10 @@ class Tokenizer:
             add_special_tokens: Add the special tokens that the tokenizer puts around a text.
 
         Raises:
-            InputError: The text holds half of a surrogate pair, which UTF-8 cannot encode.
+            InputError: The text is no str, or holds half of a surrogate pair.
         """
+        if not isinstance(text, str):
+            raise InputError(f"the text must be a str, not {type(text).__name__}")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -87,6 +89,8 @@ class Tokenizer:
 
     def token(self, token_id: int) -> str | None:
         """A token as the tokenizer's file spells it; None for an unknown id."""
+        if token_id < 0:
+            return None
         token: str | None = self._tokenizer.id_to_token(token_id)
         return token
 
