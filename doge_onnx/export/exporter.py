@@ -28,8 +28,7 @@ from doge_onnx.export.checkpoint import Checkpoint
 from doge_onnx.export.eager import EagerModel
 from doge_onnx.export.graph import trace
 from doge_onnx.export.growing_state import GrowingState
-from doge_onnx.export.lowering import Target, for_web, require_kernels
-from doge_onnx.export.lowering import target as find_target
+from doge_onnx.export.lowering import Target, find_target, for_web, require_kernels
 from doge_onnx.export.quantize import RECIPES, Recipe, check_choices, quantize, recipe_for
 from doge_onnx.export.step import RecurrentStep, State
 from doge_onnx.export.step_bytes import weights_read

@@ -50,7 +50,7 @@ class Target:
     quantized: bool
 
 
-def target(name: str) -> Target:
+def find_target(name: str) -> Target:
     """The target of that name.
 
     Raises:

@@ -118,7 +118,7 @@ class InPlaceBinding:
         self._session.run_with_iobinding(self._binding)
 
 
-class Bindings:
+class BindingCache:
     """Keeps one binding for each buffer, as long as the buffer lives.
 
     Binding the state takes longer than all else that Python does in a step.
@@ -127,7 +127,7 @@ class Bindings:
     def __init__(self) -> None:
         self._of_buffer: weakref.WeakKeyDictionary[Buffer, Binding] = weakref.WeakKeyDictionary()
 
-    def of(self, buffer: Buffer, new: Callable[[Sequence[Any]], Binding]) -> Binding:
+    def get(self, buffer: Buffer, new: Callable[[Sequence[Any]], Binding]) -> Binding:
         """The binding of a buffer's tensors; `new` makes it if there is none yet."""
         binding = self._of_buffer.get(buffer)
         if binding is None:

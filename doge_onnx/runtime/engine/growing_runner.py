@@ -16,10 +16,10 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from doge_onnx.bundle import Manifest
-from doge_onnx.runtime.engine.binding import Binding, Bindings, InPlaceBinding
+from doge_onnx.runtime.engine.binding import Binding, BindingCache, InPlaceBinding
 from doge_onnx.runtime.engine.io_names import ATTENTION_MASK, INPUT_IDS, PAST_LENGTHS
-from doge_onnx.runtime.engine.runner import DEFAULT_CHUNK, DecodeSession, Runner, Scores
-from doge_onnx.runtime.engine.state import Buffer, State, grown_capacity
+from doge_onnx.runtime.engine.runner import DEFAULT_CHUNK, DecodeSession, PositionLogits, Runner
+from doge_onnx.runtime.engine.state import Buffer, State, buffer_capacity
 
 # The number of columns of a mask is a multiple of this, so that few steps need a new mask: binding
 # one takes time.
@@ -35,7 +35,7 @@ class InPlaceRunner(Runner):
         self, session: ort.InferenceSession, manifest: Manifest, chunk: int = DEFAULT_CHUNK
     ) -> None:
         super().__init__(session, manifest, chunk)
-        self._bindings = Bindings()
+        self._bindings = BindingCache()
 
     @abstractmethod
     def bind(self, tensors: Sequence[Any]) -> Binding:
@@ -54,18 +54,18 @@ class InPlaceRunner(Runner):
             capacity: Number of rows.
         """
 
-    def feed(
+    def forward(
         self,
         tokens: Sequence[NDArray[np.int64]],
         state: State | None,
         last_only: bool,
         consume: bool = False,
-        most_tokens: int | None = None,
+        max_tokens: int | None = None,
     ) -> tuple[list[NDArray[np.float32]], State]:
-        """Feed each sequence of a batch its new tokens; see `Runner.feed`."""
+        """Feed each sequence of a batch its new tokens; see `Runner.forward`."""
         lengths = np.zeros(len(tokens), np.int64) if state is None else state.lengths
         ends = lengths + np.array([len(ids) for ids in tokens])
-        buffer = self.claim(state, len(tokens), int(ends.max()), most_tokens)
+        buffer = self.claim(state, len(tokens), int(ends.max()), max_tokens)
         if state is not None and buffer is state.buffer and not consume:
             buffer.shared = True
         try:
@@ -85,7 +85,7 @@ class InPlaceRunner(Runner):
             state: None at the start of the sequences.
             batch: Number of sequences.
             end: End of the rows that the caller may write, which begin after those of `state`.
-            most: See `grown_capacity`.
+            most: See `buffer_capacity`.
         """
         if state is not None and state.buffer.claim(state.lengths, end):
             return state.buffer
@@ -101,15 +101,15 @@ class InPlaceRunner(Runner):
         return Buffer(tensors, capacity, np.full(batch, end, np.int64))
 
     def _capacity(self, rows: int, most: int | None) -> int:
-        """Rows of a new buffer; see `grown_capacity`."""
-        return grown_capacity(rows, self._context_length, most)
+        """Rows of a new buffer; see `buffer_capacity`."""
+        return buffer_capacity(rows, self._context_length, most)
 
     def rewind(self, state: State, length: int) -> State | None:
         """A state of the first `length` rows of the same buffer; see `Runner.rewind`."""
         state.buffer.shared = True
         return State(state.buffer, np.full_like(state.lengths, length), self)
 
-    def claim_all(self, state: State) -> Buffer:
+    def claim_for_decode(self, state: State) -> Buffer:
         """A buffer with the rows of `state` and free rows, all of which the caller may write."""
         longest = int(state.lengths.max())
         capacity = state.buffer.capacity
@@ -127,13 +127,13 @@ class InPlaceRunner(Runner):
         """Feed new tokens, whose rows go after the first `lengths` rows of each sequence.
 
         Returns:
-            Float32 logits of each sequence; see `Runner.feed`.
+            Float32 logits of each sequence; see `Runner.forward`.
         """
         logits: list[NDArray[np.float32]] = []
         for rows in self._groups(tokens, lengths):
             group, past = tokens[rows], lengths[rows]
             if len(group) == len(tokens):
-                binding = self._bindings.of(buffer, self.bind)
+                binding = self._bindings.get(buffer, self.bind)
             else:
                 binding = self.bind([tensor[rows] for tensor in buffer.tensors])
             if len(group) == 1:
@@ -277,7 +277,7 @@ class InPlaceSession(DecodeSession):
     def _make_room(self) -> Buffer:
         """The session's buffer; made or replaced if it has no room for one more row."""
         if self._buffer is None:
-            self._buffer = self._runner.claim_all(self._state)
+            self._buffer = self._runner.claim_for_decode(self._state)
         elif self._longest == self._buffer.capacity:
             self._buffer = self._runner.grow(self._buffer, len(self._lengths))
         return self._buffer
@@ -308,7 +308,7 @@ class _GrowingSession(InPlaceSession):
         # Columns of the bound mask.
         self._columns = 0
 
-    def step(self, token_ids: Sequence[int], top: int | None = None) -> Sequence[Scores]:
+    def step(self, token_ids: Sequence[int], top: int | None = None) -> Sequence[PositionLogits]:
         """Feed the next token of each sequence; see `DecodeSession.step`."""
         binding = self._binding
         if binding is None or self._longest == self._columns:

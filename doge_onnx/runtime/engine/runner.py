@@ -47,7 +47,7 @@ class TopLogits(NamedTuple):
 
 
 # Logits of one position: all of them, `[V]`, or only the largest.
-Scores = NDArray[np.float32] | TopLogits
+PositionLogits = NDArray[np.float32] | TopLogits
 
 
 class Runner(ABC):
@@ -86,13 +86,13 @@ class Runner(ABC):
         self._context_length = manifest.context_length
 
     @abstractmethod
-    def feed(
+    def forward(
         self,
         tokens: Sequence[NDArray[np.int64]],
         state: State | None,
         last_only: bool,
         consume: bool = False,
-        most_tokens: int | None = None,
+        max_tokens: int | None = None,
     ) -> tuple[list[NDArray[np.float32]], State]:
         """Feed each sequence of a batch its new tokens.
 
@@ -103,7 +103,7 @@ class Runner(ABC):
             last_only: Compute logits for the last position of each sequence only.
             consume: Whether the caller gives up `state`, so that the runner may overwrite its
                 memory.
-            most_tokens: Most tokens that any of the sequences will ever have, if the caller knows:
+            max_tokens: Most tokens that any of the sequences will ever have, if the caller knows:
                 a new state gets memory for no more.
 
         Returns:
@@ -136,7 +136,7 @@ class DecodeSession(ABC):
     rows: list[int]
 
     @abstractmethod
-    def step(self, token_ids: Sequence[int], top: int | None = None) -> Sequence[Scores]:
+    def step(self, token_ids: Sequence[int], top: int | None = None) -> Sequence[PositionLogits]:
         """Feed the next token of each sequence.
 
         Args:

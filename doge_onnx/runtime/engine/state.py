@@ -96,7 +96,7 @@ class State:
         return f"State(batch_size={self.batch_size}, lengths={self.lengths.tolist()})"
 
 
-def grown_capacity(rows: int, limit: int, most: int | None = None) -> int:
+def buffer_capacity(rows: int, limit: int, most: int | None = None) -> int:
     """Capacity of a new buffer for at least `rows` rows.
 
     Doubles, so that copying costs O(1) per row on average, but never exceeds `limit` unless `rows`
@@ -108,7 +108,7 @@ def grown_capacity(rows: int, limit: int, most: int | None = None) -> int:
         most: Most rows that any sequence will have, if the caller knows; else None.
     """
     if most is not None:
-        return max(rows, min(most, grown_capacity(rows + 1, limit)))
+        return max(rows, min(most, buffer_capacity(rows + 1, limit)))
     capacity = FIRST_CAPACITY
     while capacity < rows:
         capacity *= 2
