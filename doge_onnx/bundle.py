@@ -1,6 +1,6 @@
 """The bundle: the directory that `export` writes and everything else reads.
 
-Knows which files belong to a bundle and how the directory is written so that nobody ever sees
+Knows which files belong to a bundle and how to write the directory so that no reader ever sees
 half of one. Does not know what is inside the graph, nor what the manifest says (`manifest`).
 Imports only the standard library, because export and runtime share it.
 """

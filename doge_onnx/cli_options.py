@@ -412,8 +412,8 @@ PrefillChunk = Annotated[
 Device = Annotated[
     Devices,
     typer.Option(
-        help="Where to run. 'auto' takes CUDA where it is and the bundle is made for it; the "
-        "others insist."
+        help="Where to run. 'auto' takes CUDA if it is installed and can run the bundle, and else "
+        "the CPU."
     ),
 ]
 CudaGraph = Annotated[

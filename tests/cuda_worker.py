@@ -19,8 +19,8 @@ from unittest import mock
 import numpy as np
 
 from doge_onnx.bundle import Bundle
-from doge_onnx.runtime.cuda.graph_replay import FixedSteps
-from doge_onnx.runtime.engine.device import CUDA, CUDA_PROVIDER, placed
+from doge_onnx.runtime.cuda.graph_replay import StaticStepPool
+from doge_onnx.runtime.engine.device import CUDA, CUDA_PROVIDER, node_placements
 from doge_onnx.runtime.engine.runner import Runner
 from doge_onnx.runtime.engine.session import open_session
 from doge_onnx.runtime.generation.defaults import Defaults
@@ -44,7 +44,7 @@ def events(
         ended: Which of the sequences leaves early.
     """
     log = Path(os.environ["CUDA_STAND_IN_LOG"])
-    _, state = runner.feed([np.array(ids) for ids in prompts], None, last_only=True)
+    _, state = runner.forward([np.array(ids) for ids in prompts], None, last_only=True)
     session = runner.decode(state)
     seen: list[Counter[str]] = []
     for number in range(STEPS + 8):
@@ -71,9 +71,9 @@ def look(path: str, what: str) -> dict[str, object]:
 def look_at(bundle: Bundle, what: str, cuda_graph: bool) -> dict[str, object]:
     """The same in one of the two ways."""
     recorded.clear()
-    nodes = placed(open_session(bundle, CUDA, capture=cuda_graph))
+    nodes = node_placements(open_session(bundle, CUDA, capture=cuda_graph))
     # There are no results to compare.
-    with mock.patch.object(FixedSteps, "problem", return_value=None):
+    with mock.patch.object(StaticStepPool, "find_problem", return_value=None):
         runner = open_runner(bundle, CUDA, cuda_graph=cuda_graph)
     result: dict[str, object] = {
         "device": runner.device,

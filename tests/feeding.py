@@ -69,7 +69,7 @@ def feed_at_random(
         ids = [np.array(each, np.int64) for each in new]
         ends = [len(text) + count for text, count in zip(texts, counts, strict=True)]
         planned = max(ends) + 5 if rng.integers(2) else None
-        logits, state = runner.feed(ids, state, last_only, most_tokens=planned)
+        logits, state = runner.forward(ids, state, last_only, max_tokens=planned)
         texts = [text + each for text, each in zip(texts, new, strict=True)]
         for rows, each, text in zip(logits, new, texts, strict=True):
             assert len(rows) == (min(1, len(each)) if last_only else len(each))
@@ -85,7 +85,7 @@ def _decode(runner, known, tokens, check, rng) -> None:
     # A session has its state for itself, so it gets one that nobody else has.
     state, texts = known[-1]
     new = [tokens(1) for _ in texts]
-    logits, state = runner.feed([np.array(ids) for ids in new], state, last_only=True)
+    logits, state = runner.forward([np.array(ids) for ids in new], state, last_only=True)
     texts = [text + ids for text, ids in zip(texts, new, strict=True)]
     for rows, text in zip(logits, texts, strict=True):
         check(rows, text)

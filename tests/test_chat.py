@@ -106,14 +106,14 @@ def test_the_template_alone_says_how_an_answer_ends(model, tmp_path):
 
 def test_a_turn_goes_on_in_the_buffer_of_the_last_one(tmp_path, monkeypatch):
     buffers = []
-    feed = GrowingRunner.feed
+    forward = GrowingRunner.forward
 
     def watched(*arguments, **keywords):
-        logits, state = feed(*arguments, **keywords)
+        logits, state = forward(*arguments, **keywords)
         buffers.append(state.buffer)
         return logits, state
 
-    monkeypatch.setattr(GrowingRunner, "feed", watched)
+    monkeypatch.setattr(GrowingRunner, "forward", watched)
     chat = doge_onnx.load(fake_bundle.write(tmp_path / "b", chat_template=PLAIN)).chat(
         max_new_tokens=12
     )

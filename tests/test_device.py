@@ -312,10 +312,10 @@ class Equalising(PassingSession):
 
 
 def test_candidates_are_as_many_as_needed_and_in_order(tmp_path, monkeypatch):
-    monkeypatch.setattr("doge_onnx.runtime.cuda.runner.SPARE", 2)
+    monkeypatch.setattr("doge_onnx.runtime.cuda.runner.EXTRA_CANDIDATES", 2)
     path = fake_bundle.write(tmp_path / "b")
     runner = on_device(path, session=Equalising(path))
-    _, state = runner.feed([np.array([3]), np.array([4])], None, last_only=False)
+    _, state = runner.forward([np.array([3]), np.array([4])], None, last_only=False)
     first, second = runner.decode(state).step([5, 6], 3)
     assert isinstance(first, TopLogits)
     assert first.ids.tolist() == list(range(fake_bundle.VOCAB - 5, fake_bundle.VOCAB))
@@ -327,7 +327,7 @@ def test_candidates_are_as_many_as_needed_and_in_order(tmp_path, monkeypatch):
 
 def test_greedy_ids_do_not_come_back_from_the_host(tmp_path):
     runner = on_device(fake_bundle.write(tmp_path / "b"))
-    _, state = runner.feed([np.array([3]), np.array([4])], None, last_only=True)
+    _, state = runner.forward([np.array([3]), np.array([4])], None, last_only=True)
     session = runner.decode(state)
     chosen = [int(row.ids[0]) for row in session.step([5, 6], top=1)]
     # The host says something else now, which nobody asks it for.
@@ -351,7 +351,7 @@ def test_window_states_on_a_device(tmp_path, make_bundle, main_checkpoint):
     assert [t.token_ids for t in there.text] == [t.token_ids for t in here.text]
 
 
-@pytest.mark.parametrize("graph", [graphs.top(), graphs.extension("bfloat16")])
+@pytest.mark.parametrize("graph", [graphs.top_k(), graphs.extension("bfloat16")])
 def test_small_graphs_are_valid_onnx(graph):
     onnx.checker.check_model(onnx.load_from_string(graph), full_check=True)
 

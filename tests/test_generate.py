@@ -44,7 +44,7 @@ class Script:
         self.fed: list[dict[int, list[int]]] = []
         self.rows = list(range(len(texts)))
 
-    def feed(self, tokens, state, last_only, consume=False, most_tokens=None):
+    def forward(self, tokens, state, last_only, consume=False, max_tokens=None):
         self.fed.append({row: ids.tolist() for row, ids in enumerate(tokens)})
         return [logits[None] for logits in self._logits()], None
 

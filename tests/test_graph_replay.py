@@ -26,7 +26,7 @@ from doge_onnx.errors import BundleError, CaptureError, DeviceError, InputError
 from doge_onnx.runtime import loader
 from doge_onnx.runtime.cuda import graph_replay
 from doge_onnx.runtime.cuda.device_memory import DeviceMemory
-from doge_onnx.runtime.cuda.lock import EXCLUSIVE
+from doge_onnx.runtime.cuda.executor import PROCESS_LOCK
 from doge_onnx.runtime.cuda.runner import CudaGrowingRunner
 from doge_onnx.runtime.engine import device as devices
 from doge_onnx.runtime.engine import state
@@ -93,7 +93,7 @@ class Capturing(PassingSession):
         return Binding(self.session.io_binding())
 
     def run_with_iobinding(self, binding, options):
-        assert not self._other.submit(EXCLUSIVE.acquire, blocking=False).result()
+        assert not self._other.submit(PROCESS_LOCK.acquire, blocking=False).result()
         self.threads.add(threading.get_ident())
         number = int(options.get_run_config_entry("gpu_graph_id"))
         self.runs.append(number)
@@ -128,8 +128,8 @@ def capturing(path):
     """A model whose steps are captured, its runner and its session."""
     session = Capturing(path)
     runner = on_device(path, session=session, capture=True)
-    with EXCLUSIVE:
-        assert runner.use_fixed_steps(capture=True) is None
+    with PROCESS_LOCK:
+        assert runner.use_static_steps(capture=True) is None
     del session.runs[:], session.lengths[:], session.places[:]
     return model_on(path, runner), runner, session
 
@@ -156,8 +156,8 @@ def test_a_replay_is_looked_at_before_it_is_used(half_bundle, fault, problem):
     session = Capturing(half_bundle, fault)
     runner = on_device(half_bundle, session=session, capture=True)
     model = model_on(half_bundle, runner)
-    with EXCLUSIVE:
-        found = runner.use_fixed_steps(capture=True)
+    with PROCESS_LOCK:
+        found = runner.use_static_steps(capture=True)
     assert found is None if problem is None else re.match(problem, found)
     assert model.cuda_graph == (problem is None)
     # With a mask that grows, and with one that does not, twice.
@@ -211,7 +211,7 @@ def test_what_a_text_leaves_behind_changes_no_other(half_bundle):
 def test_a_sequence_that_has_ended_keeps_its_place_and_grows_no_more(half_bundle):
     model, runner, session = capturing(half_bundle)
     prompts = [[3, 4], [5], [6, 7, 8]]
-    _, state = runner.feed([np.array(prompt) for prompt in prompts], None, last_only=True)
+    _, state = runner.forward([np.array(prompt) for prompt in prompts], None, last_only=True)
     decode = runner.decode(state)
     decode.step([7, 8, 9])
     decode.remove([1])
@@ -249,7 +249,7 @@ def test_a_short_text_beside_a_full_one_goes_on(half_bundle):
 
 
 def test_graphs_are_limited_and_states_that_nobody_uses_are_let_go(half_bundle, monkeypatch):
-    monkeypatch.setattr(graph_replay, "MOST_GRAPHS", 2)
+    monkeypatch.setattr(graph_replay, "MAX_GRAPHS", 2)
     model, _, session = capturing(half_bundle)
 
     def graph(batch):
@@ -262,7 +262,7 @@ def test_graphs_are_limited_and_states_that_nobody_uses_are_let_go(half_bundle, 
     assert [graph(batch) for batch in (1, 2, 3)] == [(1, True), (2, True), (3, True)]
     # The state of the last text is kept whatever its size, and of the others what fits.
     size = model.manifest.state.token_bytes * model.manifest.context_length
-    monkeypatch.setattr(graph_replay, "MOST_FREE", size)
+    monkeypatch.setattr(graph_replay, "MAX_FREE_BYTES", size)
     assert graph(3) == (3, True)
     assert graph(1) == (1, True)
     # A second graph for a shape that was let go, and no third; others have theirs.
@@ -279,7 +279,7 @@ def test_buffers_come_in_few_sizes_where_steps_are_captured(half_bundle, monkeyp
 
     def capacity(runner, count, most=None):
         ids = np.ones(count, np.int64)
-        _, after = runner.feed([ids], None, last_only=True, most_tokens=most)
+        _, after = runner.forward([ids], None, last_only=True, max_tokens=most)
         return after.buffer.capacity
 
     assert capacity(captured, 2, 7) == context_length
@@ -395,9 +395,9 @@ def test_a_state_that_is_continued_twice_is_copied_to_where_an_earlier_text_was(
     del stream, streams
     results = []
     for each in (runner, open_runner(Bundle.open(half_bundle), "cpu")):
-        _, start = each.feed([np.array([3, 4, 5])], None, last_only=True)
-        first, one = each.feed([np.array([6])], start, last_only=True)
-        second, other = each.feed([np.array([7])], start, last_only=True)
+        _, start = each.forward([np.array([3, 4, 5])], None, last_only=True)
+        first, one = each.forward([np.array([6])], start, last_only=True)
+        second, other = each.forward([np.array([7])], start, last_only=True)
         results.append((first[0], second[0], one, other))
     ours, truth = results
     assert {after.buffer.tensors[0].address for after in ours[2:]} == earlier
@@ -410,9 +410,9 @@ def test_the_beginning_of_a_long_state_is_continued_in_as_many_rows(half_bundle,
     _, runner, _ = capturing(half_bundle)
     results = []
     for each in (runner, open_runner(Bundle.open(half_bundle), "cpu")):
-        _, whole = each.feed([np.arange(3, 23)], None, last_only=True)
+        _, whole = each.forward([np.arange(3, 23)], None, last_only=True)
         start = each.rewind(whole, 3)
-        logits, longer = each.feed([np.array([7])], start, last_only=True)
+        logits, longer = each.forward([np.array([7])], start, last_only=True)
         results.append((logits[0], longer))
     (ours, _), (truth, longer) = results
     assert longer.buffer.capacity == 8
@@ -462,8 +462,8 @@ def test_memory_that_is_kept_for_later_is_given_up_when_there_is_no_more(half_bu
     memory = ScarceMemory(5 * tensors * bundle.manifest.context_length)
     session = Capturing(half_bundle)
     runner = CudaGrowingRunner(session, bundle.manifest, memory, capture=True)
-    with EXCLUSIVE:
-        assert runner.use_fixed_steps(capture=True) is None
+    with PROCESS_LOCK:
+        assert runner.use_static_steps(capture=True) is None
     model, other = model_on(half_bundle, runner), usual(half_bundle)
     # The states of one and of two sequences are kept when a text of three needs a place.
     for batch in (1, 2, 3):

@@ -61,7 +61,7 @@ def truth(make, request):
     if "int8" not in request.node.callspec.params["make"]:
         return reference
     runner = make(chunk=CONTEXT)
-    return lambda ids: runner.feed([np.array(ids)], None, last_only=False)[0][0]
+    return lambda ids: runner.forward([np.array(ids)], None, last_only=False)[0][0]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -108,12 +108,12 @@ def test_without_the_lengths_this_would_fail(new, tmp_path):
 def test_states_tell_the_length_of_each_sequence(make):
     runner = make(chunk=16)
     prompts = [np.arange(20), np.arange(3), np.arange(0), np.arange(7)]
-    logits, state = runner.feed(prompts, None, last_only=False)
+    logits, state = runner.forward(prompts, None, last_only=False)
     assert state.lengths.tolist() == [20, 3, 0, 7]
     assert [rows.shape for rows in logits] == [(20, VOCAB), (3, VOCAB), (0, VOCAB), (7, VOCAB)]
     assert repr(state) == "State(batch_size=4, lengths=[20, 3, 0, 7])"
     more = [np.arange(0), np.arange(2), np.arange(1), np.arange(0)]
-    logits, longer = runner.feed(more, state, last_only=True)
+    logits, longer = runner.forward(more, state, last_only=True)
     assert longer.lengths.tolist() == [20, 5, 1, 7]
     assert state.lengths.tolist() == [20, 3, 0, 7]
     assert [len(rows) for rows in logits] == [0, 1, 1, 0]
@@ -167,7 +167,7 @@ def test_neighbours_of_like_length_are_fed_together(tmp_path):
     def feed(*counts, state=None):
         del session.batches[:]
         tokens = [rng.integers(0, VOCAB, count) for count in counts]
-        logits, after = runner.feed(tokens, state, last_only=False)
+        logits, after = runner.forward(tokens, state, last_only=False)
         if state is None:
             for ids, rows in zip(tokens, logits, strict=True):
                 np.testing.assert_allclose(rows, reference(ids), atol=TOLERANCE)
@@ -186,14 +186,14 @@ def test_neighbours_of_like_length_are_fed_together(tmp_path):
 def test_one_full_sequence_does_not_end_the_others(make):
     model_rows = [np.arange(CONTEXT) % VOCAB, np.array([7, 8])]
     runner = make(chunk=256)
-    _, state = runner.feed(model_rows, None, last_only=True)
+    _, state = runner.forward(model_rows, None, last_only=True)
     session = runner.decode(state)
     session.remove([0])
     text = [7, 8]
     for token in (5, 6, 9):
         (scores,) = session.step([token])
         text.append(token)
-        truth = runner.feed([np.array(text)], None, last_only=True)[0][0]
+        truth = runner.forward([np.array(text)], None, last_only=True)[0][0]
         np.testing.assert_allclose(scores, truth[0], atol=TOLERANCE)
 
 
@@ -203,7 +203,7 @@ def test_who_leaves_moves_no_rows_of_older_states(make, leaving):
     texts = [[3, 4, 5], [6], [7, 8, 9, 10]]
 
     def feed(tokens, state):
-        return runner.feed([np.array(ids) for ids in tokens], state, last_only=True)
+        return runner.forward([np.array(ids) for ids in tokens], state, last_only=True)
 
     _, older = feed(texts, None)
     # The newer one has the same buffer; what is fed to the older one after that has another.

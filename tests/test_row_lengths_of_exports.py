@@ -12,7 +12,7 @@ from runners import on_device
 from stepping import fresh_text
 
 from doge_onnx.bundle import Bundle
-from doge_onnx.runtime.cuda.lock import EXCLUSIVE
+from doge_onnx.runtime.cuda.executor import PROCESS_LOCK
 from doge_onnx.runtime.cuda.runner import CudaWindowRunner
 from doge_onnx.runtime.engine import state as states
 from doge_onnx.runtime.loader import open_runner
@@ -37,10 +37,10 @@ def on_window_device(path, chunk):
     return on_device(path, CudaWindowRunner, chunk)
 
 
-def with_fixed_steps(path, chunk):
+def with_static_steps(path, chunk):
     runner = on_device(path, chunk=chunk)
-    with EXCLUSIVE:
-        assert runner.use_fixed_steps(capture=False) is None
+    with PROCESS_LOCK:
+        assert runner.use_static_steps(capture=False) is None
     return runner
 
 
@@ -56,7 +56,7 @@ KINDS = {
     "window on a device": ("narrow", {"state": "window"}, on_window_device, 1e-3),
     "fp16": ("dense", {"device": "cuda"}, on_cpu, 0.05),
     "fp16 on a device": ("dense", {"device": "cuda"}, on_device, 0.05),
-    "fp16, fixed steps": ("dense", {"device": "cuda"}, with_fixed_steps, 0.05),
+    "fp16, static steps": ("dense", {"device": "cuda"}, with_static_steps, 0.05),
     "fp16, past the window": ("narrow", {"device": "cuda"}, on_device, 0.05),
 }
 
@@ -84,7 +84,7 @@ def test_each_sequence_gets_what_it_gets_alone(kind, seed, bundle, monkeypatch):
     alone = on_cpu(path, chunk=CONTEXT)
 
     def truth(ids):
-        return alone.feed([np.array(ids)], None, last_only=False)[0][0]
+        return alone.forward([np.array(ids)], None, last_only=False)[0][0]
 
     feed_at_random(new(path, chunk=16), truth, VOCABULARY, CONTEXT, tolerance, seed)
 
@@ -114,8 +114,8 @@ def test_unequal_batches_are_the_oracles(name, make_bundle, tmp_path):
     truths = [oracle.logits(model.config, model.tensors, text) for text in texts]
     # A prompt, another turn of unequal lengths, and then a token at a time.
     first, second = (20, 1, 5, 6), (33, 7, 5, 30)
-    rows, state = runner.feed(_cut(texts, (0,) * 4, first), None, last_only=False)
-    more, state = runner.feed(_cut(texts, first, second), state, last_only=False)
+    rows, state = runner.forward(_cut(texts, (0,) * 4, first), None, last_only=False)
+    more, state = runner.forward(_cut(texts, first, second), state, last_only=False)
     got = [np.concatenate(pair) for pair in zip(rows, more, strict=True)]
     lengths = list(second)
     session = runner.decode(state)

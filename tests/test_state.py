@@ -11,7 +11,7 @@ from runners import WatchedSession, model_on, on_host
 import doge_onnx
 from doge_onnx.bundle import Bundle
 from doge_onnx.errors import InputError
-from doge_onnx.runtime.engine.state import Buffer, grown_capacity
+from doge_onnx.runtime.engine.state import Buffer, buffer_capacity
 from doge_onnx.runtime.loader import open_runner
 
 TOLERANCE = 1e-3  # logits are up to 300
@@ -209,7 +209,7 @@ def test_an_old_state_outlives_the_growth_of_its_buffer(in_place):
     ],
 )
 def test_capacity_doubles_up_to_the_context(rows, context, expected):
-    assert grown_capacity(rows, context) == expected
+    assert buffer_capacity(rows, context) == expected
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_capacity_doubles_up_to_the_context(rows, context, expected):
     ],
 )
 def test_capacity_is_no_more_than_will_be_needed(rows, context, most, expected):
-    assert grown_capacity(rows, context, most) == expected
+    assert buffer_capacity(rows, context, most) == expected
 
 
 def test_rows_can_be_claimed_once_and_only_at_the_end():
@@ -396,7 +396,7 @@ def runner(tmp_path_factory):
 
 
 def _feed(runner, ids, state=None):
-    logits, state = runner.feed([np.array(ids)], state, last_only=False)
+    logits, state = runner.forward([np.array(ids)], state, last_only=False)
     return logits[0], state
 
 

@@ -1,7 +1,7 @@
-"""`export`: from a checkpoint to a bundle, or to nothing at all.
+"""Exports a checkpoint to a bundle. If any step fails, the destination stays as it was.
 
-Knows the order of the steps and which files a bundle holds; each step is a module of its
-own. Whatever fails on the way leaves the destination as it was.
+Knows the order of the steps and which files a bundle holds. Does not know how a step is carried
+out; each is in a module of its own.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ from doge_onnx.export.checkpoint import Checkpoint
 from doge_onnx.export.eager import EagerModel
 from doge_onnx.export.graph import trace
 from doge_onnx.export.growing_state import GrowingState
-from doge_onnx.export.lowering import Target, for_web, require_kernels
-from doge_onnx.export.lowering import target as find_target
+from doge_onnx.export.lowering import Target, find_target, for_web, require_kernels
 from doge_onnx.export.model_config import DogeConfig
 from doge_onnx.export.quantize import RECIPES, Recipe, check_choices, quantize, recipe_for
 from doge_onnx.export.step import RecurrentStep, State
@@ -40,40 +39,42 @@ from doge_onnx.measure.evaluate import QualityReport
 from doge_onnx.runtime.engine.device import missing_for_cuda
 
 STATES = ("growing", "window")
-# Without one of them, a state has the element type of the activations.
+# Choices of `kv_cache` and their element types; with None the state has that of the activations.
 KV_CACHES = {"fp32": "float32", "int8": "int8"}
 FORMATS = ("onnx", "ort")
-# Larger graphs keep their weights in a file of their own: a protobuf file ends at 2 GB, and
-# a separate one can be mapped into memory.
+# Larger graphs keep their weights in a separate file: a protobuf file has at most 2 GB, and a
+# separate file can be mapped into memory.
 MAX_EMBEDDED_BYTES = 100 * 2**20
-# The graph holds the rotation of every position up to the context length.
+# The graph has rotary tables with a row for each position up to the context length.
 MAX_CONTEXT_LENGTH = 2**20
-# What one bundle needs on the disk beside its weights: graph, tokenizer, tables.
+# Disk space of a bundle beside its weights: graph, tokenizer, tables.
 _SMALL_FILES_BYTES = 32 * 2**20
-# Of the text that the model writes for its own calibration: not that of the evaluation.
+# Seed and length of the texts that the model writes for its calibration; not the seed of the
+# evaluation.
 _CALIBRATION_SEED = 8
 _CALIBRATION_LENGTH = 256
-# Sequences for small and for large models: more change little, and take longer than the rest.
+# Number of texts for small and for large models: more texts change little and would take longer
+# than the rest of the export.
 _CALIBRATION_ROWS = (64, 32)
 _LARGE = 100_000_000
-# Where only the largest values are looked for, fewer will do.
+# Fewer texts are enough to find the largest activations only.
 _RANGE_ROWS = 8
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What an export did.
+    """The result of an export.
 
     Attributes:
-        path: The bundle.
+        path: Directory of the bundle.
         manifest: Its manifest.
-        parity: Result of the comparison with the reference, or None if not asked for, if
-            weights or state are quantized, or if the bundle cannot run on this machine.
-        quality: What quantization lost; None if not asked for, if nothing is quantized, or if the
-            bundle cannot run on this machine.
+        parity: Result of the comparison with the reference; None if verification was off, if
+            weights or state are quantized, or if this machine cannot run the bundle.
+        quality: How much quality quantization lost; None if verification was off, if nothing is
+            quantized, or if this machine cannot run the bundle.
         size: Bytes of all files of the bundle.
         seconds: Wall time of the whole export.
-        unchecked: Why the bundle could not be run here and was not compared, if so.
+        unchecked: Why this machine cannot run the bundle, so that it was not compared; else None.
     """
 
     path: Path
@@ -109,33 +110,33 @@ def export(
 
     Args:
         model: A directory, or the id of a model on the Hub.
-        out: Where the bundle goes; must not exist unless `force`.
-        precision: Of the weights; "fp32", "fp16", "bf16", "int8" or "int4". None for "fp32", or
-            for "fp16" where the device is "cuda".
-        kv_cache: Of the state; "fp32" or "int8". None for what activations have.
-        context_length: Most tokens that a sequence may have; None for the length that the
-            model was trained for.
+        out: Directory of the bundle; must not exist unless `force`.
+        precision: Precision of the weights: "fp32", "fp16", "bf16", "int8" or "int4". None for
+            "fp32", or for "fp16" if the device is "cuda".
+        kv_cache: Precision of the state: "fp32" or "int8". None for that of the activations.
+        context_length: Most tokens that a sequence may have; None for the length that the model was
+            trained for.
         target: "ort" for ONNX Runtime's fused kernels, "portable" for standard ONNX.
-        device: "cpu" or "cuda": what the graph is made for. Quantized weights meet activations
-            in float32 on the one, in float16 on the other.
-        state: "growing" for a state with a row for every token, "window" for one that has as
-            many rows as the model's window has keys, however long the text gets.
-        layout: "flat" for a graph beside the other files, "hub" for one where transformers.js
-            looks for it.
-        format: Of the graph's file: "onnx", or "ort" for ONNX Runtime's own, which its builds for
-            phones and small boards read.
-        block_size: Of quantized weights: how many share a scale. None for what is best.
-        rounding: Of quantized weights: "gptq" or "nearest". None for what is best.
-        verify: Check the result before it is put in place: compare it with transformers, or,
-            where something is quantized, measure what that lost.
+        device: The device that the graph is made for, "cpu" or "cuda". With quantized weights,
+            activations are float32 on the CPU and float16 on CUDA.
+        state: "growing" for a state with one row for each token, "window" for a state with at most
+            as many rows as the model's window has keys, however long the text is.
+        layout: "flat" for a graph next to the other files, "hub" for the place where
+            transformers.js looks for it.
+        format: Format of the graph's file: "onnx", or "ort" for ONNX Runtime's own format, which
+            its builds for phones and small boards read.
+        block_size: How many quantized weights share a scale; None for the recipe's choice.
+        rounding: Rounding of quantized weights, "gptq" or "nearest"; None for the recipe's choice.
+        verify: Check the result before it is moved to `out`: compare it with transformers, or, if
+            something is quantized, measure how much quality is lost.
         max_kl: Most that quantization may lose, in nats per token; None for no limit.
         revision: Branch, tag or commit of a model on the Hub.
-        force: Replace a bundle that stands at `out`.
-        progress: Called with a few words whenever a step begins.
+        force: Replace a bundle that exists at `out`.
+        progress: Called with a few words when a step begins.
 
     Raises:
-        DogeOnnxError: One of its children for whatever is wrong with the arguments, the
-            checkpoint, the destination, or the result; nothing is left behind.
+        DogeOnnxError: A subclass, if the arguments, the checkpoint, the destination or the result
+            are wrong. The export then leaves no files behind.
     """
     started = time.perf_counter()
     # Absolute, so that "." and "x/.." have a name and a parent.
@@ -173,14 +174,14 @@ def export(
     size += 4 * built.table_size
     if format == "ort":
         ort_format.check_size(size)
-    # For a moment, the graph is there in both formats.
+    # The conversion needs the graph in both formats at once.
     copies = 2 if format == "ort" else 1
     bundle.check_free_space(out.parent, copies * size + _SMALL_FILES_BYTES)
     parity, lost, unchecked = None, None, None
     parameters = checkpoint.parameters
     with bundle.writing(out, force) as directory:
-        # The step takes the tensors, so that there are never two copies of a large model; but
-        # what a quantized one is compared with has to stay.
+        # The step moves the tensors, so that memory never holds a large model twice. But a
+        # quantized model is compared with its checkpoint, which then has to stay.
         own = checkpoint.shared() if quantized else checkpoint
         calibrates = kv_cache == "int8" or (recipe is not None and recipe.rounding == "gptq")
         text = None
@@ -198,7 +199,7 @@ def export(
             step.halve()
         path = directory / graph
         read = _write_graph(step, chosen, path, size <= MAX_EMBEDDED_BYTES, report)
-        # What comes next needs the memory.
+        # Frees memory that the next steps need.
         del step
         if format == "ort":
             report("writing the ORT format")
@@ -230,7 +231,7 @@ def export(
                 raise
             unchecked = str(error)
         if lost is not None:
-            # Without a limit it still has to be a number.
+            # Even without a limit, the loss must be a number.
             lost.require(math.inf if max_kl is None else max_kl, str(out))
             manifest = replace(manifest, quality=lost.as_dict())
         if parity is not None:
@@ -253,7 +254,11 @@ def _check_combination(
     verify: bool,
     max_kl: float | None,
 ) -> None:
-    """What can be refused without knowing the model."""
+    """Check the arguments that do not depend on the model.
+
+    Raises:
+        DogeOnnxError: An argument is unknown, or two of them exclude each other.
+    """
     if state not in STATES:
         raise DogeOnnxError(f"state {state!r} is not known; choose from {', '.join(STATES)}")
     if kv_cache is not None and kv_cache not in KV_CACHES:
@@ -286,7 +291,11 @@ def _check_combination(
 def _check_activations(
     activations: str, device: str, target: str, state: str, kv_cache: str | None
 ) -> None:
-    """What a type of activations goes with."""
+    """Check that the type of the activations suits the device, the target and the state.
+
+    Raises:
+        DogeOnnxError: It does not.
+    """
     if activations == "float32":
         if device == "cuda" and target == "ort":
             raise DogeOnnxError(
@@ -307,7 +316,7 @@ def _check_activations(
 
 
 def _bytes_per_weight(recipe: Recipe | None, activations: str) -> float:
-    """About how large a weight is in the file, with its share of scales."""
+    """Approximate bytes of a weight in the file, with its share of the scales."""
     if recipe is None:
         return 4.0 if activations == "float32" else 2.0
     return max(recipe.body.bits / 8 + 4 / recipe.body.block_size, 1.0)
@@ -316,7 +325,7 @@ def _bytes_per_weight(recipe: Recipe | None, activations: str) -> float:
 def _calibration_text(
     checkpoint: Checkpoint, context_length: int, rows: int, report: Callable[[str], None]
 ) -> torch.Tensor:
-    """Token ids `[N, S]` such as the model sees: what it writes itself."""
+    """Texts that the model writes, as token ids int64 `[rows, S]`: what it sees in use."""
     report("writing a text for calibration")
     length = min(_CALIBRATION_LENGTH, context_length)
     return torch.from_numpy(EagerModel(checkpoint, length).sample(_CALIBRATION_SEED, rows, length))
@@ -364,7 +373,7 @@ def _state_layout(state: State, config: DogeConfig, target: Target) -> StateLayo
         head_dim=state.heads.dim,
         dtype=state.dtype if isinstance(state, GrowingState) else "float32",
         keep_window_size=config.keep_window_size,
-        # A window only overwrites rows, which standard operators do in place as well.
+        # A window state only has rows overwritten, which standard operators can do in place, too.
         in_place=target.in_place or isinstance(state, WindowState),
         closing=state.closing,
     )
@@ -377,7 +386,11 @@ def _write_graph(
     embedded: bool,
     report: Callable[[str], None],
 ) -> WeightsRead:
-    """Trace a step into a file, and say which of its weights a step reads."""
+    """Trace a step, write the graph and check it; returns the bytes of weights that a step reads.
+
+    Raises:
+        BundleError: The graph is not valid ONNX.
+    """
     report("tracing the graph")
     model = trace(step, target)
     read = weights_read(model)

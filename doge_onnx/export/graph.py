@@ -1,7 +1,8 @@
-"""Trace the step and bring the graph into the form that bundles promise.
+"""Traces the step to an ONNX graph and gives it the form of the graph contract (docs/state.md).
 
-Knows names, axes and what must not be left in a graph; not what the model computes
-(`step`), nor which operators there are (`lowering`), nor where files go (`exporter`).
+Knows the names and axes of inputs and outputs, and what to remove from a traced graph. Does not
+know what the model computes (`step`), how operators become ONNX (`lowering`) or where files go
+(`exporter`).
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-# torch.onnx imports this inside of a `try` whose handler imports it again: an interrupt in
-# between would come out as an error of torch's.
+# torch.onnx imports this inside a `try` whose handler imports it again, so that Ctrl-C during the
+# import would become an error of torch.
 import torch._dynamo
 from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
@@ -31,11 +32,12 @@ from doge_onnx.export.step import RecurrentStep
 IR_VERSION = 10
 TOTAL_LENGTH = "total_sequence_length"
 PAST_LENGTHS = "past_lengths"
-# Its default, above any length: then the tokens of all sequences end with the mask. The columns
-# behind it are still below 2^31: up to 1.31, ONNX Runtime's Min compares int64 in 32 bits.
+# The default of `past_lengths`, larger than any length: all sequences end with the mask. A column
+# number that is added to it stays below 2^31, because up to 1.31, ONNX Runtime's Min compares int64
+# in 32 bits.
 NO_LENGTH = 2**30
-# Any lengths will do, as all axes stay dynamic, but 0 and 1 would be taken for constants; and
-# a window must have rows for the new tokens.
+# Sizes for tracing. All axes stay dynamic, but the tracer would turn 0 and 1 into constants, and a
+# window needs at least as many rows as there are new tokens.
 _BATCH, _LENGTH, _PAST = 2, 3, 5
 
 
@@ -43,14 +45,14 @@ def trace(step: RecurrentStep, target: Target) -> ir.Model:
     """Turn a step into an ONNX model whose batch, sequence and past lengths are dynamic.
 
     Args:
-        step: Built from the target's operators.
-        target: What the graph is for.
+        step: The step, built from the operators of the target.
+        target: The target of the export.
 
     Returns:
-        A model with inputs `input_ids`, `attention_mask`, for a window state `position_ids`,
-        and `past_key_values.{i}.key|value`, and outputs `logits` and `present.{i}.key|value`.
-        `logits_to_keep` and `past_lengths`, where the target and the state have them, are
-        initializers that a caller may override.
+        A model with the inputs `input_ids`, `attention_mask`, `position_ids` (window states only)
+        and `past_key_values.{i}.key|value`, and the outputs `logits` and `present.{i}.key|value`.
+        If the target and the state have them, `logits_to_keep` and `past_lengths` are initializers
+        that a caller may override.
     """
     layers = range(len(step.layers))
     pairs = [(i, part) for i in layers for part in ("key", "value")]
@@ -61,13 +63,13 @@ def trace(step: RecurrentStep, target: Target) -> ir.Model:
         mask = torch.ones(_BATCH, _PAST + _LENGTH, dtype=torch.int64)
         inputs["attention_mask"] = (mask, {0: batch, 1: Dim(TOTAL_LENGTH)})
         if target.in_place:
-            # An axis of its own, since the default has one element and serves any batch: under the
-            # name of the batch, ONNX Runtime would take both for equally large and share memory.
+            # A separate axis, because the default has one element for any batch. If the axis had
+            # the name of the batch, ONNX Runtime would reuse memory as if sizes were equal.
             past_lengths = torch.full((_BATCH,), _PAST)
             inputs[PAST_LENGTHS] = (past_lengths, {0: Dim("past_lengths_size")})
     else:
         inputs["attention_mask"] = (torch.ones_like(tokens), token_axes)
-        # One tensor for two inputs would become one input.
+        # A copy, because the same tensor for two inputs would become one input.
         inputs["position_ids"] = (tokens.clone(), token_axes)
     heads = step.state.heads
     dtype = torch.float32
@@ -125,10 +127,10 @@ def _rename_axis(value: ir.Value, axis: int, name: str) -> None:
 
 
 def _make_default(model: ir.Model, name: str, default: np.ndarray) -> None:
-    """Give an input a value for callers that do not feed it.
+    """Give an input a default value, so that callers need not feed it.
 
-    Such an input is an initializer with the input's name; ONNX Runtime does not list it among
-    the inputs, so software that knows nothing of it runs the graph all the same.
+    An initializer with the name of an input is its default. ONNX Runtime then does not list it
+    among the inputs, so software that does not know it can run the graph, too.
     """
     value = next(value for value in model.graph.inputs if value.name == name)
     value.const_value = ir.tensor(default, name=name)
@@ -136,7 +138,7 @@ def _make_default(model: ir.Model, name: str, default: np.ndarray) -> None:
 
 
 def _drop_training_statistics(model: ir.Model) -> None:
-    """Leave out the mean and variance that skip norms could return: nothing reads them."""
+    """Remove the outputs of skip norms that nothing reads: mean and variance, for training."""
     for node in model.graph:
         if node.domain == MICROSOFT:
             for output in node.outputs:
@@ -145,10 +147,11 @@ def _drop_training_statistics(model: ir.Model) -> None:
 
 
 def _fix_shapes(model: ir.Model) -> None:
-    """Let reshapes keep batch and sequence as they are, rather than put a shape together.
+    """Let reshapes copy the sizes of batch and sequence, instead of computing a shape.
 
-    The tracer spells every shape out as [batch, sequence, ...]; 0 means the same without the
-    nodes that look both up. It means the axis at the same place, so both have to be there.
+    The tracer computes every shape as [batch, sequence, ...], with nodes that look both sizes up. A
+    constant 0 in a shape means "the size of the same axis of the input", so it does the same
+    without nodes if the input begins with these two axes.
     """
     ids = next(value for value in model.graph.inputs if value.name == "input_ids")
     assert ids.shape is not None
@@ -173,7 +176,7 @@ def _fix_shapes(model: ir.Model) -> None:
             zeros[sizes] = ir.Value(name=name, const_value=ir.tensor(np.array(sizes), name=name))
             model.graph.register_initializer(zeros[sizes])
         node.replace_input_with(1, zeros[sizes])
-        # The tracer asks for 0 to mean a size of none.
+        # With this attribute of the tracer, 0 would mean an empty axis.
         node.attributes.pop("allowzero", None)
     RemoveUnusedNodesPass()(model)
 
@@ -181,12 +184,12 @@ def _fix_shapes(model: ir.Model) -> None:
 def _compute_rotations(model: ir.Model, frequencies: NDArray[np.float32]) -> None:
     """Replace the tables of cosines and sines by the few operators that compute them.
 
-    ONNX Runtime does that once, as it loads the graph. In the file of a 20M model in 4 bits the
-    tables would be a tenth of all.
+    ONNX Runtime runs these operators once, when it loads the graph. The tables would be a tenth of
+    the file of a 20M model in 4 bits.
 
     Args:
-        model: With the initializers `state.cos` and `state.sin`, `[T, D / 2]`.
-        frequencies: `[D / 2]`, radians per position.
+        model: Has the initializers `state.cos` and `state.sin`, `[T, D / 2]`.
+        frequencies: float32 `[D / 2]`, radians per position.
     """
     cos = model.graph.initializers["state.cos"]
     assert cos.shape is not None
@@ -214,7 +217,7 @@ def _compute_rotations(model: ir.Model, frequencies: NDArray[np.float32]) -> Non
 
 
 def _drop_traces(model: ir.Model) -> None:
-    """Remove what the tracer noted: it repeats source code and paths of this machine."""
+    """Remove the tracer's metadata, which holds source code and paths of this machine."""
     for node in model.graph:
         node.metadata_props.clear()
         node.doc_string = None
@@ -228,7 +231,7 @@ def _drop_traces(model: ir.Model) -> None:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Let Ctrl-C out: the exporter takes it for a failure of its own and wraps it."""
+    """Raise KeyboardInterrupt on Ctrl-C: torch's exporter wraps it in an error of its own."""
     try:
         yield
     except Exception as error:
@@ -242,7 +245,7 @@ def _interruptible() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the tracer's progress and remarks, meant for its developers, off the terminal."""
+    """Suppress the tracer's output, which is meant for its developers."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

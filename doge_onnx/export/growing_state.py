@@ -1,7 +1,7 @@
-"""A state with a row for every token, and how attention reads and extends it.
+"""The growing state: one row for each token, and how attention reads and extends it.
 
-Knows which positions tokens have and which keys a query attends to; not how queries, keys and
-values come about (`step`), nor what is in a row (`state_rows`).
+Knows the positions of tokens and which keys a query attends to. Does not know how queries, keys and
+values are computed (`step`) or what the channels of a row hold (`state_rows`).
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from doge_onnx.manifest import ClosedRow
 
 
 class GrowingState(nn.Module):
-    """One row per token: keys and values as `[B, Hkv, P, row]`, extended by S rows.
+    """One row for each token: keys and values `[B, Hkv, P, row]`, extended by S rows in each step.
 
-    Where gates belong to query heads, a key has a gate channel for each query head of its
-    group. The channel behind the gates closes the keys of padding.
+    If gates belong to query heads, a key has a gate channel for each query head of its group. The
+    channel after the gates closes the keys of padding.
 
     Args:
-        checkpoint: The model's.
-        context_length: Number of positions that the rotary tables cover. Only if it exceeds
-            the window can a key ever fall out of it, and only then is that in the graph.
+        checkpoint: The model's checkpoint.
+        context_length: Number of positions that the rotary tables cover. The graph selects the keys
+            of the window only if the context is longer than the window.
         operators: Implementation of the operators.
-        dtype: Element type of the rows: that of the activations, or "int8" for rows that
-            `Int8Rows` describes.
-        activations: "float32", "float16" or "bfloat16".
+        dtype: Element type of the rows: that of the activations, or "int8" for the rows of
+            `Int8Rows`.
+        activations: Element type of the activations: "float32", "float16" or "bfloat16".
     """
 
     def __init__(
@@ -46,17 +46,18 @@ class GrowingState(nn.Module):
         self.dtype, self.activations = dtype, activations
         gates = checkpoint.gate_heads // config.num_key_value_heads
         self.heads = Heads.of(config, config.num_key_value_heads, gates, dtype)
-        # One more than a text has tokens: padding behind a full text stands there.
+        # One position more than a text has tokens, for padding after a text of full length.
         cos, sin = rotary_tables(config, context_length + 1)
-        # Radians per position of each channel pair, where they are the same at all positions.
+        # Radians per position of each channel pair; None if they depend on the position.
         self.frequencies: Tensor | None = None
         if config.rope.kind != "dynamic" or context_length <= config.max_position_embeddings:
             self.frequencies = inverse_wavelengths(config, torch.zeros(()))
         self.cos, self.sin = nn.Buffer(cos), nn.Buffer(sin)
-        # What is behind the gates, of padding and of tokens.
+        # The channels after the gates: first for padding, then for tokens.
         rest = torch.zeros(2, self.heads.num_rotated, self.heads.rest)
         rest[:, : self.heads.num_queries, 0] = 1.0
-        # In half precision the sum with a large gate would not close a key: its gate itself does.
+        # In half precision, a closing summand plus a large gate would not close a key. So the gate
+        # itself is replaced.
         self.limits: Tensor | None
         self.register_buffer("limits", None)
         self.closed = CLOSED_GATE
@@ -71,23 +72,23 @@ class GrowingState(nn.Module):
         self.rest = nn.Buffer(rest)
         window = config.keep_window_size
         self.window = window if window is not None and context_length > window else None
-        # A mask may have so many columns: left padding makes a batch longer than its sequences.
+        # Most columns of a mask: with padding on the left, a batch is longer than its sequences.
         self.numbers = nn.Buffer(torch.arange(2 * context_length))
 
     @property
     def table_size(self) -> int:
-        """Number of values that the graph holds beside the weights."""
+        """Number of values in the rotary tables, which the graph holds beside the weights."""
         return self.cos.numel() + self.sin.numel()
 
     @property
     def closing(self) -> ClosedRow:
-        """What closes a row."""
+        """The values that close a row."""
         gates = self.heads.dim + self.heads.gate_channels
         if self.dtype == "int8":
             return ClosedRow((gates,), Int8Rows.closed_code)
         if self.dtype == "float32":
             return ClosedRow((gates,), self.closed)
-        # The first channel of each gate; of the second, what it can hold changes nothing.
+        # The first channel of each gate; whatever the second can hold, the key stays closed.
         first = range(self.heads.dim, self.heads.dim + self.heads.gates)
         return ClosedRow(tuple(first), self.closed)
 
@@ -99,12 +100,12 @@ class GrowingState(nn.Module):
         Args:
             input_ids: int64 `[B, S]`.
             attention_mask: int64 `[B, P + S]`, or longer with `past_lengths`.
-            past_lengths: int64 `[B]`, how many rows of the state each sequence has, so that the
-                new ones go behind them; None where all sequences have P. See
-                `operators.new_columns` for its default in a graph.
+            past_lengths: int64 `[B]`, number of rows of the state that each sequence has; its new
+                rows go after them. None if all sequences have P rows. For its default in a graph
+                see `operators.new_columns`.
         """
-        # Counting real tokens, not slots: padding, wherever it is, does not move a token's
-        # rotation, which past the trained context depends on its absolute position.
+        # Positions count tokens and not columns, so padding does not change a token's rotation.
+        # Past the trained context, the rotation depends on the absolute position.
         positions, is_token, columns, lengths, total_length = self.ops.new_columns(
             attention_mask,
             input_ids,
@@ -139,22 +140,23 @@ class GrowingState(nn.Module):
         """Attend to the past and the new tokens.
 
         Args:
-            q: `[B, S, Hq * row]`.
-            k: `[B, S, Hkv * row]`.
-            v: `[B, S, Hkv * row]`.
-            tokens: Of this step.
+            q: Queries, `[B, S, Hq * row]`.
+            k: New keys, `[B, S, Hkv * row]`.
+            v: New values, `[B, S, Hkv * row]`.
+            tokens: The tokens of this step.
             past_key: `[B, Hkv, P, row]`.
             past_value: `[B, Hkv, P, row]`.
-            int8_rows: Of the layer, where its rows are int8.
+            int8_rows: The scales of the layer if its rows are int8; else None.
 
         Returns:
-            `[B, S, Hq * row]`, and the present key and value `[B, Hkv, P + S, row]`.
+            The attention output `[B, S, Hq * row]`, and the present key and value
+            `[B, Hkv, P + S, row]`.
         """
         heads = self.heads
         bias = None
         if self.window is not None:
             assert tokens.total_length is not None
-            # A gate, and what closes it; or, in half precision, its two channels.
+            # The gates and the closing channel, or in half precision both channels of each gate.
             count = heads.gates + 1 if self.limits is None else heads.gate_channels
             channels = self.ops.all_gates(
                 past_key, k, tokens.columns, tokens.total_length, tokens.total, heads.dim, count
@@ -185,22 +187,22 @@ class GrowingState(nn.Module):
 
 
 def _largest_visible(gates: Tensor, columns: Tensor, window: int) -> Tensor:
-    """Which keys are among the `window` largest that each new token sees.
+    """Which keys have the `window` largest gates among those that each new token sees.
 
-    Of equal gates the most recent is kept; the reference leaves that open.
+    Of equal gates the most recent is kept; the reference does not specify that.
 
     Args:
-        gates: `[B, G, T]`, of all keys.
-        columns: int64 `[B, S]` or `[1, S]`, which of the keys are those of the new tokens.
+        gates: Gates of all keys, `[B, G, T]`.
+        columns: int64 `[B, S]` or `[1, S]`, the columns of the new tokens among the keys.
         window: Number of keys to keep.
 
     Returns:
-        bool `[B, G, S, T]`.
+        bool `[B, G, S, T]`, True for a key that the token attends to.
     """
     numbers = torch.arange(gates.shape[-1])
     visible = numbers <= columns[:, None, :, None]
     gates = gates.unsqueeze(2).masked_fill(~visible, -torch.inf)
-    # A stable sort keeps the order of equals, so the most recent has to come first.
+    # A stable sort keeps equal gates in order, so the most recent key has to come first.
     order = gates.flip(-1).sort(dim=-1, descending=True, stable=True).indices
     best = (numbers < window).expand(order.shape)
     return torch.zeros_like(best).scatter(-1, order, best).flip(-1)

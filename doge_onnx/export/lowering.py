@@ -1,8 +1,8 @@
-"""How the operators of the step become ONNX: the targets an export can be for.
+"""The targets of an export: how the operators of the step become ONNX.
 
-"ort" turns each of `operators.FUSED` into ONNX Runtime's fused kernel; "portable" traces
-the plain bodies into standard operators of an older opset, for other engines. Knows the
-operators' schemas and attributes; the model itself is `step`'s.
+The target "ort" turns each of `operators.FUSED` into a fused kernel of ONNX Runtime. The target
+"portable" traces the plain bodies into standard operators of an older opset, for other engines.
+Knows the schemas and attributes of the operators. Does not know the model (`step`).
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from doge_onnx.export.operators import FUSED, STANDARD, Operators
 
 MICROSOFT = "com.microsoft"
 
-# Their annotations know tensors only, but numbers become constants.
+# Any, because onnxscript's annotations allow tensors only, while numbers become constants.
 op: Any = opset23
 op18: Any = opset18
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a graph is made for.
+    """A target: the engines that a graph is made for.
 
     Attributes:
-        operators: What the step is built from.
+        operators: Implementation of the operators that the step is built from.
         opset: Version of the standard operators.
-        lowerings: ONNX functions of the custom operators, as `torch.onnx.export` takes them.
+        lowerings: Translations of PyTorch operators to ONNX, as `torch.onnx.export` takes them.
         in_place: Whether past and present may share a buffer.
-        logits_to_keep: Whether the graph can be asked for the last logits only.
-        quantized: Whether it has operators for weights and states of few bits.
+        logits_to_keep: Whether the graph has the input `logits_to_keep`.
+        quantized: Whether the target has operators for weights and states of few bits.
     """
 
     operators: Operators
@@ -50,25 +50,25 @@ class Target:
     quantized: bool
 
 
-def target(name: str) -> Target:
+def find_target(name: str) -> Target:
     """The target of that name.
 
     Raises:
-        DogeOnnxError: There is none.
+        DogeOnnxError: There is no target of that name.
     """
-    # Optimum's command line passes on any JSON.
+    # Not always a string: Optimum's command line passes any JSON value.
     if not isinstance(name, str) or name not in TARGETS:
         raise DogeOnnxError(f"target {name!r} is not known; choose from {', '.join(TARGETS)}")
     return TARGETS[name]
 
 
 def for_web(chosen: Target) -> Target:
-    """The same target, without what ONNX Runtime's builds for browsers lack.
+    """The same target without the operators that ONNX Runtime's builds for browsers lack.
 
-    1.  Those with WebGPU have no GatherBlockQuantized for the CPU, and transformers.js fetches such
-        a build unless its user names another. Instead of it are five nodes, in each lookup.
-    2.  The RMSNormalization of WebGPU takes one weight for each channel, and not some for each
-        head. They are multiplied afterwards: one more node for each layer.
+    1.  Builds with WebGPU have no GatherBlockQuantized for the CPU, and transformers.js loads such
+        a build by default. Five standard nodes replace it in each lookup.
+    2.  The RMSNormalization of WebGPU supports one weight for each channel, but not different ones
+        for each head. A separate node multiplies those: one more node in each layer.
     """
     if not chosen.in_place:
         return chosen
@@ -80,10 +80,10 @@ def for_web(chosen: Target) -> Target:
 
 
 def require_kernels(*names: str) -> None:
-    """Check that the installed ONNX Runtime can run some of its own operators on a CPU.
+    """Check that the installed ONNX Runtime has CPU kernels for some of its own operators.
 
     Raises:
-        DogeOnnxError: It lacks one of them.
+        DogeOnnxError: A kernel is missing.
     """
     kernels = onnxruntime_pybind11_state.get_all_opkernel_def()
     here = {k.op_name for k in kernels if k.provider == "CPUExecutionProvider"}
@@ -96,14 +96,14 @@ def require_kernels(*names: str) -> None:
 
 
 def _contrib(name: str, inputs: int, outputs: int, **attributes: onnx.defs.OpSchema.AttrType) -> Op:
-    """An operator of ONNX Runtime, which onnxscript does not know by name.
+    """Declare a contrib operator of ONNX Runtime, which onnxscript does not know by name.
 
-    The schema only has to say how many inputs and outputs there are, and the attributes'
-    types; what they mean is in ONNX Runtime's own documentation of its contrib operators.
+    The schema gives only the number of inputs and outputs and the types of the attributes. For
+    their meaning see ContribOperators.md of ONNX Runtime.
     """
     parameter = onnx.defs.OpSchema.FormalParameter
     optional = onnx.defs.OpSchema.FormalParameterOption.Optional
-    # A type variable for each: shared ones would make onnxscript cast inputs to one type.
+    # A type variable for each: with a shared one, onnxscript would cast inputs to the same type.
     types = [f"T{index}" for index in range(inputs + outputs)]
     kinds = ("float", "float16", "bfloat16", "int32", "int64", "int8", "uint8")
     every_type = [f"tensor({kind})" for kind in kinds]
@@ -125,8 +125,8 @@ def _contrib(name: str, inputs: int, outputs: int, **attributes: onnx.defs.OpSch
 _INT = onnx.defs.OpSchema.AttrType.INT
 _FLOAT = onnx.defs.OpSchema.AttrType.FLOAT
 _STRING = onnx.defs.OpSchema.AttrType.STRING
-# Of MatMulNBits: the kernels that round activations to 8 bits, block by block. Those that do
-# not are many times slower at one row.
+# `accuracy_level` of MatMulNBits: kernels that round activations to 8 bits, block by block. The
+# other kernels are many times slower for one row.
 _INT8_ACTIVATIONS = 4
 _UINT8 = onnx.TensorProto.UINT8
 
@@ -155,7 +155,7 @@ _fused_matmul = _contrib("FusedMatMul", 2, 1, transB=_INT)
 
 def _lower_rms_norm(x: Any, weight: Any, eps: float) -> Any:
     if x.dtype != ir.DataType.FLOAT and len(weight.shape) > 1:
-        # Half precision is for CUDA, and of its kernel it is not known that it takes weights for
+        # Half precision is for CUDA. It is not known whether the kernel there supports weights for
         # each head, as the CPU's does.
         return _lower_rms_norm_plainly(x, weight, eps)
     return op.RMSNormalization(x, weight, axis=-1, epsilon=eps)
@@ -169,7 +169,7 @@ def _lower_rms_norm_plainly(x: Any, weight: Any, eps: float) -> Any:
 
 
 def _lower_skip_rms_norm(x: Any, skip: Any, weight: Any, eps: float) -> Any:
-    # The second and third output are statistics for training.
+    # The second and third outputs are statistics for training.
     normed, _, _, total = _skip_norm(x, skip, weight, epsilon=eps)
     return normed, total
 
@@ -194,11 +194,12 @@ def _lower_causal_attention(
     key_scale: Any = None,
     value_scale: Any = None,
 ) -> Any:
-    # Between the lengths and the bias are rotary tables and positions; the step has rotated.
+    # Inputs between the lengths and the bias: rotary tables and positions. The step has rotated
+    # queries and keys already.
     optional: tuple[Any, ...] = () if bias is None else (None, None, None, bias)
     quantization: dict[str, Any] = {}
     if key_scale is not None:
-        # Between the bias and the scales is a head sink.
+        # Input between the bias and the scales: a head sink.
         optional = (None, None, None, bias, None, key_scale, value_scale)
         quantization = {
             "k_quant_type": "PER_CHANNEL",
@@ -216,7 +217,7 @@ def _lower_causal_attention(
         *optional,
         num_heads=num_heads,
         kv_num_heads=num_kv_heads,
-        # The step has scaled the queries already; the default would scale them again.
+        # The step has scaled the queries already; the default of the operator would do so again.
         scale=1.0,
         **quantization,
     )
@@ -227,7 +228,7 @@ def _lower_all_gates(
 ) -> Any:
     _, heads, _, row = past_key.shape
     start, end = [first], op.Constant(value_ints=[first + count])
-    # Behind the rows of the past may be room for more.
+    # The past may have spare rows at its end.
     past = op.Slice(past_key, start, end, [3])
     new = op.Slice(op.Reshape(key, [0, 0, heads, row]), start, end, [3])
     new = op.Transpose(new, perm=[0, 2, 1, 3])
@@ -243,7 +244,7 @@ def _lower_project_to_vocabulary(x: Any, embedding: Any) -> Any:
 
 
 def _lower_project_to_vocabulary_portably(x: Any, embedding: Any) -> Any:
-    # Gemm can transpose; a MatMul would need a transposed copy of the embedding in the graph.
+    # Gemm can transpose. MatMul would need a transposed copy of the embedding in the graph.
     vocab_size, hidden_size = embedding.shape
     rows = op18.Reshape(x, op18.Constant(value_ints=[-1, hidden_size]))
     leading = op18.Shape(x, start=0, end=-1)
@@ -257,8 +258,8 @@ def _lower_keep_last(x: Any, count: Any) -> Any:
     if x.dtype == ir.DataType.FLOAT:
         # Slice(-count:) is everything for count = 0, as -0 is 0.
         return op.Slice(x, op.Neg(count), end, axis)
-    # CUDA would negate a number for the host to read, which then waits in the middle of a step.
-    # What begins with a length stays with the host.
+    # With Neg, the GPU would compute a number that the host has to wait for in the middle of a
+    # step. Arithmetic that begins with a Shape stays on the host.
     length = op.Shape(x, start=1, end=2)
     first = op.Max(op.Sub(length, count), op.Constant(value_ints=[0]))
     return op.Slice(x, op.Mod(first, length), end, axis)
@@ -285,14 +286,14 @@ def _lower_new_columns(
             op.Cast(newest, to=onnx.TensorProto.INT32),
             op.Squeeze(total),
         )
-    # Whatever the GPU computes with must be there: a number from the host would be copied at each
-    # step, and a step with such a copy cannot be captured. So columns are cut out of a table.
+    # Each step would copy a number from the host to the GPU if the GPU needed it, and a step with
+    # such a copy cannot be captured. So column numbers are slices of a table on the GPU.
     last = op.Slice(numbers, start, end, zero)
     columns = op.Min(op.Add(op.Unsqueeze(past_lengths, axis), steps), last)
     columns = op.Expand(columns, shape)
     is_token = op.GatherElements(mask, columns, axis=1)
-    # CumSum on CUDA, in some versions, adds up each of its results from the beginning: only the
-    # new columns are left to it. Sums of float32 need no cuDNN, those of int64 do.
+    # In some versions, CumSum on CUDA computes each sum from the beginning, so it gets the new
+    # columns only. Sums of int64 need cuDNN, those of float32 do not.
     first = op.Slice(columns, zero, axis, axis)
     earlier = op.Where(op.Less(op.Slice(numbers, zero, end, zero), first), mask, zero)
     count = op.ReduceSum(op.Cast(earlier, to=onnx.TensorProto.FLOAT), axis, keepdims=1)
@@ -309,7 +310,7 @@ def _lower_quantized_linear(
     x: Any, codes: Any, scales: Any, bias: Any, in_features: int, bits: int
 ) -> Any:
     outputs, _, blob = codes.shape
-    # Between the scales and the bias are zero points and an index that is out of use.
+    # Inputs between the scales and the bias: zero points, and an index that is out of use.
     optional = () if bias is None else (None, None, bias)
     return _matmul_nbits(
         x,
@@ -327,7 +328,7 @@ def _lower_quantized_linear(
 def _lower_quantized_rows(codes: Any, scales: Any, indices: Any, bits: int) -> Any:
     _, blocks, blob = codes.shape
     size = blob * 8 // bits
-    # As three axes, the codes are the very tensor that MatMulNBits takes.
+    # With three axes, the codes are the same tensor as that of MatMulNBits.
     rows = _gather_block_quantized(
         codes,
         indices,
@@ -370,13 +371,13 @@ def _lower_silu(x: Any) -> Any:
 
 
 def _lower_softplus(x: Any, beta: float = 1.0, threshold: float = 20.0) -> Any:
-    # PyTorch's threshold only changes what rounding hides; the default lowering of it costs
-    # two more nodes per layer.
+    # PyTorch's threshold changes the result by less than rounding does, but its default lowering
+    # has two more nodes in each layer.
     return op18.Softplus(x)
 
 
 def _lower_stable_sort(x: Any, stable: bool, dim: int = -1, descending: bool = False) -> Any:
-    # Of equal values TopK puts the one of lower index first, which is what stable means.
+    # TopK puts equal values in order of their index, so it is stable.
     length = op18.Gather(op18.Shape(x), [dim])
     return op18.TopK(x, length, axis=dim, largest=int(descending))
 

@@ -1,9 +1,9 @@
-"""The operators of the recurrent step that ONNX Runtime has fused kernels for.
+"""The operators of the recurrent step for which ONNX Runtime has fused kernels.
 
-Each has one body in plain PyTorch, which defines what it computes. `FUSED` holds them as
-custom operators, opaque to the tracer, so that `lowering` can turn each into one node;
-`STANDARD` holds the bodies themselves, which trace into standard ONNX. Both compute the
-same in eager mode. Knows no weights and no layer structure.
+Each has one body in plain PyTorch, which defines its result. `FUSED` wraps the bodies as custom
+operators that the tracer does not look into, so that `lowering` can turn each into one node.
+`STANDARD` holds the bodies themselves, which are traced to standard ONNX. Both give the same
+results in eager mode. Does not know weights or the structure of layers.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from torch.nn import functional as F
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root mean square norm over the last axis (Zhang & Sennrich 2019).
 
-    Statistics and scaling are float32 or wider, whatever the type of `x`.
+    Statistics and scaling use float32 or wider, whatever the type of `x`.
 
     Args:
         x: `[..., D]`.
-        weight: `[D]`, or `[N, D]` for N heads with weights of their own.
+        weight: `[D]`, or `[N, D]` for N heads with different weights.
         eps: Added to the mean square.
 
     Returns:
@@ -95,11 +95,11 @@ def _causal_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Grouped-query attention over the past and the new tokens, without scaling.
 
-    Scores and their softmax are float32 or wider, whatever the type of `query`.
+    Scores and their softmax use float32 or wider, whatever the type of `query`.
 
-    Query head h reads key/value head h // (num_heads / num_kv_heads) (Ainslie et al. 2023).
-    As a fused operator, the past may have spare rows behind its `total_length - S` valid
-    ones and may share its memory with the present; the body here takes valid rows only.
+    Query head h reads key/value head h // (num_heads / num_kv_heads) (Ainslie et al. 2023). In the
+    fused operator, the past may have spare rows after its `total_length - S` valid ones and may
+    share its memory with the present. The body here takes valid rows only.
 
     Args:
         query: `[B, S, num_heads * W]`, already scaled.
@@ -108,14 +108,14 @@ def _causal_attention(
         past_key: `[B, num_kv_heads, P, W]`.
         past_value: `[B, num_kv_heads, P, W]`.
         lengths: int32 `[B]`, P + S - 1 for each sequence.
-        total_length: int32 scalar, P + S. As a fused operator, it may be more, up to the rows of
-            the buffer: only S and it being equal means that there is no past.
+        total_length: int32 scalar, P + S. In the fused operator it may be larger, up to the rows of
+            the buffer; if it equals S, there is no past.
         num_heads: Number of query heads.
         num_kv_heads: Number of key/value heads.
         bias: `[B, num_heads, S, P + S]`, added to the scores.
-        key_scale: `[1, num_kv_heads, 1, W]`; the past and the present are then int8, in
-            steps of this for each channel.
-        value_scale: Likewise.
+        key_scale: `[1, num_kv_heads, 1, W]`. With it, past and present are int8, and an int8 key
+            times this is the key.
+        value_scale: The same for values.
 
     Returns:
         The attention output `[B, S, num_heads * W]`, and the present key and value
@@ -146,7 +146,7 @@ def _causal_attention(
 
 
 def wider(dtype: torch.dtype) -> torch.dtype:
-    """The type for what must not be rounded to a half precision: float32 or wider."""
+    """The type for values that must not be rounded to half precision: float32 or wider."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -164,14 +164,14 @@ def _all_gates(
     Args:
         past_key: `[B, num_kv_heads, P, W]`; may have spare rows as in `causal_attention`.
         key: `[B, S, num_kv_heads * W]`.
-        columns: int64 `[B, S]`, where the new tokens stand; None for the last S columns.
-        total_length: int32 scalar, T.
-        total: The same as a number, T.
+        columns: int64 `[B, S]`, the columns of the new tokens; None for the last S columns.
+        total_length: T as an int32 scalar.
+        total: T as a number.
         first: The first gate channel.
         count: Number of gate channels.
 
     Returns:
-        `[B, num_kv_heads * count, T]`; columns that no token has yet hold anything.
+        `[B, num_kv_heads * count, T]`; columns without a token hold arbitrary values.
     """
     channels = slice(first, first + count)
     new = _split_heads(key, past_key.shape[1])[..., channels]
@@ -193,7 +193,7 @@ def _split_heads(x: Tensor, num_heads: int) -> Tensor:
 
 
 def _project_to_vocabulary(x: Tensor, embedding: Tensor) -> Tensor:
-    """Product with the transpose of an embedding matrix, so that the two can be one tensor.
+    """Multiply by the transpose of an embedding matrix, so that head and embedding share a tensor.
 
     Args:
         x: `[B, S, H]`.
@@ -227,22 +227,22 @@ def _new_columns(
     numbers: Tensor | None = None,
     on_device: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Where the new tokens of each sequence stand, and lengths as attention takes them.
+    """The positions and columns of the new tokens, and the lengths that attention needs.
 
     Args:
         mask: int64 `[B, T]`, 1 for a token, 0 for padding.
         input_ids: int64 `[B, S]`; only its shape matters.
-        past_lengths: int64 `[B]` or `[1]`, P: the new tokens are the S columns of the mask from
-            there, and those behind them mean nothing yet. None, or a number above T - S: they are
-            its last ones, P = T - S.
-        numbers: int64 `[N]`, N >= T, the numbers from 0 on; beside `past_lengths` only.
-        on_device: Whether the fused operator must not bring any number from the host to a GPU,
-            so that CUDA can capture it.
+        past_lengths: int64 `[B]` or `[1]`, P of each sequence: its new tokens are in the columns P
+            to P + S - 1 of the mask, and the columns after those have no meaning yet. With None, or
+            a number above T - S, the new tokens are in the last S columns: P = T - S.
+        numbers: int64 `[N]`, N >= T, the numbers 0 to N - 1; needed with `past_lengths` only.
+        on_device: Whether the fused operator must not copy a number from the host to a GPU, so that
+            CUDA can capture it.
 
     Returns:
-        Number of tokens before each new one, whether it is a token, and its column, int64
-        `[B, S]` (columns `[1, S]` without `past_lengths`); P + S - 1 of each sequence, int32
-        `[B]`; and T, an int32 scalar.
+        For each new id: the number of tokens before it, 1 if it is a token or 0 for padding, and
+        its column, all int64 `[B, S]` (columns `[1, S]` without `past_lengths`). For each
+        sequence: P + S - 1, int32 `[B]`. And T, an int32 scalar.
     """
     batch, total = mask.shape
     length = input_ids.shape[1]
@@ -272,19 +272,19 @@ def _quantized_linear(
     in_features: int,
     bits: int,
 ) -> Tensor:
-    """Product with a matrix in blocks of few bits, plus a bias.
+    """Multiply by a quantized matrix and add a bias.
 
-    ONNX Runtime's kernel also rounds `x` to 8 bits, in blocks of the same size; the body
-    here does not.
+    ONNX Runtime's kernel also rounds `x` to 8 bits, in blocks of the same size; the body here does
+    not.
 
     Args:
         x: `[..., in_features]`.
-        codes: uint8 `[outputs, blocks, block_size * bits / 8]`: `value + 2^(bits - 1)`,
-            of two 4-bit codes in a byte the first in the lower half.
-        scales: `[outputs, blocks]`.
-        bias: `[outputs]`.
+        codes: uint8 `[outputs, blocks, block_size * bits / 8]`: each code is
+            `value + 2^(bits - 1)`. A byte holds two 4-bit codes, the first in the lower half.
+        scales: `[outputs, blocks]`, one for each block.
+        bias: `[outputs]`, or None.
         in_features: Length of a row without the padding of its last block.
-        bits: 4 or 8.
+        bits: Bits of a code, 4 or 8.
 
     Returns:
         `[..., outputs]`.
@@ -294,13 +294,13 @@ def _quantized_linear(
 
 
 def _quantized_rows(codes: Tensor, scales: Tensor, indices: Tensor, bits: int) -> Tensor:
-    """Rows of a matrix in blocks of few bits.
+    """Look up rows of a quantized matrix.
 
     Args:
         codes: uint8 `[rows, blocks, block_size * bits / 8]`, as for `quantized_linear`.
-        scales: `[rows, blocks]`.
-        indices: int64 `[...]`.
-        bits: 4 or 8.
+        scales: `[rows, blocks]`, one for each block.
+        indices: int64 `[...]`, the numbers of the rows.
+        bits: Bits of a code, 4 or 8.
 
     Returns:
         `[..., blocks * block_size]`.
@@ -310,7 +310,7 @@ def _quantized_rows(codes: Tensor, scales: Tensor, indices: Tensor, bits: int) -
 
 
 def dequantize(codes: Tensor, scales: Tensor, bits: int) -> Tensor:
-    """The numbers that codes stand for: `[rows, blocks * block_size]`; see `quantized_linear`."""
+    """The values of quantized codes, `[rows, blocks * block_size]`; see `quantized_linear`."""
     if bits == 4:
         codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
     values: Tensor = (codes.to(scales.dtype) - 2 ** (bits - 1)) * scales.unsqueeze(-1)
@@ -348,7 +348,7 @@ STANDARD = Operators(
 
 
 def _opaque(name: str, body: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a custom operator of `body`; `fake` gives the shapes of its results."""
+    """Make a custom operator that computes `body`; `fake` returns tensors of the right shapes."""
     operator = torch.library.custom_op(f"doge_onnx::{name}", body, mutates_args=())
     operator.register_fake(fake)
     return operator
@@ -373,7 +373,7 @@ FUSED = Operators(
         "rotary_embedding", _rotary_embedding, lambda x, *_: torch.empty_like(x)
     ),
     causal_attention=_opaque("causal_attention", _causal_attention, _attention_shapes),
-    # The length is `total` and not that of the past, which may have spare rows.
+    # The length is `total`, because the past may have spare rows.
     all_gates=_opaque(
         "all_gates",
         _all_gates,
@@ -386,7 +386,7 @@ FUSED = Operators(
         _project_to_vocabulary,
         lambda x, embedding: x.new_empty(*x.shape[:-1], embedding.shape[0]),
     ),
-    # The traced length is that of the default, 0 = all; the graph itself asks the tensor.
+    # The traced length is that of the default, 0 for all. The graph reads the tensor.
     keep_last=_opaque("keep_last", _keep_last, lambda x, _: torch.empty_like(x)),
     new_columns=_opaque(
         "new_columns",

@@ -1,10 +1,10 @@
-"""The recurrent step, readable top to bottom: (new tokens, state) to (logits, next state).
+"""The recurrent step of a model: new tokens and a state in, logits and the next state out.
 
-Plain PyTorch: it runs without ONNX, and tests compare it with transformers. Dynamic Mask
-Attention is computed as ordinary attention on slightly longer heads: the key's *gate*, which is
-added to the score of the key, is stored as one more channel of that key, and the matching
-channel of every query is 1 (see `Attention`). Does not know how its operators become ONNX
-(`lowering`), or where weights come from (`checkpoint`).
+Plain PyTorch, which runs without ONNX, so that tests can compare it with transformers. Dynamic Mask
+Attention is computed as ordinary attention with slightly longer heads: the *gate* of a key, which
+is added to the key's score, is stored as one more channel of the key, and the same channel of every
+query is 1 (see `Attention`). Knows the layers of a model. Does not know how its operators become
+ONNX (`lowering`) or where weights come from (`checkpoint`).
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class RecurrentStep(nn.Module):
     """One step of a Doge model.
 
     Args:
-        checkpoint: Config and weights. Its tensors are moved into this module, so that
-            there are never two copies of a large model.
+        checkpoint: Config and weights. Its tensors are moved into this module, so that memory never
+            holds a large model twice.
         state: The layout of the state, and how attention reads it.
         operators: Implementation of the operators, `FUSED` or `STANDARD`.
     """
@@ -67,13 +67,14 @@ class RecurrentStep(nn.Module):
         past: list[tuple[Tensor, Tensor]],
         logits_to_keep: Tensor | None = None,
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """Take S >= 1 new tokens.
+        """Feed S >= 1 new tokens to each sequence.
 
         Args:
-            inputs: The tokens, int64 `[B, S]`, and the other arguments of `state.tokens`.
+            inputs: The arguments of `state.tokens`, of which the first are the token ids, int64
+                `[B, S]`.
             past: Key and value of each layer, in the shape of the state.
-            logits_to_keep: int64 `[1]`, for how many of the last positions logits are
-                computed; None or 0 for all.
+            logits_to_keep: int64 `[1]`, the number of last positions to compute logits for; None
+                or 0 for all.
 
         Returns:
             Logits `[B, S, V]`, and the present key and value of each layer.
@@ -93,10 +94,10 @@ class RecurrentStep(nn.Module):
         return logits.to(wider(logits.dtype)), present
 
     def halve(self) -> RecurrentStep:
-        """Convert weights and activations to the state's type, float16 or bfloat16.
+        """Convert weights and activations to half precision: `state.activations`.
 
-        Gates from W_dt on, routers, and how rows are split or scaled stay float32: they cost
-        little, and a rounded gate or router would pick another key or expert.
+        Gates from W_dt on, routers, and the splitting and scaling of rows stay float32. They cost
+        little, and a rounded gate or router would choose another key or expert.
         """
         assert isinstance(self.state, GrowingState)
         dtype = getattr(torch, self.state.activations)
@@ -116,8 +117,8 @@ class RecurrentStep(nn.Module):
 class Layer(nn.Module):
     """One decoder layer.
 
-    One operator adds a residual connection and computes the norm that follows it. So a layer
-    takes the two streams that the layer before it has not added yet.
+    One operator adds a residual connection and computes the norm after it. So a layer takes the two
+    streams that the previous layer has not added yet.
     """
 
     def __init__(
@@ -143,7 +144,18 @@ class Layer(nn.Module):
         past_key: Tensor,
         past_value: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Two streams `[B, S, H]` in (the second None at first), two out, and the state."""
+        """Run the layer.
+
+        Args:
+            x: The first stream, `[B, S, H]`.
+            update: The second stream, `[B, S, H]`; None in the first layer.
+            tokens: The tokens of this step.
+            past_key: Keys of the layer, in the shape of the state.
+            past_value: Values of the layer, in the shape of the state.
+
+        Returns:
+            The two streams for the next layer, and the present key and value.
+        """
         if update is None:
             h = self.ops.rms_norm(x, self.input_norm, self.eps)
         else:
@@ -155,20 +167,20 @@ class Layer(nn.Module):
 
 
 class Attention(nn.Module):
-    """Dynamic Mask Attention with the gate folded into the key.
+    """Dynamic Mask Attention, with the gate as a channel of the key.
 
-    Per key and gate head, g = exp(A · softplus(W_dt v)). The key becomes [k, g, 0…], the
-    query [q / √D, 1, 0…], so their product is q·k/√D + g. Where gates belong to query heads
-    (older checkpoints) and keys do not, a key has a channel for each query head of its group,
-    and the query a one in its own and zeros in the others.
+    For each key and gate head, g = exp(A · softplus(W_dt v)). The key becomes [k, g, 0…] and the
+    query [q / √D, 1, 0…], so that their product is q·k/√D + g. In older checkpoints, gates belong
+    to query heads and keys do not. Then a key has a channel for each query head of its group, and a
+    query has a one in its own channel and zeros in the others.
 
-    Queries and keys pass through norm, gate channels and rotation together, as one tensor
-    of Hq + Hkv heads. That halves the number of nodes, and nodes are most of a small
-    model's step. The queries' constants come from the gate's own formula: their columns of W_dt
-    are zero, so exp(A · softplus(0)) is 2^A, and that is 0 for a very negative A.
+    Queries and keys pass through norm, gate channels and rotation together, as one tensor of
+    Hq + Hkv heads. That halves the number of nodes, which take most of the time of a small model's
+    step. The constants of queries come from the same formula as the gates: their columns of W_dt
+    are zero, so exp(A · softplus(0)) is 2^A, which is 0 for a very negative A.
 
-    Values and the output are as wide as rows of the state: zero columns of W_v and zero rows
-    of W_o cost less than nodes that pad and cut.
+    Values and the output are as wide as rows of the state: zero columns of W_v and zero rows of W_o
+    cost less than nodes that pad and cut.
     """
 
     def __init__(
@@ -179,9 +191,9 @@ class Attention(nn.Module):
         self.ops = operators
         self.eps = config.rms_norm_eps
         self.heads = state.heads
-        # Not a submodule: it is shared by all layers, and its tables belong to the step.
+        # A method and not a submodule: all layers share the state, and its tables are the step's.
         self.attend = state.attend
-        # The last bit of a gate matters only if keys compete for places in a window.
+        # Only a window state depends on the last bit of a gate.
         self.softplus = F.softplus if state.window is None else steady_softplus
         self.int8_rows: Int8Rows | None = None
         self.half_rows: HalfRows | None = None
@@ -214,7 +226,17 @@ class Attention(nn.Module):
     def forward(
         self, h: Tensor, tokens: Tokens, past_key: Tensor, past_value: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Attend from `h` `[B, S, H]`; returns `[B, S, H]` and the present key and value."""
+        """Attend to the past and the new tokens.
+
+        Args:
+            h: Hidden states, `[B, S, H]`.
+            tokens: The tokens of this step.
+            past_key: Keys of the layer, in the shape of the state.
+            past_value: Values of the layer, in the shape of the state.
+
+        Returns:
+            The output `[B, S, H]`, and the present key and value.
+        """
         batch, length, _ = h.shape
         queries, keys, rotated = (
             self.heads.num_queries,
@@ -241,9 +263,9 @@ class Attention(nn.Module):
     def _gate_projection(
         self, checkpoint: Checkpoint, prefix: str
     ) -> tuple[_LinearWeights, nn.Parameter]:
-        """W_dt W_v as one map from `h`, and A, for all query and key heads.
+        """W_dt W_v as one linear map from `h`, and A, for all query and key heads.
 
-        The product is taken in float64: it is rounded once, like a weight of its own.
+        The product is computed in float64 and rounded once, like any weight.
         """
         weights = checkpoint.tensors
         gate_weight, gate_bias = _take_linear(weights, prefix + "dt_proj")
@@ -257,9 +279,9 @@ class Attention(nn.Module):
         projection = _map_linear(
             (weight.float(), gate_bias), lambda tensor: F.pad(tensor, (query_channels, 0))
         )
-        # A query reads one gate channel of its group; exp(-200 · softplus(0)) is 0 in float32.
+        # A query reads one gate channel of its group: exp(-200 · softplus(0)) is 0 in float32.
         own = torch.arange(self.heads.num_queries).unsqueeze(-1) % self.heads.gates
-        # With two channels per gate, 2^1 = 2 splits into a one for each of them.
+        # With two channels per gate, 2^1 = 2 is split into a one for each of them.
         read = 0.0 if self.int8_rows is None and self.half_rows is None else 1.0
         constants = torch.where(torch.arange(self.heads.gates) == own, read, -200.0)
         return projection, _weight(torch.cat([constants.flatten(), weights.pop(prefix + "A")]))
@@ -274,7 +296,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """W_down(act(W_gate h) ⊙ W_up h), the first two as one product."""
+    """W_down(act(W_gate h) ⊙ W_up h), with W_gate and W_up as one matrix."""
 
     def __init__(self, checkpoint: Checkpoint, prefix: str) -> None:
         super().__init__()
@@ -285,19 +307,19 @@ class MLP(nn.Module):
         self.down = _linear(weights, prefix + "down_proj")
 
     def forward(self, h: Tensor) -> Tensor:
-        """`[B, S, H]` to `[B, S, H]`."""
+        """Map hidden states `[B, S, H]` to `[B, S, H]`."""
         gate, up = self.gate_up(h).chunk(2, dim=-1)
         product: Tensor = self.down(activate(self.activation, gate) * up)
         return product
 
 
 class CDMoE(nn.Module):
-    """Cross Domain Mixture of Experts: an MLP for all tokens, and single-neuron experts.
+    """Cross Domain Mixture of Experts: an MLP for all tokens, and experts of one neuron each.
 
-    Of n² experts, expert (a, b) has the score row_a + column_b. The k best of all sums lie
-    among the sums of the min(k, n) best rows and columns, so n² sums are never formed. Each
-    token is routed by itself; transformers mixes the tokens of a step, and agrees only when
-    it is fed one at a time.
+    Of n² experts, expert (a, b) has the score row_a + column_b. The k largest sums are among those
+    of the min(k, n) best rows and columns, so the n² sums are never computed. Each token is routed
+    by itself. transformers mixes the tokens of a step, so it gives the same result only if it is
+    fed one token at a time.
     """
 
     def __init__(self, checkpoint: Checkpoint, prefix: str) -> None:
@@ -314,7 +336,7 @@ class CDMoE(nn.Module):
         self.up: Rows | QuantizedRows = Rows(weights.pop(prefix + "up_embed.weight"))
 
     def forward(self, h: Tensor) -> Tensor:
-        """`[B, S, H]` to `[B, S, H]`."""
+        """Map hidden states `[B, S, H]` to `[B, S, H]`."""
         rows, columns = self.router(h.to(self.router.weight.dtype)).chunk(2, dim=-1)
         row_scores, row_indices = rows.topk(self.candidates)
         column_scores, column_indices = columns.topk(self.candidates)
@@ -334,18 +356,18 @@ class CDMoE(nn.Module):
 
 
 def steady_softplus(x: Tensor) -> Tensor:
-    """log(1 + e^x), the same to the last bit wherever in a tensor x stands.
+    """log(1 + e^x), with the same bits wherever x is in a tensor.
 
-    ONNX Runtime's Softplus and Log compute four elements at once, and the rest at the end by
-    another formula. Equal tokens would get unequal gates, and the wrong one would fall out of
-    the window. A row of LogSoftmax depends on no other row.
+    ONNX Runtime's Softplus and Log compute four elements at once, and the remaining elements with
+    another formula. Equal tokens would then get unequal gates, and the wrong one would lose its
+    place in the window. In LogSoftmax, no row depends on another.
     """
     pair = torch.stack([torch.zeros_like(x), x], dim=-1)
     return -torch.log_softmax(pair, dim=-1)[..., 0]
 
 
 def activate(name: str, x: Tensor) -> Tensor:
-    """The activation function that the config names."""
+    """Apply the activation function of that name, as in `DogeConfig.hidden_act`."""
     if name == "silu":
         return F.silu(x)
     if name == "relu":
@@ -370,13 +392,13 @@ def _linear(weights: dict[str, Tensor], name: str) -> Linear:
 
 
 def _map_linear(linear: _LinearWeights, function: Callable[[Tensor], Tensor]) -> _LinearWeights:
-    """Change the outputs of a linear map: `function` acts on the last axis of both tensors."""
+    """Change the outputs of a linear map: apply `function` to the last axis of both tensors."""
     weight, bias = linear
     return function(weight), None if bias is None else function(bias)
 
 
 def _concat_linears(linears: list[_LinearWeights]) -> Linear:
-    """Several linear maps of the same input as one."""
+    """Join several linear maps of the same input to one."""
     biases = [bias for _, bias in linears if bias is not None]
     weight = torch.cat([weight for weight, _ in linears], dim=-1)
     return Linear(weight, torch.cat(biases) if biases else None)

@@ -1,7 +1,7 @@
-"""How many bytes of its weights a graph reads in a decode step.
+"""Counts the bytes of weights that a graph reads in a decode step.
 
-Knows which inputs of which operators are tables of which a step reads some rows only. Does not
-know what the weights mean, nor the rows of the state, which a step reads as well.
+Knows which inputs of which operators are tables, of which a step reads only some rows. Does not
+know what the weights mean, and does not count the rows of the state, which a step reads as well.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import onnx_ir as ir
 
 from doge_onnx.manifest import WeightsRead
 
-# Inputs of which an operator reads only the rows that another input names: the rows of embeddings,
-# experts and their scales, the rotation of each position, and the numbers of new columns.
+# For each operator, the inputs of which it reads only some rows: embeddings, experts and their
+# scales, rotary tables, and the numbers of new columns. Another input says which rows.
 _TABLES = {
     "Slice": {0},
     "Gather": {0},
@@ -21,15 +21,17 @@ _TABLES = {
     "RotaryEmbedding": {2, 3},
     "GroupQueryAttention": {7, 8},
 }
-# Where these operators have the indices of the rows. Attention has none: a row for each token.
+# For each operator, the input with the indices of the rows. The other operators read one row for
+# each token.
 _INDICES = {"Gather": 1, "GatherBlockQuantized": 1}
 
 
 def weights_read(model: ir.Model) -> WeightsRead:
-    """The weights that a decode step of `model` reads, before the model is saved.
+    """Count the bytes of weights that a decode step of `model` reads.
 
-    What the graph computes of weights alone is computed once, as it is loaded: who looks rows up
-    in the result is taken to look them up in the weight.
+    Must be called before the model is saved. ONNX Runtime computes once, when it loads the graph,
+    what depends on weights alone. A node that looks up rows in such a result counts as one that
+    looks them up in the weight itself.
     """
     weights = [value for value in model.graph.initializers.values() if not value.is_graph_input()]
     constants = set(weights)
@@ -49,7 +51,7 @@ def weights_read(model: ir.Model) -> WeightsRead:
 
 
 def _rows_per_token(value: ir.Value, constants: set[ir.Value]) -> int | None:
-    """How many rows of a constant each token looks up; None if something reads all of it."""
+    """How many rows of a constant each token looks up; None if a node reads all of it."""
     most = 0
     for node, number in value.uses():
         if node.outputs[0] in constants:
@@ -71,5 +73,5 @@ def _looked_up(node: ir.Node) -> int:
     indices = node.inputs[_INDICES[node.op_type]]
     assert indices is not None
     assert indices.shape is not None
-    # Batch and length have names; what has a number is there for each token.
+    # The axes of batch and sequence have names; axes with a number belong to each token.
     return math.prod(size for size in indices.shape if isinstance(size, int))

@@ -1,7 +1,8 @@
-"""A state with as many rows as the window has keys, for ever, and how attention reads it.
+"""The window state: at most as many rows as the window has keys, and how attention reads it.
 
-Knows which keys keep a row, which positions tokens have and which keys a query attends to; not
-how queries, keys and values come about (`step`), nor what is in a row (`state_rows`).
+Knows which keys keep a row, the positions of tokens and which keys a query attends to. Does not
+know how queries, keys and values are computed (`step`) or how the channels of a row are laid out
+(`state_rows`).
 """
 
 from __future__ import annotations
@@ -14,29 +15,29 @@ from doge_onnx.export.rope import inverse_wavelengths
 from doge_onnx.export.state_rows import CLOSED_GATE, Heads, Int8Rows, Tokens
 from doge_onnx.manifest import ClosedRow
 
-# The upper bound of gates that are not closed: none.
+# Upper bound of gates that are not closed: the largest float32, which limits nothing.
 _OPEN = torch.finfo(torch.float32).max
 
 
 class WindowState(nn.Module):
-    """As many rows as the window has keys, in any order: `[B, H, R, row]`, R <= W, for ever.
+    """At most W rows, where W is the number of keys in the window: `[B, H, R, row]`, R <= W.
 
-    The gate of a key does not depend on the query, and the keys that a query can see only
-    grow in number; so a key that is not among the W largest gates never will be again, and
-    its row can be given to another token. A free row has a closed gate. Behind the gate,
-    a key has its position plus one, by which equal gates are told apart (the more recent
-    one stays) and by which a query knows the tokens of its own step that come after it.
+    The gate of a key does not depend on the query, and later queries see more keys, never fewer. So
+    a key that is not among the W largest gates will never be again, and its row can go to another
+    token. Rows are in any order, and a free row has a closed gate. The channel after the gate holds
+    the position of the key plus one. It orders equal gates, of which the more recent stays, and
+    hides from a query the tokens of its own step that come after it.
 
-    Each head chooses rows for itself. Where gates belong to query heads, each of them keeps
-    its own copy of the keys of its group: H is then Hq.
+    Each head chooses rows for itself. If gates belong to query heads, each query head keeps its own
+    copy of the keys of its group, so that H = Hq.
 
-    Positions are exact up to 2^24 tokens, where float32 ends to count.
+    Positions are exact up to 2^24 tokens, the limit of integers in float32.
 
-    R is W, or less as long as there are S free rows in every head for S new tokens; it is
-    the caller who adds free rows. S never exceeds R.
+    R may be less than W as long as every head has S free rows for S new tokens; the caller adds
+    free rows. S never exceeds R.
 
     Args:
-        checkpoint: The model's.
+        checkpoint: The model's checkpoint.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -46,21 +47,21 @@ class WindowState(nn.Module):
         self.config = config
         self.window = config.keep_window_size
         self.heads = Heads.of(config, checkpoint.gate_heads, gates=1)
-        # Computed here, because the exporter rounds differently when it folds constants.
+        # Computed here, because torch's exporter rounds differently when it folds constants.
         fixed = config.rope.kind != "dynamic"
         self.frequencies = nn.Buffer(inverse_wavelengths(config, torch.zeros(1))) if fixed else None
-        # A tensor, because the exporter passes numbers through float32.
+        # A tensor, because torch's exporter converts numbers to float32.
         self.lift = nn.Buffer(torch.tensor(2.0**160, dtype=torch.float64))
         self.is_key = nn.Buffer(self.heads.is_key())
 
     @property
     def table_size(self) -> int:
-        """Number of values that the graph holds beside the weights: it computes rotations."""
+        """Number of values in the rotary tables: none, because the graph computes rotations."""
         return 0
 
     @property
     def closing(self) -> ClosedRow:
-        """What closes a row, and so makes it free."""
+        """The values that close a row and so mark it as free."""
         return ClosedRow((self.heads.dim,), CLOSED_GATE)
 
     def tokens(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tokens:
@@ -68,11 +69,11 @@ class WindowState(nn.Module):
 
         Args:
             input_ids: int64 `[B, S]`.
-            attention_mask: int64 `[B, S]`, of the new tokens only.
-            position_ids: int64 `[B, S]`, the number of real tokens before each one.
+            attention_mask: int64 `[B, S]`, for the new ids only: 1 for a token, 0 for padding.
+            position_ids: int64 `[B, S]`, the number of tokens before each id, without padding.
         """
         batch, length = input_ids.shape
-        # There is no last position, so the rotation is computed and not looked up.
+        # Positions have no limit, so the rotation is computed and not looked up in a table.
         frequencies: Tensor = (
             inverse_wavelengths(self.config, position_ids)
             if self.frequencies is None
@@ -101,22 +102,22 @@ class WindowState(nn.Module):
         past_value: Tensor,
         int8_rows: Int8Rows | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Let the new tokens compete for rows, then attend.
+        """Decide which keys keep a row, then attend.
 
-        Sorted, the largest new token meets the smallest row, the next largest the next
-        smallest, and so on: each pair's winner gets the row. Winners and losers together are
-        all the keys there are. A loser may still be among the W largest of what an earlier
-        token of the step sees, so the losers take part in this step's attention, and in no
-        other.
+        Pairs the new key of the largest gate with the row of the smallest gate, the next largest
+        with the next smallest, and so on; the larger of each pair gets the row. The keys that stay
+        and the keys that lose their row (or never get one) are all keys there are. A key without a
+        row may still be among the W largest that an earlier token of this step sees. So these keys
+        take part in the attention of this step, and of no other.
 
-        Args and returns are those of `GrowingState.attend`, with R rows instead of P and
-        P + S; rows are never int8.
+        Arguments and results are those of `GrowingState.attend`, with R rows instead of P and
+        P + S. Rows are never int8.
         """
         batch, length, _ = q.shape
         heads, dim = self.heads, self.heads.dim
         k, v = (x.unflatten(-1, (heads.num_keys, heads.row)).transpose(1, 2) for x in (k, v))
-        # Nothing may read the past once its rows are overwritten: when past and present are
-        # one buffer, only what the new rows depend on is sure to be read before.
+        # Past and present may be one buffer. Then only the inputs of the new rows are certain to be
+        # read before the rows are overwritten, so nothing else may read the past.
         old_rank, slots = torch.topk(self._rank(past_key), length, largest=False)
         new_rank, order = torch.topk(self._rank(k), length)
         enters = new_rank > old_rank
@@ -132,9 +133,9 @@ class WindowState(nn.Module):
         now = (tokens.positions + 1).float().view(batch, 1, length, 1)
         sees = key[..., dim + 1].unsqueeze(2) <= now
         sees_lost = lost_key[..., dim + 1].unsqueeze(2) <= now
-        # A loser has this many keys before it: all the winners that are visible, and the
-        # visible losers of higher rank. A closed row counts like any other, but it can only be
-        # among the winners if every loser is closed, too.
+        # Number of visible keys with a higher rank than each key without a row: all visible rows,
+        # and the visible keys of higher rank without a row. A closed row counts, too, but a row can
+        # only be closed if every key without a row is closed as well.
         above = (lost_rank.unsqueeze(-1) > lost_rank.unsqueeze(-2)).float()
         before = sees.float().sum(-1, keepdim=True) + sees_lost.float() @ above
         keeps_lost = sees_lost & (before < self.window)
@@ -156,12 +157,13 @@ class WindowState(nn.Module):
         return out.reshape(batch, length, heads.num_queries * heads.row), key, value
 
     def _rank(self, key: Tensor) -> Tensor:
-        """Order of keys `[B, H, R, row]` by gate, equal ones by position: float64 `[B, H, R]`.
+        """Numbers that order keys `[B, H, R, row]` by gate, then by position: float64 `[B, H, R]`.
 
-        A gate has 24 bits of mantissa, so in float64 there is room below it for the position:
-        1 + stamp · 2^-52 is exact, and with stamp < 2^24 it does not reach the next gate.
-        The summand gives gates that underflowed to 0 an order too. It is far below the
-        smallest other gate, but no tiny number itself: the exporter takes those for 0.
+        A gate has 24 bits of mantissa, so float64 has room for the position in the bits below:
+        1 + stamp · 2^-52 is exact, and with stamp < 2^24 the product stays below the next gate.
+        The summand orders gates that underflowed to 0 as well. It is far below the smallest other
+        gate after the factor `lift`, which is needed because torch's exporter takes tiny numbers
+        for 0.
         """
         gate, stamp = key[..., self.heads.dim].double(), key[..., self.heads.dim + 1].double()
         return (gate * self.lift + 32.0) * (1.0 + stamp * 2.0**-52)
@@ -172,12 +174,12 @@ def _gate_limit(mask: Tensor, is_key: Tensor) -> Tensor:
 
 
 def _rows(state: Tensor, index: Tensor) -> Tensor:
-    """Rows `index` `[B, H, S]` of `[B, H, R, row]`."""
+    """The rows `index` `[B, H, S]` of a state `[B, H, R, row]`: `[B, H, S, row]`."""
     return state.gather(2, index.unsqueeze(-1).expand(*index.shape, state.shape[-1]))
 
 
 def _overwrite(state: Tensor, index: Tensor, rows: Tensor) -> Tensor:
-    """`state` `[B, H, R, row]` with rows `index` `[B, H, S]` replaced."""
+    """A state `[B, H, R, row]` with the rows `index` `[B, H, S]` replaced."""
     return state.scatter(2, index.unsqueeze(-1).expand(rows.shape), rows)
 
 

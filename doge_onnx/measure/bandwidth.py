@@ -13,7 +13,7 @@ import numpy as np
 
 from doge_onnx.measure.memory import available_memory
 from doge_onnx.runtime.cuda.device_memory import DeviceMemory
-from doge_onnx.runtime.cuda.lock import EXCLUSIVE
+from doge_onnx.runtime.cuda.executor import PROCESS_LOCK
 from doge_onnx.runtime.engine.threads import usable_cores
 
 # Larger than the caches of most processors, but small enough for most machines.
@@ -39,7 +39,7 @@ def read_bandwidth(threads: int) -> float:
 def copy_bandwidth(memory: DeviceMemory) -> float:
     """Bytes per second that a copy on a device reads and writes together; the best of `READS`."""
     rows = MAX_ARRAY_BYTES // 256
-    with EXCLUSIVE:
+    with PROCESS_LOCK:
         source, target = (memory.empty((1, 1, size, 64), "float32") for size in (rows, rows + 1))
         # Not `extended`, which allocates: on a GPU, that takes longer than the copy.
         copy = memory.extension(source, np.zeros(64, np.float32), target)

@@ -37,7 +37,7 @@ class Chat:
         template: ChatTemplate,
         tokenizer: Tokenizer,
         begin: Callable[[list[int], int], GeneratedSequence],
-        most_tokens: int | None,
+        max_prompt_tokens: int | None,
         system: str | None,
     ) -> None:
         """Begin a conversation.
@@ -48,7 +48,8 @@ class Chat:
             tokenizer: The model's tokenizer.
             begin: Makes the sequence that answers a prompt, from token ids and the number of the
                 turn.
-            most_tokens: Most tokens of a prompt, so that an answer still fits; None for no limit.
+            max_prompt_tokens: Most tokens of a prompt, so that an answer still fits; None for no
+                limit.
             system: Content of a first message of the role "system"; None for no such message.
         """
         self.messages: list[Message] = []
@@ -58,7 +59,7 @@ class Chat:
         self._template = template
         self._tokenizer = tokenizer
         self._begin = begin
-        self._most_tokens = most_tokens
+        self._max_prompt_tokens = max_prompt_tokens
         self._prefix_cache = PrefixCache()
         self._turns = 0
         self._answering = False
@@ -136,7 +137,11 @@ class Chat:
                 rest = self._tokenizer.encode(text[len(self._text) :], add_special_tokens=False)
                 ids = self._tokens + rest
             shorter = _without_oldest_turn(messages)
-            if self._most_tokens is None or len(ids) <= self._most_tokens or shorter is None:
+            if (
+                self._max_prompt_tokens is None
+                or len(ids) <= self._max_prompt_tokens
+                or shorter is None
+            ):
                 return messages, text, ids
             messages = shorter
 

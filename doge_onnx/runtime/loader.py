@@ -9,7 +9,7 @@ from __future__ import annotations
 from doge_onnx.bundle import Bundle
 from doge_onnx.errors import CaptureError, DeviceError, InputError
 from doge_onnx.runtime.cuda.device_memory import DeviceMemory
-from doge_onnx.runtime.cuda.lock import EXCLUSIVE
+from doge_onnx.runtime.cuda.executor import PROCESS_LOCK
 from doge_onnx.runtime.cuda.runner import (
     CUDA_CHUNK,
     CudaCopyingRunner,
@@ -55,8 +55,8 @@ def open_runner(
     chosen = devices.choose_device(device, bundle.manifest)
     if chosen == devices.CUDA:
         try:
-            with EXCLUSIVE:
-                return _on_cuda(bundle, threads, chunk, verbose, cuda_graph)
+            with PROCESS_LOCK:
+                return _open_on_cuda(bundle, threads, chunk, verbose, cuda_graph)
         except DeviceError as error:
             # "auto" may fall back to the CPU, but not from what the caller asked for by name.
             if cuda_graph or device != devices.AUTO or not devices.runs_on_cpu(bundle.manifest):
@@ -67,12 +67,12 @@ def open_runner(
             missing = devices.why_not_cuda(bundle.manifest) or "the device is to be the CPU"
             raise DeviceError(f"CUDA graphs need CUDA: {missing}")
         reason = devices.reason_for_cpu(bundle.manifest) if device == devices.AUTO else None
-    runner = _on_cpu(bundle, threads, chunk, verbose)
+    runner = _open_on_cpu(bundle, threads, chunk, verbose)
     runner.reason_for_cpu = reason
     return runner
 
 
-def _on_cpu(bundle: Bundle, threads: int | None, chunk: int | None, verbose: bool) -> Runner:
+def _open_on_cpu(bundle: Bundle, threads: int | None, chunk: int | None, verbose: bool) -> Runner:
     session = open_session(bundle, devices.CPU, threads, verbose)
     layout, chunk = bundle.manifest.state, chunk or DEFAULT_CHUNK
     if layout.kind == "window":
@@ -81,16 +81,16 @@ def _on_cpu(bundle: Bundle, threads: int | None, chunk: int | None, verbose: boo
     return kind(session, bundle.manifest, chunk)
 
 
-def _on_cuda(
+def _open_on_cuda(
     bundle: Bundle,
     threads: int | None,
     chunk: int | None,
     verbose: bool,
     cuda_graph: bool | None,
 ) -> Runner:
-    problem = _changing_shapes(bundle)
+    problem = _why_shapes_change(bundle)
     if problem is None and cuda_graph is not False:
-        runner = _capturing(bundle, threads, chunk, verbose)
+        runner = _open_capturing(bundle, threads, chunk, verbose)
         if isinstance(runner, Runner):
             return runner
         problem = runner
@@ -100,27 +100,27 @@ def _on_cuda(
             "without"
         )
     # A new session: one that failed to capture is not used again.
-    return _runner(bundle, threads, chunk, verbose, capture=False)
+    return _open_cuda_runner(bundle, threads, chunk, verbose, capture=False)
 
 
-def _capturing(
+def _open_capturing(
     bundle: Bundle, threads: int | None, chunk: int | None, verbose: bool
 ) -> Runner | str:
     """A runner that captures decode steps on CUDA, or the reason why there is none."""
     try:
-        runner = _runner(bundle, threads, chunk, verbose, capture=True)
+        runner = _open_cuda_runner(bundle, threads, chunk, verbose, capture=True)
     except CaptureError as error:
         return str(error)
     assert isinstance(runner, CudaGrowingRunner)
     try:
-        return runner.use_fixed_steps(capture=True) or runner
+        return runner.use_static_steps(capture=True) or runner
     # A failed capture shows only in a run, and ONNX Runtime has no exception class for it. Any
     # other error will come up again without a capture.
     except Exception as error:
         return devices.cuda_failure(error) or " ".join(str(error).split())
 
 
-def _changing_shapes(bundle: Bundle) -> str | None:
+def _why_shapes_change(bundle: Bundle) -> str | None:
     """Why decode steps of a bundle have changing shapes; None if their shapes are fixed."""
     manifest = bundle.manifest
     state = manifest.state
@@ -132,7 +132,7 @@ def _changing_shapes(bundle: Bundle) -> str | None:
     return None
 
 
-def _runner(
+def _open_cuda_runner(
     bundle: Bundle, threads: int | None, chunk: int | None, verbose: bool, capture: bool
 ) -> Runner:
     """Open the runner of a bundle on CUDA; it does not capture steps yet."""
@@ -145,7 +145,7 @@ def _runner(
     if not manifest.state.in_place:
         return CudaCopyingRunner(session, manifest, memory, chunk)
     runner = CudaGrowingRunner(session, manifest, memory, chunk, capture)
-    if not capture and _changing_shapes(bundle) is None:
+    if not capture and _why_shapes_change(bundle) is None:
         # If they are not right here, the runner goes on with masks that grow.
-        runner.use_fixed_steps(capture=False)
+        runner.use_static_steps(capture=False)
     return runner

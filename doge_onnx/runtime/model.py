@@ -142,7 +142,7 @@ class Model:
             past: NDArray[np.int64] | int = 0 if state is None else state.lengths
             lengths = past + np.array([len(row) for row in tokens])
             check_room(lengths, self.manifest.context_length)
-        rows, state = self._runner.feed(tokens, state, last_only=logits == "last")
+        rows, state = self._runner.forward(tokens, state, last_only=logits == "last")
         if mask is None:
             return rows[0][np.newaxis] if len(rows) == 1 else np.stack(rows), state
         columns = 1 if logits == "last" else ids.shape[1]

@@ -23,7 +23,7 @@ _ERROR = 3
 
 
 @dataclass(frozen=True)
-class Tensor:
+class DeviceTensor:
     """A tensor on a device, or a contiguous part of one.
 
     Attributes:
@@ -38,15 +38,17 @@ class Tensor:
     shape: tuple[int, ...]
     address: int
 
-    def __getitem__(self, rows: slice) -> Tensor:
+    def __getitem__(self, rows: slice) -> DeviceTensor:
         """A part of the first axis: `tensor[start:end]`."""
         first, end, _ = rows.indices(self.shape[0])
         size = (self.value.tensor_size_in_bytes() // max(self.value.shape()[0], 1)) * first
-        return Tensor(self.value, self.dtype, (end - first, *self.shape[1:]), self.address + size)
+        return DeviceTensor(
+            self.value, self.dtype, (end - first, *self.shape[1:]), self.address + size
+        )
 
-    def reshaped(self, *shape: int) -> Tensor:
+    def reshaped(self, *shape: int) -> DeviceTensor:
         """The first elements, viewed in another shape."""
-        return Tensor(self.value, self.dtype, shape, self.address)
+        return DeviceTensor(self.value, self.dtype, shape, self.address)
 
 
 class DeviceMemory:
@@ -61,25 +63,25 @@ class DeviceMemory:
         self._sessions: dict[bytes, ort.InferenceSession] = {}
         self._lock = threading.Lock()
 
-    def empty(self, shape: tuple[int, ...], dtype: str) -> Tensor:
+    def empty(self, shape: tuple[int, ...], dtype: str) -> DeviceTensor:
         """A tensor that is not initialized; `dtype` is a key of `ELEMENT_TYPES`."""
         value = ort.OrtValue.ortvalue_from_shape_and_type(
             shape, ELEMENT_TYPES[dtype], self.device, 0
         )
-        return Tensor(value, dtype, shape, value.data_ptr())
+        return DeviceTensor(value, dtype, shape, value.data_ptr())
 
-    def ones(self, size: int) -> Tensor:
+    def ones(self, size: int) -> DeviceTensor:
         """An int64 vector of ones."""
         tensor = self.empty((size,), "int64")
         tensor.value.update_inplace(np.ones(size, np.int64))
         return tensor
 
-    def read(self, tensor: Tensor) -> NDArray[Any]:
+    def read(self, tensor: DeviceTensor) -> NDArray[Any]:
         """Copy a tensor to host memory; of a part, the whole tensor that it is a part of."""
         array: NDArray[Any] = tensor.value.numpy()
         return array.copy() if self.device == devices.CPU else array
 
-    def extended(self, past: Tensor, row: NDArray[Any], rows: int) -> Tensor:
+    def extended(self, past: DeviceTensor, row: NDArray[Any], rows: int) -> DeviceTensor:
         """A copy of a state tensor with equal rows appended.
 
         Args:
@@ -96,7 +98,9 @@ class DeviceMemory:
         self.extension(past, row, result)()
         return result
 
-    def extension(self, past: Tensor, row: NDArray[Any], present: Tensor) -> Callable[[], None]:
+    def extension(
+        self, past: DeviceTensor, row: NDArray[Any], present: DeviceTensor
+    ) -> Callable[[], None]:
         """A function that copies `past` into `present` and fills the rows after it with `row`.
 
         The graph is bound here, once, so that a call costs little more than the copy.
@@ -117,12 +121,12 @@ class DeviceMemory:
         self.bind_output(binding, "present", present)
         return lambda: session.run_with_iobinding(binding)
 
-    def bind_input(self, binding: ort.IOBinding, name: str, tensor: Tensor) -> None:
+    def bind_input(self, binding: ort.IOBinding, name: str, tensor: DeviceTensor) -> None:
         """Bind an input of a graph to a tensor."""
         where = (ELEMENT_TYPES[tensor.dtype], tensor.shape, tensor.address)
         binding.bind_input(name, self.device, 0, *where)
 
-    def bind_output(self, binding: ort.IOBinding, name: str, tensor: Tensor) -> None:
+    def bind_output(self, binding: ort.IOBinding, name: str, tensor: DeviceTensor) -> None:
         """Bind an output of a graph to a tensor."""
         where = (ELEMENT_TYPES[tensor.dtype], tensor.shape, tensor.address)
         binding.bind_output(name, self.device, 0, *where)
@@ -131,7 +135,7 @@ class DeviceMemory:
         self,
         binding: ort.IOBinding,
         names: Sequence[tuple[str, str]],
-        tensors: Sequence[Tensor],
+        tensors: Sequence[DeviceTensor],
     ) -> None:
         """Bind each tensor to both an input and an output of a graph.
 
@@ -144,7 +148,9 @@ class DeviceMemory:
             self.bind_input(binding, past, tensor)
             self.bind_output(binding, present, tensor)
 
-    def top(self, logits: Tensor, count: int, ids: Tensor | None = None) -> TopFinder:
+    def top_k(
+        self, logits: DeviceTensor, count: int, ids: DeviceTensor | None = None
+    ) -> DeviceTopK:
         """An object that finds the `count` largest logits, as often as its `run` is called.
 
         Args:
@@ -152,7 +158,7 @@ class DeviceMemory:
             count: How many logits to find for each sequence.
             ids: int64 `[B, count]`, the tensor to write the token ids to; None for a new one.
         """
-        return TopFinder(self, self._session(helper_graphs.top()), logits, count, ids)
+        return DeviceTopK(self, self._session(helper_graphs.top_k()), logits, count, ids)
 
     def _session(self, graph: bytes) -> ort.InferenceSession:
         with self._lock:
@@ -167,16 +173,16 @@ class DeviceMemory:
         return session
 
 
-class TopFinder:
-    """Finds the largest logits of each sequence on the device; see `DeviceMemory.top`."""
+class DeviceTopK:
+    """Finds the largest logits of each sequence on the device; see `DeviceMemory.top_k`."""
 
     def __init__(
         self,
         memory: DeviceMemory,
         session: ort.InferenceSession,
-        logits: Tensor,
+        logits: DeviceTensor,
         count: int,
-        ids: Tensor | None,
+        ids: DeviceTensor | None,
     ) -> None:
         batch = logits.shape[0]
         self._session, self._binding = session, session.io_binding()

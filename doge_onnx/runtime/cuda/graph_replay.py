@@ -9,7 +9,7 @@ How ONNX Runtime captures:
     itself, and captures the third run.
 -   It keeps captured graphs for each thread, and frees none before the session ends.
 -   A replay uses the temporary memory of the captured run. Other runs may use that memory between
-    two replays, but not at the same time as one: `lock` lets one thread at a time use a device.
+    two replays, but not at the same time as one: `executor` lets one thread at a time use a device.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from doge_onnx.runtime.cuda.device_memory import DeviceMemory, Tensor
+from doge_onnx.runtime.cuda.device_memory import DeviceMemory, DeviceTensor
 from doge_onnx.runtime.engine import device as devices
 from doge_onnx.runtime.engine.io_names import (
     ATTENTION_MASK,
@@ -37,10 +37,10 @@ from doge_onnx.runtime.engine.state import Buffer
 # Ordinary steps on the same tensors before a capture, which takes as long as three steps.
 _BEFORE_CAPTURE = 4
 # Most captured graphs for each shape: each takes memory for as long as the model is loaded.
-MOST_GRAPHS = 8
+MAX_GRAPHS = 8
 # Most bytes of free states that are kept for later buffers of the same shape, not counting the
 # newest one.
-MOST_FREE = 2 << 30
+MAX_FREE_BYTES = 2 << 30
 # Steps that are checked when a model is loaded.
 _CHECKED_STEPS = 4
 # Relative to the largest logit. A replay runs the same kernels; a length that was captured as a
@@ -52,8 +52,8 @@ _TOLERANCES = {"float16": 2e-2, "bfloat16": 0.16}
 _Names = Sequence[tuple[str, str]]
 
 
-class FixedStep:
-    """A decode step of fixed shapes: the graph, bound once to tensors that never change places.
+class StaticStep:
+    """A decode step of fixed shapes: the graph, bound once, to tensors that are never replaced.
 
     Between two runs only the values in the tensors change: the ids, and the number of rows of each
     sequence. The mask covers all rows of the buffer; the graph reads only the rows that exist.
@@ -69,7 +69,7 @@ class FixedStep:
         self,
         session: ort.InferenceSession,
         names: _Names,
-        tensors: Sequence[Tensor],
+        tensors: Sequence[DeviceTensor],
         memory: DeviceMemory,
         vocab_size: int,
         graph: ort.RunOptions | None,
@@ -99,7 +99,7 @@ class FixedStep:
         """Set how many rows of the state each sequence has before the next run, int64 `[B]`."""
         self._lengths.value.update_inplace(lengths)
 
-    def run_on_device(self) -> Tensor:
+    def run_on_device(self) -> DeviceTensor:
         """Run or replay the step; returns logits `[B, 1, V]`, which the next run overwrites."""
         self._count += 1
         if self.graph is not None and self._count > _BEFORE_CAPTURE:
@@ -120,7 +120,7 @@ class FixedStep:
         self._session.run_with_iobinding(self._binding, options)
 
 
-class FixedSteps:
+class StaticStepPool:
     """The steps of fixed shapes of one model, each lent to one buffer at a time.
 
     A captured step works only with the tensors that it was captured with. So a step and its tensors
@@ -146,12 +146,10 @@ class FixedSteps:
         self._vocab_size = vocab_size
         self._capture = capture
         self._graphs: Counter[tuple[int, ...]] = Counter()
-        self._free: deque[FixedStep] = deque()
-        self._of_buffer: weakref.WeakKeyDictionary[Buffer[Tensor], FixedStep] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._free: deque[StaticStep] = deque()
+        self._of_buffer = weakref.WeakKeyDictionary[Buffer[DeviceTensor], StaticStep]()
 
-    def take(self, batch: int, capacity: int) -> FixedStep | None:
+    def take(self, batch: int, capacity: int) -> StaticStep | None:
         """Take a free step for `batch` sequences of `capacity` rows; None if there is none."""
         # Newest first. Another thread may drop a buffer, and so add a free step, at any time.
         steps = [self._free.popleft() for _ in range(len(self._free))]
@@ -165,24 +163,24 @@ class FixedSteps:
                 continue
             sizes = (tensor.value.tensor_size_in_bytes() for tensor in step.tensors)
             more = sum(sizes) if number > 0 else 0
-            if size + more <= MOST_FREE:
+            if size + more <= MAX_FREE_BYTES:
                 size += more
                 self._free.appendleft(step)
         return taken
 
-    def let_go(self) -> bool:
+    def drop_free(self) -> bool:
         """Drop all free steps and their tensors; returns whether there were any."""
         kept = bool(self._free)
         self._free.clear()
         return kept
 
-    def lend(self, step: FixedStep, buffer: Buffer[Tensor]) -> None:
+    def lend(self, step: StaticStep, buffer: Buffer[DeviceTensor]) -> None:
         """Lend a step to a buffer that has its tensors, for as long as the buffer lives."""
         self._of_buffer[buffer] = step
         if step.graph is not None:
             weakref.finalize(buffer, self._free.append, step).atexit = False
 
-    def of(self, buffer: Buffer[Tensor]) -> FixedStep:
+    def get(self, buffer: Buffer[DeviceTensor]) -> StaticStep:
         """The step of a buffer; makes one if the buffer has none."""
         step = self._of_buffer.get(buffer)
         if step is None:
@@ -190,9 +188,9 @@ class FixedSteps:
             self.lend(step, buffer)
         return step
 
-    def problem(
+    def find_problem(
         self,
-        tensors: Sequence[Tensor],
+        tensors: Sequence[DeviceTensor],
         with_growing_mask: Callable[[NDArray[np.int64], int], NDArray[np.float32]],
         activations: str,
     ) -> str | None:
@@ -239,9 +237,11 @@ class FixedSteps:
             self._free.append(step)
         return None
 
-    def _new(self, tensors: Sequence[Tensor]) -> FixedStep:
+    def _new(self, tensors: Sequence[DeviceTensor]) -> StaticStep:
         graph, shape = None, tensors[0].shape
-        if self._capture and self._graphs[shape] < MOST_GRAPHS:
+        if self._capture and self._graphs[shape] < MAX_GRAPHS:
             self._graphs[shape] += 1
             graph = devices.captured_run(self._graphs.total())
-        return FixedStep(self._session, self._names, tensors, self._memory, self._vocab_size, graph)
+        return StaticStep(
+            self._session, self._names, tensors, self._memory, self._vocab_size, graph
+        )

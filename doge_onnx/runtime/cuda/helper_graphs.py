@@ -45,7 +45,7 @@ def extension(dtype: str) -> bytes:
 
 
 @functools.cache
-def top() -> bytes:
+def top_k() -> bytes:
     """A serialized graph that finds the largest logits.
 
     Inputs: `logits` float32 `[B, 1, V]`, `count` int64 `[1]`. Outputs: `values` float32 and

@@ -16,9 +16,9 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from doge_onnx.manifest import Manifest
-from doge_onnx.runtime.cuda.device_memory import DeviceMemory, Tensor, TopFinder
-from doge_onnx.runtime.cuda.graph_replay import FixedSteps
-from doge_onnx.runtime.cuda.lock import DeviceLock
+from doge_onnx.runtime.cuda.device_memory import DeviceMemory, DeviceTensor, DeviceTopK
+from doge_onnx.runtime.cuda.executor import DeviceExecutor
+from doge_onnx.runtime.cuda.graph_replay import StaticStepPool
 from doge_onnx.runtime.engine.binding import last_position
 from doge_onnx.runtime.engine.copying_runner import CopyingRunner
 from doge_onnx.runtime.engine.device import CPU, ORDINARY_RUN
@@ -31,7 +31,7 @@ from doge_onnx.runtime.engine.io_names import (
     PAST_LENGTHS,
 )
 from doge_onnx.runtime.engine.padded_runner import PaddedState
-from doge_onnx.runtime.engine.runner import DecodeSession, Scores, TopLogits
+from doge_onnx.runtime.engine.runner import DecodeSession, PositionLogits, TopLogits
 from doge_onnx.runtime.engine.session import has_logits_to_keep
 from doge_onnx.runtime.engine.state import Buffer, State
 from doge_onnx.runtime.engine.window_runner import WindowRunner
@@ -39,7 +39,7 @@ from doge_onnx.runtime.engine.window_runner import WindowRunner
 # Most tokens of a prompt in one run of the graph: a GPU is only busy with many at once.
 CUDA_CHUNK = 2048
 # Logits read beyond the number that a sampler asked for, in case some equal the last of those.
-SPARE = 16
+EXTRA_CANDIDATES = 16
 
 
 class CudaBinding:
@@ -56,7 +56,7 @@ class CudaBinding:
         self,
         session: ort.InferenceSession,
         names: Sequence[tuple[str, str]],
-        tensors: Sequence[Tensor],
+        tensors: Sequence[DeviceTensor],
         memory: DeviceMemory,
         vocab_size: int,
     ) -> None:
@@ -73,11 +73,11 @@ class CudaBinding:
         self._binding = session.io_binding()
         memory.bind_in_place(self._binding, names, tensors)
         self._batch, _, self.capacity, _ = tensors[0].shape
-        self._ids: Tensor | None = None
+        self._ids: DeviceTensor | None = None
         # Inputs on the host, which must live as long as they are bound.
         self._host: dict[str, NDArray[np.int64]] = {}
-        self._ones: Tensor | None = None
-        self._logits: Tensor | None = None
+        self._ones: DeviceTensor | None = None
+        self._logits: DeviceTensor | None = None
         self._positions: tuple[int, ...] = (0, 0)
         self._keeps = has_logits_to_keep(session)
         self._kept = -1
@@ -92,7 +92,7 @@ class CudaBinding:
             self._positions = array.shape
 
     @property
-    def ids(self) -> Tensor:
+    def ids(self) -> DeviceTensor:
         """The tokens to feed, int64 `[B, 1]` on the device; the first use binds them as input."""
         if self._ids is None:
             self._ids = self._memory.empty((self._batch, 1), "int64")
@@ -115,7 +115,7 @@ class CudaBinding:
         logits: NDArray[np.float32] = self._memory.read(self.run_on_device(last_only))
         return last_position(logits) if last_only else logits
 
-    def run_on_device(self, last_only: bool = True) -> Tensor:
+    def run_on_device(self, last_only: bool = True) -> DeviceTensor:
         """Run the graph; returns logits on the device, which the next run overwrites.
 
         Args:
@@ -140,7 +140,7 @@ class CudaBinding:
 
 
 class DeviceContext:
-    """What all runners of a GPU share: memory for states, the lock of the device, and bindings.
+    """What all runners of a GPU share: memory for states, the device's executor, and bindings.
 
     Args:
         session: Has the inputs and outputs that the manifest implies.
@@ -159,37 +159,37 @@ class DeviceContext:
         capture: bool = False,
     ) -> None:
         self.memory = memory
-        self.lock = DeviceLock(few_threads=capture)
+        self.executor = DeviceExecutor(few_threads=capture)
         # An empty row.
         self.zero = np.zeros(manifest.state.row_size, np.float32)
         self._session, self._names, self._vocab_size = session, names, manifest.vocab_size
         self._layout = manifest.state
 
-    def bind(self, tensors: Sequence[Tensor]) -> CudaBinding:
+    def bind(self, tensors: Sequence[DeviceTensor]) -> CudaBinding:
         """Bind the graph to the tensors of a state."""
         return CudaBinding(self._session, self._names, tensors, self.memory, self._vocab_size)
 
-    def no_rows(self, batch: int) -> Tensor:
+    def no_rows(self, batch: int) -> DeviceTensor:
         """A state tensor without rows, `[batch, heads, 0, row]`."""
         shape = (batch, self._layout.num_heads, 0, self._layout.row_size)
         return self.memory.empty(shape, self._layout.dtype)
 
 
 class DecodeBinding(Protocol):
-    """The graph, bound to the buffer of a decode session: `CudaBinding` or `FixedStep`."""
+    """The graph, bound to the buffer of a decode session: `CudaBinding` or `StaticStep`."""
 
     @property
-    def ids(self) -> Tensor:
+    def ids(self) -> DeviceTensor:
         """int64 `[B, 1]` on the device: the tokens of the next run."""
 
     def put_lengths(self, lengths: NDArray[np.int64]) -> None:
         """Set how many rows of each sequence come before the tokens of the next run."""
 
-    def run_on_device(self) -> Tensor:
+    def run_on_device(self) -> DeviceTensor:
         """Run the graph; returns logits `[B, 1, V]`, which the next run overwrites."""
 
 
-class CudaGrowingRunner(InPlaceRunner[Tensor]):
+class CudaGrowingRunner(InPlaceRunner[DeviceTensor]):
     """Runs graphs that extend their state in place; can capture decode steps.
 
     Args:
@@ -211,16 +211,16 @@ class CudaGrowingRunner(InPlaceRunner[Tensor]):
         super().__init__(session, manifest, chunk)
         self.device, self.memory = memory.device, memory
         self._context = DeviceContext(session, manifest, self._names, memory, capture)
-        self.lock = self._context.lock
+        self.executor = self._context.executor
         self._activations = manifest.activations
         # None until a check has shown that steps of fixed shapes are right here.
-        self._fixed: FixedSteps | None = None
+        self._static_steps: StaticStepPool | None = None
 
-    def bind(self, tensors: Sequence[Tensor]) -> CudaBinding:
+    def bind(self, tensors: Sequence[DeviceTensor]) -> CudaBinding:
         """Bind the graph to the tensors of a state."""
         return self._context.bind(tensors)
 
-    def use_fixed_steps(self, capture: bool) -> str | None:
+    def use_static_steps(self, capture: bool) -> str | None:
         """Run decode steps with fixed shapes from now on, if a check finds them right here.
 
         Args:
@@ -228,9 +228,9 @@ class CudaGrowingRunner(InPlaceRunner[Tensor]):
                 it.
 
         Returns:
-            What the check found wrong, or None; see `FixedSteps.problem`.
+            What the check found wrong, or None; see `StaticStepPool.find_problem`.
         """
-        steps = FixedSteps(self._session, self._names, self.memory, self.vocab_size, capture)
+        steps = StaticStepPool(self._session, self._names, self.memory, self.vocab_size, capture)
         # The shape of the first buffer of a single sequence, which can then use the captured step.
         capacity = self._rounded_capacity(1)
         # Kept in a variable, because a binding does not keep its tensors alive.
@@ -242,18 +242,22 @@ class CudaGrowingRunner(InPlaceRunner[Tensor]):
             binding.put(ATTENTION_MASK, np.ones((1, past + 1), np.int64))
             return binding.run(last_only=True)
 
-        problem = steps.problem(self._zeros(1, capacity), with_growing_mask, self._activations)
+        problem = steps.find_problem(self._zeros(1, capacity), with_growing_mask, self._activations)
         if problem is None:
-            self._fixed, self.captures = steps, capture
+            self._static_steps, self.captures = steps, capture
         return problem
 
     def decode(self, state: State) -> DecodeSession:
         """Start a decode session; see `Runner.decode`."""
         return _CudaSession(self, state)
 
-    def bind_step(self, buffer: Buffer[Tensor]) -> DecodeBinding:
+    def bind_step(self, buffer: Buffer[DeviceTensor]) -> DecodeBinding:
         """Bind the graph to a buffer for decode steps; only one session may use the result."""
-        return self.bind(buffer.tensors) if self._fixed is None else self._fixed.of(buffer)
+        return (
+            self.bind(buffer.tensors)
+            if self._static_steps is None
+            else self._static_steps.get(buffer)
+        )
 
     def _capacity(self, rows: int, most: int | None) -> int:
         if not self.captures:
@@ -261,29 +265,29 @@ class CudaGrowingRunner(InPlaceRunner[Tensor]):
         return self._rounded_capacity(rows)
 
     def _rounded_capacity(self, rows: int) -> int:
-        """Capacity of a new buffer: one of few sizes, so that captured steps fit, and with room."""
+        """Capacity of a new buffer with room for a token: one of few, to match captured steps."""
         return super()._capacity(max(rows, min(rows + 1, self._context_length)), None)
 
     def _new_buffer(
-        self, past: Sequence[Tensor], batch: int, length: int, capacity: int, end: int
-    ) -> Buffer[Tensor]:
+        self, past: Sequence[DeviceTensor], batch: int, length: int, capacity: int, end: int
+    ) -> Buffer[DeviceTensor]:
         if past:
             # The copy takes all rows of the past, also the unused rows between two sequences.
             capacity = max(capacity, past[0].shape[2])
-        step = None if self._fixed is None else self._fixed.take(batch, capacity)
-        if self._fixed is None or step is None:
+        step = None if self._static_steps is None else self._static_steps.take(batch, capacity)
+        if self._static_steps is None or step is None:
             return super()._new_buffer(past, batch, length, capacity, end)
         # Lent before anything else, so that an interrupt does not lose the step.
         buffer = Buffer(step.tensors, capacity, np.full(batch, end, np.int64))
-        self._fixed.lend(step, buffer)
+        self._static_steps.lend(step, buffer)
         # Without a past, old rows may stay in the buffer: the graph does not read them.
         for source, target in zip(past, step.tensors, strict=False):
             self.memory.extension(source, self._context.zero, target)()
         return buffer
 
     def _new_tensors(
-        self, past: Sequence[Tensor], batch: int, length: int, capacity: int
-    ) -> Sequence[Tensor]:
+        self, past: Sequence[DeviceTensor], batch: int, length: int, capacity: int
+    ) -> Sequence[DeviceTensor]:
         try:
             more = [
                 self.memory.extended(t, self._context.zero, capacity - t.shape[2]) for t in past
@@ -291,12 +295,12 @@ class CudaGrowingRunner(InPlaceRunner[Tensor]):
             return more or self._zeros(batch, capacity)
         # ONNX Runtime's exceptions have no other base class in common.
         except Exception:
-            if self._fixed is None or not self._fixed.let_go():
+            if self._static_steps is None or not self._static_steps.drop_free():
                 raise
         # Dropping free steps may have made room.
         return self._new_tensors(past, batch, length, capacity)
 
-    def _zeros(self, batch: int, capacity: int) -> list[Tensor]:
+    def _zeros(self, batch: int, capacity: int) -> list[DeviceTensor]:
         none = self._context.no_rows(batch)
         return [self.memory.extended(none, self._context.zero, capacity) for _ in self._names]
 
@@ -312,25 +316,25 @@ class _CudaSession(InPlaceSession[CudaGrowingRunner]):
         super().__init__(runner, state)
         self._ids = np.zeros((state.batch_size, 1), np.int64)
         self._binding: DecodeBinding | None = None
-        self._finder: TopFinder | None = None
+        self._top_k: DeviceTopK | None = None
         self._count = 0
         # Whether the device holds the ids of the next step already.
         self._chosen = False
 
-    def step(self, token_ids: Sequence[int], top: int | None = None) -> Sequence[Scores]:
+    def step(self, token_ids: Sequence[int], top: int | None = None) -> Sequence[PositionLogits]:
         """Feed the next token of each sequence; see `DecodeSession.step`."""
         self._ids[self.rows, 0] = token_ids
-        return self._runner.lock.run(self._step, top)
+        return self._runner.executor.run(self._step, top)
 
     def remove(self, rows: Collection[int]) -> None:
         """Remove sequences; see `DecodeSession.remove`."""
         self.rows = [row for row in self.rows if row not in rows]
 
-    def _step(self, top: int | None) -> Sequence[Scores]:
+    def _step(self, top: int | None) -> Sequence[PositionLogits]:
         before, buffer = self._buffer, self._make_room()
         if self._binding is None or buffer is not before:
             self._binding = self._runner.bind_step(buffer)
-            self._finder, self._chosen = None, False
+            self._top_k, self._chosen = None, False
         binding = self._binding
         binding.put_lengths(self._lengths)
         if not self._chosen:
@@ -343,24 +347,24 @@ class _CudaSession(InPlaceSession[CudaGrowingRunner]):
         if top is None:
             everything = memory.read(logits)
             return [everything[row, 0] for row in self.rows]
-        finder = self._find(binding, logits, top)
-        finder.run()
+        top_k = self._prepare_top_k(binding, logits, top)
+        top_k.run()
         if top == 1:
-            zero, ids = np.zeros(1, np.float32), finder.read_ids()
+            zero, ids = np.zeros(1, np.float32), top_k.read_ids()
             return [TopLogits(ids[row], zero) for row in self.rows]
-        return self._candidates(logits, *finder.read(), top)
+        return self._candidates(logits, *top_k.read(), top)
 
-    def _find(self, binding: DecodeBinding, logits: Tensor, top: int) -> TopFinder:
-        count = 1 if top == 1 else min(top + SPARE, logits.shape[2])
-        if self._finder is None or self._count != count:
+    def _prepare_top_k(self, binding: DecodeBinding, logits: DeviceTensor, top: int) -> DeviceTopK:
+        count = 1 if top == 1 else min(top + EXTRA_CANDIDATES, logits.shape[2])
+        if self._top_k is None or self._count != count:
             # The single most likely token is fed next, so it is written to the input directly.
             ids = binding.ids if top == 1 else None
-            self._finder, self._count = self._runner.memory.top(logits, count, ids), count
-        return self._finder
+            self._top_k, self._count = self._runner.memory.top_k(logits, count, ids), count
+        return self._top_k
 
     def _candidates(
-        self, logits: Tensor, ids: NDArray[np.int64], values: NDArray[np.float32], top: int
-    ) -> Sequence[Scores]:
+        self, logits: DeviceTensor, ids: NDArray[np.int64], values: NDArray[np.float32], top: int
+    ) -> Sequence[PositionLogits]:
         """The `top` largest logits of each sequence, and all that equal the smallest of them.
 
         Args:
@@ -370,7 +374,7 @@ class _CudaSession(InPlaceSession[CudaGrowingRunner]):
             top: How many the caller asked for.
         """
         memory, everything = self._runner.memory, None
-        scores: list[Scores] = []
+        scores: list[PositionLogits] = []
         for row in self.rows:
             row_ids, row_values = ids[row], values[row]
             if len(row_ids) < logits.shape[2] and row_values[top - 1] == row_values[-1]:
@@ -396,7 +400,7 @@ class CudaWindowRunner(WindowRunner):
         super().__init__(session, manifest, chunk)
         self.device, self.memory = memory.device, memory
         self._context = DeviceContext(session, manifest, self._names, memory)
-        self.lock = self._context.lock
+        self.executor = self._context.executor
 
     def bind(self, tensors: Sequence[Any]) -> CudaBinding:
         """Bind the graph to the tensors of a state."""
@@ -429,7 +433,7 @@ class CudaCopyingRunner(CopyingRunner):
         super().__init__(session, manifest, chunk)
         self.device, self.memory = memory.device, memory
         self._context = DeviceContext(session, manifest, self._names, memory)
-        self.lock = self._context.lock
+        self.executor = self._context.executor
 
     def rewind(self, state: State, length: int) -> State | None:
         """None: the rows would have to be copied to the host and back; see `Runner.rewind`."""

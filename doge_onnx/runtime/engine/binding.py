@@ -118,18 +118,16 @@ class InPlaceBinding:
         self._session.run_with_iobinding(self._binding)
 
 
-class Bindings:
+class BindingCache:
     """Keeps one binding for each buffer, as long as the buffer lives.
 
     Binding the state takes longer than all else that Python does in a step.
     """
 
     def __init__(self) -> None:
-        self._of_buffer: weakref.WeakKeyDictionary[Buffer[Any], Binding] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._of_buffer = weakref.WeakKeyDictionary[Buffer[Any], Binding]()
 
-    def of(self, buffer: Buffer[T], new: Callable[[Sequence[T]], Binding]) -> Binding:
+    def get(self, buffer: Buffer[T], new: Callable[[Sequence[T]], Binding]) -> Binding:
         """The binding of a buffer's tensors; `new` makes it if there is none yet."""
         binding = self._of_buffer.get(buffer)
         if binding is None:

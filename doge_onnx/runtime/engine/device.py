@@ -60,7 +60,7 @@ def choose_device(asked: str, manifest: Manifest) -> str:
     """
     if asked not in DEVICES:
         raise InputError(f"device {asked!r} is not known; choose from: {', '.join(DEVICES)}")
-    unfit = {device: _unfit(device, manifest) for device in (CPU, CUDA)}
+    unfit = {device: _why_unfit(device, manifest) for device in (CPU, CUDA)}
     if asked == AUTO:
         if unfit[CUDA] is not None:
             return CPU
@@ -90,12 +90,12 @@ def reason_for_cpu(manifest: Manifest) -> str | None:
 
 def why_not_cuda(manifest: Manifest) -> str | None:
     """Why CUDA cannot run a bundle, and what to do or install; None if it can."""
-    return _unfit(CUDA, manifest) or missing_for_cuda()
+    return _why_unfit(CUDA, manifest) or missing_for_cuda()
 
 
 def runs_on_cpu(manifest: Manifest) -> bool:
     """Whether the CPU can run a bundle."""
-    return _unfit(CPU, manifest) is None
+    return _why_unfit(CPU, manifest) is None
 
 
 def providers(device: str, capture: bool = False) -> list[Any]:
@@ -134,7 +134,9 @@ def check_placement(session: ort.InferenceSession) -> None:
             "ONNX Runtime could not start CUDA and would have used the CPU; the option verbose "
             "shows what it says"
         )
-    elsewhere = {operator for provider, operator in placed(session) if provider != CUDA_PROVIDER}
+    elsewhere = {
+        operator for provider, operator in node_placements(session) if provider != CUDA_PROVIDER
+    }
     left = ", ".join(sorted(elsewhere - _SHAPE_OPERATORS))
     if left:
         raise DeviceError(
@@ -143,7 +145,7 @@ def check_placement(session: ort.InferenceSession) -> None:
         )
 
 
-def placed(session: ort.InferenceSession) -> Sequence[tuple[str, str]]:
+def node_placements(session: ort.InferenceSession) -> Sequence[tuple[str, str]]:
     """Execution provider and operator of each node of a graph.
 
     The session must have been opened with `session.record_ep_graph_assignment_info`.
@@ -155,7 +157,7 @@ def placed(session: ort.InferenceSession) -> Sequence[tuple[str, str]]:
     ]
 
 
-def _unfit(device: str, manifest: Manifest) -> str | None:
+def _why_unfit(device: str, manifest: Manifest) -> str | None:
     """Why a device cannot run a bundle, whatever is installed; None if it can."""
     if device == CPU and manifest.activations == "bfloat16":
         return (

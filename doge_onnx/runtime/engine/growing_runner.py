@@ -1,8 +1,8 @@
-"""Runs graphs that extend their state in place: a row for every token of every sequence.
+"""Runs graphs that extend their state in place, with one row for each token of each sequence.
 
-Knows where the rows of each sequence are, which sequences go through the graph together, and how
-one leaves a batch. Every sequence has its own length, so nothing in the state is padding. Does not
-know in whose memory the rows are: on a GPU, `cuda.runner` takes over.
+Each sequence has its own length, so the state holds no padding. Knows where the rows of each
+sequence are, which sequences share a run of the graph, and how a sequence leaves a batch. Knows
+rows in host memory only; `cuda.runner` has the runner for a GPU.
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from doge_onnx.bundle import Manifest
-from doge_onnx.runtime.engine.binding import Binding, Bindings, InPlaceBinding
+from doge_onnx.runtime.engine.binding import Binding, BindingCache, InPlaceBinding
 from doge_onnx.runtime.engine.io_names import ATTENTION_MASK, INPUT_IDS, PAST_LENGTHS
-from doge_onnx.runtime.engine.runner import DEFAULT_CHUNK, DecodeSession, Runner, Scores
-from doge_onnx.runtime.engine.state import Buffer, State, grown_capacity
+from doge_onnx.runtime.engine.runner import DEFAULT_CHUNK, DecodeSession, PositionLogits, Runner
+from doge_onnx.runtime.engine.state import Buffer, State, buffer_capacity
 
-# Masks have so many columns or a multiple: whatever is bound again at each step costs time.
+# The number of columns of a mask is a multiple of this, so that few steps need a new mask: binding
+# one takes time.
 _MASK_COLUMNS = 256
-# One more run of the graph takes as long as about this many more tokens in a run.
+# A run of the graph costs about as much as this many tokens more in another run.
 _RUN_COST = 16
 
 
 class RowTensor(Protocol):
-    """A tensor of a state, `[batch, heads, capacity, row_size]`: of NumPy, or of a device."""
+    """A tensor of a state, `[batch, heads, capacity, row_size]`, of NumPy or of a device."""
 
     def __getitem__(self, sequences: slice, /) -> Any:
         """The part of some neighbouring sequences, in the same memory."""
@@ -38,36 +39,43 @@ Row = TypeVar("Row", bound=RowTensor)
 
 
 class InPlaceRunner(Runner, Generic[Row]):
-    """For graphs whose past and present are one buffer, wherever it is."""
+    """Runs graphs whose past and present are one buffer, in host memory or on a device."""
 
     def __init__(
         self, session: ort.InferenceSession, manifest: Manifest, chunk: int = DEFAULT_CHUNK
     ) -> None:
         super().__init__(session, manifest, chunk)
-        self._bindings = Bindings()
+        self._bindings = BindingCache()
 
     @abstractmethod
     def bind(self, tensors: Sequence[Row]) -> Binding:
-        """What runs the graph on the tensors of a state."""
+        """Bind the graph to the tensors of a state."""
 
     @abstractmethod
     def _new_tensors(
         self, past: Sequence[Row], batch: int, length: int, capacity: int
     ) -> Sequence[Row]:
-        """Tensors of `capacity` rows for `batch` sequences, the first `length` as in the past."""
+        """New tensors `[batch, heads, capacity, row_size]`; the first `length` rows are copied.
 
-    def _feed(
+        Args:
+            past: The tensors to copy from, or empty for none. They may have more sequences.
+            batch: Number of sequences.
+            length: Number of rows to copy.
+            capacity: Number of rows.
+        """
+
+    def _forward(
         self,
         tokens: Sequence[NDArray[np.int64]],
         state: State | None,
         last_only: bool,
         consume: bool,
-        most_tokens: int | None,
+        max_tokens: int | None,
     ) -> tuple[list[NDArray[np.float32]], State]:
-        """Feed each sequence of a batch its new tokens; see `Runner.feed`."""
+        """Feed each sequence of a batch its new tokens; see `Runner.forward`."""
         lengths = np.zeros(len(tokens), np.int64) if state is None else state.lengths
         ends = lengths + np.array([len(ids) for ids in tokens])
-        buffer = self.claim(state, len(tokens), int(ends.max()), most_tokens)
+        buffer = self.claim(state, len(tokens), int(ends.max()), max_tokens)
         if state is not None and buffer is state.buffer and not consume:
             buffer.share()
         try:
@@ -81,13 +89,15 @@ class InPlaceRunner(Runner, Generic[Row]):
     def claim(
         self, state: State | None, batch: int, end: int, most: int | None = None
     ) -> Buffer[Row]:
-        """A buffer that holds the rows of `state` and is the caller's up to the row `end`.
+        """A buffer with the rows of `state`, in which the caller may write the rows up to `end`.
+
+        This is the state's own buffer, or a copy if that is full or continued already.
 
         Args:
             state: None at the start of the sequences.
             batch: Number of sequences.
-            end: Rows that the caller may write, and those of `state`.
-            most: See `grown_capacity`.
+            end: End of the rows that the caller may write, which begin after those of `state`.
+            most: See `buffer_capacity`.
         """
         if state is not None and state.buffer.claim(state.lengths, end):
             return state.buffer
@@ -103,16 +113,16 @@ class InPlaceRunner(Runner, Generic[Row]):
         return Buffer(tensors, capacity, np.full(batch, end, np.int64))
 
     def _capacity(self, rows: int, most: int | None) -> int:
-        """Rows of a new buffer; see `grown_capacity`."""
-        return grown_capacity(rows, self._context_length, most)
+        """Rows of a new buffer; see `buffer_capacity`."""
+        return buffer_capacity(rows, self._context_length, most)
 
     def rewind(self, state: State, length: int) -> State | None:
-        """The first rows of the same buffer; see `Runner.rewind`."""
+        """A state of the first `length` rows of the same buffer; see `Runner.rewind`."""
         state.buffer.share()
         return State(state.buffer, np.full_like(state.lengths, length), self)
 
-    def claim_all(self, state: State) -> Buffer[Row]:
-        """A buffer that holds the rows of `state`, has room for another, and is the caller's."""
+    def claim_for_decode(self, state: State) -> Buffer[Row]:
+        """A buffer with the rows of `state` and free rows, all of which the caller may write."""
         longest = int(state.lengths.max())
         capacity = state.buffer.capacity
         if capacity == longest:
@@ -126,12 +136,16 @@ class InPlaceRunner(Runner, Generic[Row]):
         lengths: NDArray[np.int64],
         last_only: bool,
     ) -> list[NDArray[np.float32]]:
-        """Write the rows of new tokens, behind the `lengths` that are there; their logits."""
+        """Feed new tokens, whose rows go after the first `lengths` rows of each sequence.
+
+        Returns:
+            Float32 logits of each sequence; see `Runner.forward`.
+        """
         logits: list[NDArray[np.float32]] = []
         for rows in self._groups(tokens, lengths):
             group, past = tokens[rows], lengths[rows]
             if len(group) == len(tokens):
-                binding = self._bindings.of(buffer, self.bind)
+                binding = self._bindings.get(buffer, self.bind)
             else:
                 binding = self.bind([tensor[rows] for tensor in buffer.tensors])
             if len(group) == 1:
@@ -143,11 +157,11 @@ class InPlaceRunner(Runner, Generic[Row]):
     def _groups(
         self, tokens: Sequence[NDArray[np.int64]], lengths: NDArray[np.int64]
     ) -> Iterator[slice]:
-        """Neighbours in a batch that go through the graph together.
+        """Divide a batch into groups of neighbours that share a run of the graph.
 
-        The kernel takes several sequences with one new token each, whatever is before it, or
-        with several at their start: shorter ones are filled up then. That pays as long as it
-        costs less than a run of their own.
+        The attention kernel can run several sequences with one new token each, after pasts of any
+        lengths, or several sequences with more new tokens at their start, in which shorter ones are
+        padded on the right. A sequence joins a group if its padding costs less than another run.
         """
         counts = [len(ids) for ids in tokens]
         if max(counts) == min(counts) == 1:
@@ -169,7 +183,7 @@ class InPlaceRunner(Runner, Generic[Row]):
     def _one(
         self, binding: Binding, ids: NDArray[np.int64], past: int, last_only: bool
     ) -> NDArray[np.float32]:
-        """Logits of one sequence, chunk by chunk."""
+        """Feed one sequence, chunk by chunk; returns logits `[1, V]` or `[S, V]`."""
         parts = [np.empty((0, self.vocab_size), np.float32)]
         for start in range(0, len(ids), self._chunk):
             chunk = ids[np.newaxis, start : start + self._chunk]
@@ -184,19 +198,20 @@ class InPlaceRunner(Runner, Generic[Row]):
         past: NDArray[np.int64],
         last_only: bool,
     ) -> list[NDArray[np.float32]]:
-        """Logits of several sequences in one run, or two."""
+        """Feed several sequences in one run, or in two; returns the logits of each sequence."""
         counts = np.array([len(ids) for ids in group])
         if (counts == counts[0]).all():
             return list(self._run(binding, np.stack(group), past, last_only))
-        # What fills a row up stands behind its tokens, where nothing reads it, until the tokens
-        # that follow take its place.
+        # Shorter sequences are padded on the right. No token reads the rows of padding, and the
+        # rows of later tokens overwrite them.
         ids = np.zeros((len(group), counts.max()), np.int64)
         for row, new in zip(ids, group, strict=True):
             row[: len(new)] = new
         if not last_only:
             logits = self._run(binding, ids, past, last_only=False)
             return [rows[:count].copy() for rows, count in zip(logits, counts, strict=True)]
-        # The last tokens are in different columns, and all logits of all rows would be too many.
+        # The last tokens are in different columns, and logits of all columns would take too much
+        # memory. So the last token of each sequence is fed in a second run.
         self._run(binding, np.ascontiguousarray(ids[:, :-1]), past, last_only=True)
         last = np.array([new[-1:] for new in group])
         return list(self._run(binding, last, past + counts - 1, last_only=True))
@@ -208,10 +223,11 @@ class InPlaceRunner(Runner, Generic[Row]):
         lengths: NDArray[np.int64],
         last_only: bool,
     ) -> NDArray[np.float32]:
-        """Feed ids `[B, S]` behind `lengths` `[B]` rows."""
+        """Run the graph once: feed `ids` `[B, S]` after the first `lengths` `[B]` rows."""
         batch, new = ids.shape
         columns = int(lengths.max()) + new
-        # At the start, the kernel must see from the mask that nothing is before the new tokens.
+        # At the start, a mask with as many columns as new tokens tells the kernel that there is no
+        # past.
         if lengths.any():
             columns = mask_columns(columns, binding.capacity)
         binding.put(INPUT_IDS, ids)
@@ -220,12 +236,12 @@ class InPlaceRunner(Runner, Generic[Row]):
         return binding.run(last_only)
 
     def grow(self, buffer: Buffer[Row], batch: int) -> Buffer[Row]:
-        """A larger buffer with the first sequences of a full one, and the caller's."""
+        """A larger buffer with the first `batch` sequences of a full one, all for the caller."""
         capacity = self._capacity(buffer.capacity + 1, None)
         return self._new_buffer(buffer.tensors, batch, buffer.capacity, capacity, capacity)
 
     def copy(self, buffer: Buffer[Row], lengths: NDArray[np.int64]) -> Buffer[Row]:
-        """A buffer with so many rows of each of the first sequences of another, the caller's."""
+        """A copy of a buffer for the caller, with the first sequences, of `lengths` rows each."""
         capacity = buffer.capacity
         return self._new_buffer(
             buffer.tensors, len(lengths), int(lengths.max()), capacity, capacity
@@ -233,19 +249,19 @@ class InPlaceRunner(Runner, Generic[Row]):
 
 
 def mask_columns(length: int, capacity: int) -> int:
-    """Columns of a mask for so many tokens: a graph takes more than that, up to its buffer's."""
+    """Columns of a mask for `length` tokens, rounded up, but no more than the buffer has rows."""
     return min(-(-length // _MASK_COLUMNS) * _MASK_COLUMNS, capacity)
 
 
 class GrowingRunner(InPlaceRunner[NDArray[Any]]):
-    """For such graphs on the CPU: the state is NumPy arrays."""
+    """Runs such graphs on the CPU, with a state of NumPy arrays."""
 
     def decode(self, state: State) -> DecodeSession:
-        """Go on from `state`, which nobody will use again, one token at a time."""
+        """Start a decode session; see `Runner.decode`."""
         return _GrowingSession(self, state)
 
     def bind(self, tensors: Sequence[NDArray[Any]]) -> InPlaceBinding:
-        """What runs the graph on NumPy arrays."""
+        """Bind the graph to NumPy arrays."""
         return InPlaceBinding(self._session, self._names, tensors, self.vocab_size)
 
     def _new_tensors(
@@ -262,7 +278,7 @@ InPlace = TypeVar("InPlace", bound=InPlaceRunner[Any])
 
 
 class InPlaceSession(DecodeSession, Generic[InPlace]):
-    """Has all rows of a buffer for itself, and a length for each sequence."""
+    """A decode session that owns a whole buffer, with a length for each sequence."""
 
     def __init__(self, runner: InPlace, state: State) -> None:
         self.rows = list(range(state.batch_size))
@@ -270,31 +286,31 @@ class InPlaceSession(DecodeSession, Generic[InPlace]):
         self._state = state
         self._lengths = state.lengths.copy()
         self._longest = int(self._lengths.max())
-        # None before the first step, which may never come.
+        # None before the first step: a session without steps needs no buffer.
         self._buffer: Buffer[Any] | None = None
 
     def _make_room(self) -> Buffer[Any]:
-        """The buffer, with room for one more row of each sequence."""
+        """The session's buffer; made or replaced if it has no room for one more row."""
         if self._buffer is None:
-            self._buffer = self._runner.claim_all(self._state)
+            self._buffer = self._runner.claim_for_decode(self._state)
         elif self._longest == self._buffer.capacity:
             self._buffer = self._runner.grow(self._buffer, len(self._lengths))
         return self._buffer
 
     def end(self) -> State:
-        """The state after all that was fed; see `DecodeSession.end`."""
+        """End the session; see `DecodeSession.end`."""
         if self._buffer is None:
             return self._state
-        # So that whoever goes on from here finds the rest of the buffer free.
+        # Frees the rest of the buffer, so that a later step can continue in place.
         self._buffer.release(self._lengths)
         return State(self._buffer, self._lengths, self._runner)
 
 
 class _GrowingSession(InPlaceSession[GrowingRunner]):
-    """Reads and writes the same NumPy arrays at each step.
+    """A decode session that reads and writes the same NumPy arrays in each step.
 
-    What Python does between two steps finds its code and data swept out of the caches, and takes
-    five times as long as it does alone: at most steps, nothing is bound.
+    A step evicts Python's code and data from the caches, so that Python's work between two steps
+    takes five times as long as alone. So most steps bind nothing.
     """
 
     def __init__(self, runner: GrowingRunner, state: State) -> None:
@@ -303,10 +319,10 @@ class _GrowingSession(InPlaceSession[GrowingRunner]):
         self._logits = np.empty((state.batch_size, 1, runner.vocab_size), np.float32)
         self._scores: list[NDArray[np.float32]] = []
         self._binding: InPlaceBinding | None = None
-        # Tokens of a sequence that fit into the mask which is bound.
+        # Columns of the bound mask.
         self._columns = 0
 
-    def step(self, token_ids: Sequence[int], top: int | None = None) -> Sequence[Scores]:
+    def step(self, token_ids: Sequence[int], top: int | None = None) -> Sequence[PositionLogits]:
         """Feed the next token of each sequence; see `DecodeSession.step`."""
         binding = self._binding
         if binding is None or self._longest == self._columns:
@@ -318,9 +334,9 @@ class _GrowingSession(InPlaceSession[GrowingRunner]):
         return self._scores
 
     def remove(self, rows: Collection[int]) -> None:
-        """Let sequences leave; others, from the end, take their places.
+        """Remove sequences; sequences from the end of the batch take their places.
 
-        That copies those rows, which costs about as much as one step reads of them.
+        Their rows are copied, which takes about as long as one step takes to read them.
         """
         buffer = self._make_room()
         if buffer.shared:
@@ -338,7 +354,7 @@ class _GrowingSession(InPlaceSession[GrowingRunner]):
         self._binding = None
 
     def _bind(self) -> InPlaceBinding:
-        """Bind what has changed: the buffer, the number of sequences, or the size of the mask."""
+        """Bind what has changed: the buffer, the number of sequences or the size of the mask."""
         before, buffer, count = self._buffer, self._make_room(), len(self.rows)
         binding = self._binding
         if binding is None or buffer is not before:

@@ -16,8 +16,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from doge_onnx.bundle import Manifest
-from doge_onnx.runtime.engine.runner import DEFAULT_CHUNK, DecodeSession, Runner, Scores
-from doge_onnx.runtime.engine.state import Buffer, State, grown_capacity
+from doge_onnx.runtime.engine.runner import DEFAULT_CHUNK, DecodeSession, PositionLogits, Runner
+from doge_onnx.runtime.engine.state import Buffer, State, buffer_capacity
 
 # Any id will do, because the mask hides padding.
 _PADDING_ID = 0
@@ -47,21 +47,21 @@ class PaddedRunner(Runner):
         # Most rows of a sequence without padding.
         self._most_rows = manifest.context_length
 
-    def _feed(
+    def _forward(
         self,
         tokens: Sequence[NDArray[np.int64]],
         state: State | None,
         last_only: bool,
         consume: bool,
-        most_tokens: int | None,
+        max_tokens: int | None,
     ) -> tuple[list[NDArray[np.float32]], State]:
-        """Feed each sequence of a batch its new tokens; see `Runner.feed`."""
+        """Feed each sequence of a batch its new tokens; see `Runner.forward`."""
         assert state is None or isinstance(state, PaddedState)
         ids, mask = left_pad(tokens)
         new = ids.shape[1]
         end = new if state is None else state.columns + new
         # Room for all chunks from the start, so that no buffer is copied between two chunks.
-        capacity = grown_capacity(end, self._most_rows, most_tokens)
+        capacity = buffer_capacity(end, self._most_rows, max_tokens)
         parts = []
         for start in range(0, new, self._chunk):
             columns = slice(start, start + self._chunk)
@@ -99,9 +99,9 @@ class PaddedRunner(Runner):
         Args:
             input_ids: int64 `[B, S]`, C-contiguous.
             mask: int64 `[B, S]`, C-contiguous; 1 for a token, 0 for padding.
-            state: See `feed`.
+            state: See `forward`.
             last_only: Compute logits for the last position only.
-            consume: See `feed`.
+            consume: See `forward`.
             capacity: Rows of the buffer, if the runner has to make one.
 
         Returns:
@@ -116,12 +116,14 @@ class _PaddedSession(DecodeSession):
         self.rows = list(range(state.batch_size))
         self._runner, self._state = runner, state
 
-    def step(self, token_ids: Sequence[int], top: int | None = None) -> Sequence[Scores]:
+    def step(self, token_ids: Sequence[int], top: int | None = None) -> Sequence[PositionLogits]:
         """Feed the next token of each sequence; see `DecodeSession.step`."""
         tokens = [np.empty(0, np.int64)] * self._state.batch_size
         for row, token_id in zip(self.rows, token_ids, strict=True):
             tokens[row] = np.array([token_id], np.int64)
-        logits, self._state = self._runner.feed(tokens, self._state, last_only=True, consume=True)
+        logits, self._state = self._runner.forward(
+            tokens, self._state, last_only=True, consume=True
+        )
         return [logits[row][0] for row in self.rows]
 
     def remove(self, rows: Collection[int]) -> None:

@@ -33,8 +33,7 @@ from doge_onnx.runtime.engine.state import State
 # are up to 8 % slower and need twice the memory.
 DEFAULT_CHUNK = 256
 
-
-R = TypeVar("R")
+Result = TypeVar("Result")
 
 
 class TopLogits(NamedTuple):
@@ -50,20 +49,20 @@ class TopLogits(NamedTuple):
 
 
 # Logits of one position: all of them, `[V]`, or only the largest.
-Scores = NDArray[np.float32] | TopLogits
+PositionLogits = NDArray[np.float32] | TopLogits
 
 
-class Lock(Protocol):
-    """What lets one caller at a time use a device."""
+class Executor(Protocol):
+    """Calls the functions that use a device, when no other caller uses it."""
 
-    def run(self, function: Callable[..., R], *args: Any) -> R:
-        """Call a function when no other caller uses the device, and return its result."""
+    def run(self, function: Callable[..., Result], *args: Any) -> Result:
+        """Call a function and return its result."""
 
 
-class NoLock:
-    """For the CPU, which any number of callers may use."""
+class ImmediateExecutor:
+    """For the CPU, which any number of callers may use at once."""
 
-    def run(self, function: Callable[..., R], *args: Any) -> R:
+    def run(self, function: Callable[..., Result], *args: Any) -> Result:
         """Call a function and return its result."""
         return function(*args)
 
@@ -76,6 +75,7 @@ class Runner(ABC):
         captures: Whether CUDA captures decode steps and replays them.
         reason_for_cpu: Why the device is the CPU, where a user might expect CUDA; else None.
         vocab_size: Size of the vocabulary, V.
+        executor: Calls what uses the device.
 
     Args:
         session: Has the inputs and outputs that the manifest implies.
@@ -91,7 +91,7 @@ class Runner(ABC):
         self, session: ort.InferenceSession, manifest: Manifest, chunk: int = DEFAULT_CHUNK
     ) -> None:
         layout = manifest.state
-        self.lock: Lock = NoLock()
+        self.executor: Executor = ImmediateExecutor()
         self._session = session
         # The rotary tables have one row for each position up to the context length.
         self._chunk = min(chunk, manifest.context_length)
@@ -104,13 +104,13 @@ class Runner(ABC):
         self.vocab_size = manifest.vocab_size
         self._context_length = manifest.context_length
 
-    def feed(
+    def forward(
         self,
         tokens: Sequence[NDArray[np.int64]],
         state: State | None,
         last_only: bool,
         consume: bool = False,
-        most_tokens: int | None = None,
+        max_tokens: int | None = None,
     ) -> tuple[list[NDArray[np.float32]], State]:
         """Feed each sequence of a batch its new tokens.
 
@@ -121,7 +121,7 @@ class Runner(ABC):
             last_only: Compute logits for the last position of each sequence only.
             consume: Whether the caller gives up `state`, so that the runner may overwrite its
                 memory.
-            most_tokens: Most tokens that any of the sequences will ever have, if the caller knows:
+            max_tokens: Most tokens that any of the sequences will ever have, if the caller knows:
                 a new state gets memory for no more.
 
         Returns:
@@ -129,18 +129,18 @@ class Runner(ABC):
             tokens, in arrays that belong to the caller; and the state after these tokens. If the
             call raises, `state` is unchanged, unless the caller gave it up.
         """
-        return self.lock.run(self._feed, tokens, state, last_only, consume, most_tokens)
+        return self.executor.run(self._forward, tokens, state, last_only, consume, max_tokens)
 
     @abstractmethod
-    def _feed(
+    def _forward(
         self,
         tokens: Sequence[NDArray[np.int64]],
         state: State | None,
         last_only: bool,
         consume: bool,
-        most_tokens: int | None,
+        max_tokens: int | None,
     ) -> tuple[list[NDArray[np.float32]], State]:
-        """Feed a batch while no other caller uses the device; see `feed`."""
+        """`forward`, called by the executor."""
 
     @abstractmethod
     def decode(self, state: State) -> DecodeSession:
@@ -166,7 +166,7 @@ class DecodeSession(ABC):
     rows: list[int]
 
     @abstractmethod
-    def step(self, token_ids: Sequence[int], top: int | None = None) -> Sequence[Scores]:
+    def step(self, token_ids: Sequence[int], top: int | None = None) -> Sequence[PositionLogits]:
         """Feed the next token of each sequence.
 
         Args:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from doge_onnx.bundle import Manifest
 from doge_onnx.errors import InputError
-from doge_onnx.runtime.engine.binding import Binding, Bindings, InPlaceBinding
+from doge_onnx.runtime.engine.binding import Binding, BindingCache, InPlaceBinding
 from doge_onnx.runtime.engine.io_names import ATTENTION_MASK, INPUT_IDS, POSITION_IDS
 from doge_onnx.runtime.engine.padded_runner import PaddedRunner, PaddedState
 from doge_onnx.runtime.engine.runner import DEFAULT_CHUNK
@@ -39,7 +39,7 @@ class WindowRunner(PaddedRunner):
         super().__init__(session, manifest, min(chunk, window))
         self._window = self._most_rows = window
         self._closing = manifest.state.closing
-        self._bindings = Bindings()
+        self._bindings = BindingCache()
 
     def bind(self, tensors: Sequence[Any]) -> Binding:
         """Bind the graph to the tensors of a state."""
@@ -64,7 +64,7 @@ class WindowRunner(PaddedRunner):
             )
         columns = new if state is None else state.columns + new
         buffer = self._writable(state, batch, columns, consume, capacity)
-        binding = self._bindings.of(buffer, self.bind)
+        binding = self._bindings.get(buffer, self.bind)
         binding.put(INPUT_IDS, input_ids)
         binding.put(ATTENTION_MASK, mask)
         binding.put(POSITION_IDS, np.maximum(counts - 1, 0))

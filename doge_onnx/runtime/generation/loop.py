@@ -12,7 +12,7 @@ from collections.abc import Generator, Sequence
 
 import numpy as np
 
-from doge_onnx.runtime.engine.runner import Runner, Scores
+from doge_onnx.runtime.engine.runner import PositionLogits, Runner
 from doge_onnx.runtime.generation.output import Piece
 from doge_onnx.runtime.generation.prefix_cache import PrefixCache
 from doge_onnx.runtime.generation.sequence import GeneratedSequence
@@ -51,17 +51,17 @@ def generate_pieces(
     if state is not None:
         batch[0].cached_tokens = int(state.lengths[0])
     started = time.perf_counter()
-    logits, state = runner.feed(
+    logits, state = runner.forward(
         [np.array(one.prompt[one.cached_tokens :], np.int64) for one in batch],
         state,
         last_only=True,
         # With a prefix cache, later calls may go on from this state. Else no more tokens than these
         # will be fed: the last token that is chosen is not.
-        most_tokens=None
+        max_tokens=None
         if prefix_cache is not None
         else max(len(one.prompt) + one.max_new_tokens - 1 for one in batch),
     )
-    scores: Sequence[Scores] = [row[-1] for row in logits]
+    scores: Sequence[PositionLogits] = [row[-1] for row in logits]
     session = runner.decode(state)
     del logits, state
     fed = list(batch[0].prompt)

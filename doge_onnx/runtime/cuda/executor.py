@@ -11,12 +11,12 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 # One lock for the whole process: while CUDA captures, no thread may allocate or copy.
-EXCLUSIVE = threading.RLock()
+PROCESS_LOCK = threading.RLock()
 
 _Result = TypeVar("_Result")
 
 
-class DeviceLock:
+class DeviceExecutor:
     """Calls the functions that use the device of one model, one at a time.
 
     Args:
@@ -45,5 +45,5 @@ class DeviceLock:
 
 
 def _alone(function: Callable[..., _Result], *args: Any, **options: Any) -> _Result:
-    with EXCLUSIVE:
+    with PROCESS_LOCK:
         return function(*args, **options)
