@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.metadata
 import inspect
+import re
 import subprocess
 import sys
 import textwrap
@@ -19,6 +21,7 @@ from doge_onnx import api
 from doge_onnx.errors import MissingExtraError
 
 PACKAGE = Path(doge_onnx.__file__).parent
+ARCHITECTURE = PACKAGE.parent / "docs" / "architecture.md"
 RUNTIME_MODULES = sorted(
     ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
     for half in ("runtime", "measure")
@@ -191,3 +194,92 @@ def test_all_public_names_are_there_and_listed():
     for name in ("Chat", "Completion", "GenerationConfig", "LogitsProcessor", "Model", "Piece"):
         assert name in doge_onnx.__all__
         assert getattr(doge_onnx, name).__name__ == name
+
+
+# --- who imports whom -------------------------------------------------------------------------
+
+
+def _layout() -> list[tuple[list[str], list[str]]]:
+    """The rows of the table in docs/architecture.md: what is there, and what it imports."""
+    table = ARCHITECTURE.read_text(encoding="utf-8").partition("| where | what | imports |\n")[2]
+    rows = [line.split("|") for line in table.partition("\n\n")[0].splitlines()[1:]]
+    return [tuple(re.findall(r"[\w./*]+", row[cell]) for cell in (1, 3)) for row in rows]
+
+
+def _imported(path: Path) -> set[str]:
+    """What a module imports: files of this package, and names of others, Python's own left out."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert node.module is not None
+            # `from package import module` is an import of the module.
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == PACKAGE.name:
+                found.add(_file(parts[1:]))
+            elif parts[0] not in sys.stdlib_module_names:
+                found.add(parts[0])
+    return found
+
+
+def _file(parts: list[str]) -> str:
+    """The file that a dotted name of this package is in; the name may end with one of its names."""
+    for end in (len(parts), len(parts) - 1):
+        path = PACKAGE.joinpath(*parts[: max(end, 0)])
+        for file in (path.with_suffix(".py"), path / "__init__.py"):
+            if file.is_file():
+                return file.relative_to(PACKAGE).as_posix()
+    raise AssertionError(parts)
+
+
+def _covers(entry: str, name: str) -> bool:
+    """Whether an entry of the table stands for a file or a package."""
+    if entry.endswith("/"):
+        return name.startswith(entry)
+    return re.fullmatch(re.escape(entry).replace(r"\*", "[^/]*"), name) is not None
+
+
+LAYOUT = _layout()
+# The imports of all modules of each row, without those from the row itself.
+IMPORTS = [
+    {
+        name
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if any(_covers(entry, path.relative_to(PACKAGE).as_posix()) for entry in where)
+        for name in _imported(path)
+        if not any(_covers(entry, name) for entry in where)
+    }
+    for where, _ in LAYOUT
+]
+
+
+def test_the_layout_has_a_place_for_every_module():
+    for path in PACKAGE.rglob("*.py"):
+        name = path.relative_to(PACKAGE).as_posix()
+        places = [where for where, _ in LAYOUT if any(_covers(entry, name) for entry in where)]
+        assert len(places) == 1, (name, places)
+
+
+@pytest.mark.parametrize("row", range(len(LAYOUT)), ids=[" ".join(row[0]) for row in LAYOUT])
+def test_the_layout_says_what_is_imported(row):
+    contract = LAYOUT[0][0]
+    stated, imported = LAYOUT[row][1], IMPORTS[row].difference(contract)
+    assert [name for name in imported if not any(_covers(each, name) for each in stated)] == []
+    assert [each for each in stated if not any(_covers(each, name) for name in imported)] == []
+
+
+def test_packages_of_the_runtime_import_only_those_above_them():
+    runtime = [
+        (where, imported)
+        for (where, _), imported in zip(LAYOUT, IMPORTS, strict=True)
+        if where[0].startswith("runtime/")
+    ]
+    assert len(runtime) == 5
+    for place, (_, imported) in enumerate(runtime):
+        for below, _ in runtime[place + 1 :]:
+            assert [n for n in imported if any(_covers(entry, n) for entry in below)] == []
