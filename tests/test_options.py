@@ -18,7 +18,12 @@ from fake_bundle import VOCAB, reference
 import doge_onnx
 from doge_onnx.bundle import Bundle
 from doge_onnx.errors import BundleError, InputError
-from doge_onnx.runtime.generation.config import GenerationConfig, GenerationOptions
+from doge_onnx.runtime.generation import sampling
+from doge_onnx.runtime.generation.config import (
+    GenerationConfig,
+    GenerationOptions,
+    option_names,
+)
 from doge_onnx.runtime.generation.defaults import Defaults, ignored_fields
 from doge_onnx.runtime.generation.processors import LogitsProcessor
 from doge_onnx.runtime.generation.sampling import Sampler
@@ -92,7 +97,14 @@ def test_options_out_of_range_are_refused_by_name(name, value):
         GenerationConfig().merged(**{name: value})
 
 
-@pytest.mark.parametrize("name", ["temperature", "top_k", "top_p", "min_p"])
+@pytest.mark.parametrize("name", option_names("filters"))
+def test_an_option_that_filters_asks_for_sampling_and_is_carried_out(tmp_path, name):
+    assert name in sampling.FILTERS
+    options = _resolve(_defaults(tmp_path, {}), **{name: 1})
+    assert (options.temperature, getattr(options, name)) == (1.0, 1)
+
+
+@pytest.mark.parametrize("name", ["temperature", *option_names("filters")])
 def test_a_sampler_replaces_other_options(name):
     with pytest.raises(InputError, match=f"sampler replaces {name}"):
         GenerationConfig(sampler=np.argmax, **{name: 1})

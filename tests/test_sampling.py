@@ -83,7 +83,15 @@ def test_all_filters_together_leave_what_transformers_leaves(
         scores = warper(torch.zeros(1, 1, dtype=torch.int64), scores)
     probabilities = scores.softmax(-1)[0].numpy()
     points = np.linspace(0, 1, 200, endpoint=False)
-    sample = sampling.make_sampler(_Fixed(*points), temperature, top_k, top_p, min_p)
+    sample = sampling.make_sampler(
+        _Fixed(*points),
+        temperature,
+        {
+            name: value
+            for name, value in {"top_k": top_k, "top_p": top_p, "min_p": min_p}.items()
+            if value is not None
+        },
+    )
     drawn = [sample(logits) for _ in points]
     assert all(probabilities[token] > 0 for token in drawn)
     # Evenly spread draws hit each token in proportion to its probability, up to both ends.

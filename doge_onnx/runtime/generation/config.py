@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from doge_onnx.runtime.generation.processors import LogitsProcessor
     from doge_onnx.runtime.generation.sampling import Sampler
 
-# Each of these asks for sampling if no temperature is given.
-FILTERS = ("top_k", "top_p", "min_p")
 # Added to logits, which are float32: sums of larger numbers would overflow.
 _LARGEST_SUMMAND = 1e30
 
@@ -61,6 +59,9 @@ class Option:
         kind: Type of one value on the command line; None if the command line lacks the option.
         several: Whether the command line accepts the option several times.
         metavar: Name of a value in the help of the command line.
+        filters: Whether the option leaves only some tokens to sample from. It asks for sampling if
+            no temperature is given, and `sampling.FILTERS` has what it keeps.
+        recommended: Whether generation_config.json has it under the same name.
     """
 
     words: str
@@ -71,12 +72,8 @@ class Option:
     kind: type | None = None
     several: bool = False
     metavar: str | None = None
-
-
-def option_of(name: str) -> Option:
-    """The description of a field of `GenerationConfig`."""
-    (found,) = (entry for entry in fields(GenerationConfig) if entry.name == name)
-    return cast(Option, found.metadata["option"])
+    filters: bool = False
+    recommended: bool = False
 
 
 def _option(*arguments: Any, **keywords: Any) -> dict[str, Option]:
@@ -106,7 +103,9 @@ def _is_bool(value: object) -> bool:
     return isinstance(value, bool)
 
 
-def _whole(least: int, help: str, default: str, metavar: str = "N") -> dict[str, Option]:
+def _whole(
+    least: int, help: str, default: str, metavar: str = "N", **more: bool
+) -> dict[str, Option]:
     return _option(
         f"a whole number, {least} or more",
         lambda value: _is_whole(value) and value >= least,
@@ -115,11 +114,17 @@ def _whole(least: int, help: str, default: str, metavar: str = "N") -> dict[str,
         default,
         kind=int,
         metavar=metavar,
+        **more,
     )
 
 
 def _real(
-    words: str, accept: Callable[[float], bool], help: str, default: str, metavar: str
+    words: str,
+    accept: Callable[[float], bool],
+    help: str,
+    default: str,
+    metavar: str,
+    **more: bool,
 ) -> dict[str, Option]:
     return _option(
         words,
@@ -129,6 +134,7 @@ def _real(
         default,
         kind=float,
         metavar=metavar,
+        **more,
     )
 
 
@@ -167,11 +173,14 @@ class GenerationConfig:
             0,
             "Most tokens to generate. The end of the context ends a text before that.",
             "up to the end of the context",
+            recommended=True,
         ),
     )
     min_new_tokens: int | None = field(
         default=None,
-        metadata=_whole(0, "Choose no end-of-text token before this many tokens.", "none"),
+        metadata=_whole(
+            0, "Choose no end-of-text token before this many tokens.", "none", recommended=True
+        ),
     )
     temperature: float | None = field(
         default=None,
@@ -181,10 +190,19 @@ class GenerationConfig:
             "0 always takes the most likely token (greedy); higher is more varied.",
             "greedy, or 1 where a filter asks for sampling",
             "T",
+            recommended=True,
         ),
     )
     top_k: int | None = field(
-        default=None, metadata=_whole(1, "Sample from the K most likely tokens.", "no limit", "K")
+        default=None,
+        metadata=_whole(
+            1,
+            "Sample from the K most likely tokens.",
+            "no limit",
+            "K",
+            filters=True,
+            recommended=True,
+        ),
     )
     top_p: float | None = field(
         default=None,
@@ -195,6 +213,8 @@ class GenerationConfig:
             "most 1.",
             "all",
             "P",
+            filters=True,
+            recommended=True,
         ),
     )
     min_p: float | None = field(
@@ -205,6 +225,8 @@ class GenerationConfig:
             "Sample from tokens at least P times as likely as the best one, 0 to 1.",
             "all",
             "P",
+            filters=True,
+            recommended=True,
         ),
     )
     repetition_penalty: float | None = field(
@@ -215,6 +237,7 @@ class GenerationConfig:
             "Above 1 makes tokens of the prompt and the text less likely; 1.1 is mild.",
             "none",
             "R",
+            recommended=True,
         ),
     )
     presence_penalty: float | None = field(
@@ -240,7 +263,10 @@ class GenerationConfig:
     no_repeat_ngram_size: int | None = field(
         default=None,
         metadata=_whole(
-            0, "Let no N tokens follow each other twice, in prompt and text together.", "no limit"
+            0,
+            "Let no N tokens follow each other twice, in prompt and text together.",
+            "no limit",
+            recommended=True,
         ),
     )
     logit_bias: Mapping[int, float] | None = field(
@@ -320,7 +346,7 @@ class GenerationConfig:
             if not option.valid(value):
                 raise InputError(f"{entry.name} must be {option.words}, not {value!r}")
             object.__setattr__(self, entry.name, option.store(value))
-        for name in ("temperature", *FILTERS):
+        for name in ("temperature", *option_names("filters")):
             if self.sampler is not None and getattr(self, name) is not None:
                 raise InputError(f"a sampler replaces {name}; give one of the two")
 
@@ -368,3 +394,10 @@ class GenerationOptions(TypedDict, total=False):
     top_logprobs: int | None
     processors: Sequence[LogitsProcessor] | None
     sampler: Sampler | None
+
+
+def option_names(flag: str) -> list[str]:
+    """Names of the options whose description has a flag: "filters" or "recommended"."""
+    return [
+        entry.name for entry in fields(GenerationConfig) if getattr(entry.metadata["option"], flag)
+    ]

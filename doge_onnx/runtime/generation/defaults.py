@@ -13,21 +13,10 @@ from typing import Any
 
 from doge_onnx.bundle import Bundle
 from doge_onnx.errors import BundleError, InputError
-from doge_onnx.runtime.generation.config import FILTERS, GenerationConfig
+from doge_onnx.runtime.generation.config import GenerationConfig, option_names
 
 GENERATION_CONFIG_NAME = "generation_config.json"
 
-# Fields of the file that this package has as options too.
-_TAKEN_OVER = (
-    "max_new_tokens",
-    "min_new_tokens",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "no_repeat_ngram_size",
-)
 # Fields that do not change which tokens are generated: bookkeeping, caches, speed, what is
 # returned. Those about beams matter only with several beams, which `num_beams` reports.
 _HARMLESS = {
@@ -91,7 +80,7 @@ _NEUTRAL: dict[str, Any] = {
     "top_h": 1,
     "typical_p": 1,
 }
-_KNOWN = {*_TAKEN_OVER, *_HARMLESS, "do_sample", "eos_token_id"}
+_KNOWN = {*option_names("recommended"), *_HARMLESS, "do_sample", "eos_token_id"}
 
 
 def ignored_fields(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -165,7 +154,8 @@ class Defaults:
                 f"{origin / GENERATION_CONFIG_NAME}: do_sample must be true or false, not "
                 f"{sample!r}"
             )
-        values = {name: config[name] for name in _TAKEN_OVER if config.get(name) is not None}
+        names = option_names("recommended")
+        values = {name: config[name] for name in names if config.get(name) is not None}
         # In these files 0 means no limit. From a caller, 0 is more likely a mistake.
         if values.get("top_k") == 0:
             del values["top_k"]
@@ -192,9 +182,11 @@ class Defaults:
         """
         recommended = self.recommended
         if given.sampler is not None:
-            unused = dict.fromkeys(("temperature", *FILTERS))
+            unused = dict.fromkeys(("temperature", *option_names("filters")))
             return replace(recommended, **unused).merged(**given.given())
-        sample = self.sample or any(getattr(given, name) is not None for name in FILTERS)
+        sample = self.sample or any(
+            getattr(given, name) is not None for name in option_names("filters")
+        )
         if not sample:
             recommended = replace(recommended, temperature=0.0)
         elif recommended.temperature is None:

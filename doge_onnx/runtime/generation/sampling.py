@@ -8,7 +8,8 @@ model, the state, or what changed the logits before (`processors`).
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,7 +47,9 @@ def sampler_of(options: GenerationConfig, number: int) -> Sampler:
     if not options.temperature:
         return greedy
     rng = np.random.default_rng(None if options.seed is None else [options.seed, number])
-    return make_sampler(rng, options.temperature, options.top_k, options.top_p, options.min_p)
+    given = options.given()
+    filters = {name: value for name, value in given.items() if name in FILTERS}
+    return make_sampler(rng, options.temperature, filters)
 
 
 def greedy(logits: NDArray[np.float32]) -> int:
@@ -55,21 +58,18 @@ def greedy(logits: NDArray[np.float32]) -> int:
 
 
 def make_sampler(
-    rng: np.random.Generator,
-    temperature: float,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
+    rng: np.random.Generator, temperature: float, filters: Mapping[str, Any] | None = None
 ) -> Sampler:
     """A sampler that draws one number from `rng` per token.
 
     Args:
         rng: Source of random numbers, for this sampler only.
         temperature: Divides the logits; above 0.
-        top_k: Keep the tokens that are at least as likely as the k-th most likely one.
-        top_p: Of those, keep the fewest most likely tokens whose probabilities sum to `top_p`.
-        min_p: Of those, keep tokens at least `min_p` times as likely as the most likely one.
+        filters: Values of some of `FILTERS`, by name. Each sees what those before it in `FILTERS`
+            have kept.
     """
+    values = filters or {}
+    chosen = [(keep, values[name]) for name, keep in FILTERS.items() if name in values]
 
     def sample(logits: NDArray[np.float32]) -> int:
         # Each filter keeps fewer candidates, which are ids and scores. The best score is 0. With a
@@ -77,14 +77,8 @@ def make_sampler(
         with np.errstate(over="ignore"):
             scores = (logits.astype(np.float64) - logits.max()) / temperature
         ids: NDArray[np.int64] = np.arange(len(scores))
-        if top_k is not None:
-            kept = keep_top_k(scores, top_k)
-            ids, scores = ids[kept], scores[kept]
-        if top_p is not None:
-            kept = keep_top_p(scores, top_p)
-            ids, scores = ids[kept], scores[kept]
-        if min_p is not None:
-            kept = keep_min_p(scores, min_p)
+        for keep, value in chosen:
+            kept = keep(scores, value)
             ids, scores = ids[kept], scores[kept]
         cumulative = np.exp(scores).cumsum()
         # At most (1 - 2**-53) times the sum, which rounds to less than the sum.
@@ -128,6 +122,14 @@ def keep_min_p(scores: NDArray[np.float64], p: float) -> NDArray[np.int64]:
     if p == 0:
         return np.arange(len(scores))
     return np.flatnonzero(scores >= scores.max() + np.log(p))
+
+
+# What each option that filters keeps, in the order in which they apply.
+FILTERS: dict[str, Callable[[NDArray[np.float64], Any], NDArray[np.int64]]] = {
+    "top_k": keep_top_k,
+    "top_p": keep_top_p,
+    "min_p": keep_min_p,
+}
 
 
 def log_probabilities(logits: NDArray[np.float32]) -> NDArray[np.float64]:
