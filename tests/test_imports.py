@@ -7,7 +7,6 @@ import importlib
 import importlib.metadata
 import inspect
 import re
-import subprocess
 import sys
 import textwrap
 import tomllib
@@ -15,10 +14,10 @@ from pathlib import Path
 
 import fake_bundle
 import pytest
+from fresh_python import EXTRA, run
 
 import doge_onnx
 from doge_onnx import api
-from doge_onnx.errors import MissingExtraError
 
 PACKAGE = Path(doge_onnx.__file__).parent
 ARCHITECTURE = PACKAGE.parent / "docs" / "architecture.md"
@@ -28,16 +27,6 @@ RUNTIME_MODULES = sorted(
     for path in (PACKAGE / half).rglob("*.py")
     if path.stem != "__init__"
 )
-BLOCK = """
-    import sys
-
-    class Block:
-        def find_spec(self, name, path=None, target=None):
-            if name.partition(".")[0] in {blocked!r}:
-                raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-
-    sys.meta_path.insert(0, Block())
-"""
 # In place of the real exporter, which takes seconds to import.
 EXPORTER = """
     import importlib.util
@@ -57,29 +46,6 @@ EXPORTER = """
 
     sys.meta_path.insert(0, Exporter())
 """
-EXTRA = {
-    "torch",
-    "onnx",
-    "onnx_ir",
-    "onnxscript",
-    "transformers",
-    "safetensors",
-    "huggingface_hub",
-    "yaml",
-    "typer",
-    "rich",
-    "jinja2",
-}
-
-
-def _run(code: str, blocked: set[str] | None = None) -> str:
-    prelude = textwrap.dedent(BLOCK).format(blocked=blocked) if blocked else ""
-    return subprocess.run(
-        [sys.executable, "-c", prelude + textwrap.dedent(code)],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
 
 
 def test_the_runtime_needs_numpy_onnxruntime_and_tokenizers_alone(tmp_path):
@@ -93,7 +59,7 @@ def test_the_runtime_needs_numpy_onnxruntime_and_tokenizers_alone(tmp_path):
         model = doge_onnx.load({str(path)!r})
         print(len(model.generate("the cat", max_new_tokens=3).token_ids))
     """
-    assert _run(code, blocked=EXTRA) == "3\n"
+    assert run(code, blocked=EXTRA) == "3\n"
 
 
 def test_chat_templates_alone_need_jinja(tmp_path):
@@ -106,13 +72,13 @@ def test_chat_templates_alone_need_jinja(tmp_path):
         except doge_onnx.MissingExtraError as error:
             print(error)
     """
-    assert "pip install jinja2" in _run(code, blocked=EXTRA)
+    assert "pip install jinja2" in run(code, blocked=EXTRA)
 
 
 def test_the_package_alone_imports_nothing_heavy():
     heavy = EXTRA | {"numpy", "onnxruntime", "tokenizers"}
     code = "import doge_onnx; print(doge_onnx.__version__, 'Model' in dir(doge_onnx))"
-    assert _run(code, blocked=heavy) == f"{doge_onnx.__version__} True\n"
+    assert run(code, blocked=heavy) == f"{doge_onnx.__version__} True\n"
 
 
 @pytest.mark.parametrize("call", ["export('model', 'out')", "verify('bundle', 'model')"])
@@ -124,13 +90,18 @@ def test_a_missing_extra_says_what_to_install(call):
         except doge_onnx.MissingExtraError as error:
             print(error)
     """
-    assert "pip install 'doge-onnx[export]'" in _run(code, blocked={"torch", "transformers"})
+    assert "pip install 'doge-onnx[export]'" in run(code, blocked={"torch", "transformers"})
 
 
 def test_another_import_error_is_a_bug_and_stays_one():
-    with pytest.raises(ImportError) as caught, api._extra("export"):
-        importlib.import_module("doge_onnx.no_such_module")
-    assert not isinstance(caught.value, MissingExtraError)
+    code = """
+        import doge_onnx
+        try:
+            doge_onnx.export("model", "out")
+        except ImportError as error:
+            print(type(error).__name__, error.name)
+    """
+    assert run(code, blocked={"numpy"}) == "ModuleNotFoundError numpy\n"
 
 
 @pytest.mark.parametrize(
@@ -153,7 +124,7 @@ def test_export_is_a_function_and_a_package_in_any_order(imports):
         assert doge_onnx.export.exporter.ExportReport
         doge_onnx.export("again", "out")
     """
-    output = _run(textwrap.dedent(EXPORTER) + textwrap.dedent(code))
+    output = run(textwrap.dedent(EXPORTER) + textwrap.dedent(code))
     assert output == "called with model out\ncalled with again out\n"
 
 
@@ -189,7 +160,7 @@ def test_all_public_names_are_there_and_listed():
         except AttributeError as error:
             print(error)
     """
-    assert _run(code) == "[]\nmodule 'doge_onnx' has no attribute 'NoSuchName'\n"
+    assert run(code) == "[]\nmodule 'doge_onnx' has no attribute 'NoSuchName'\n"
     assert doge_onnx.Model.generate is not None
     for name in ("Chat", "Completion", "GenerationConfig", "LogitsProcessor", "Model", "Piece"):
         assert name in doge_onnx.__all__

@@ -187,7 +187,7 @@ def export(
         if calibrates or activations == "float16":
             rows = _CALIBRATION_ROWS[parameters >= _LARGE]
             rows = rows if calibrates else _RANGE_ROWS
-            text = _calibration_text(checkpoint, length, rows, report)
+            text = calibration_text(checkpoint, length, rows, report)
         if text is not None and activations == "float16":
             half.check_activations(checkpoint, text, report)
         report("building the recurrent step")
@@ -313,10 +313,20 @@ def _bytes_per_weight(recipe: Recipe | None, activations: str) -> float:
     return max(recipe.body.bits / 8 + 4 / recipe.body.block_size, 1.0)
 
 
-def _calibration_text(
+def calibration_text(
     checkpoint: Checkpoint, context_length: int, rows: int, report: Callable[[str], None]
 ) -> torch.Tensor:
-    """Token ids `[N, S]` such as the model sees: what it writes itself."""
+    """A text such as the model sees, to calibrate with: one that it writes itself.
+
+    Args:
+        checkpoint: Of the model; keeps its tensors.
+        context_length: Most tokens of a sequence.
+        rows: Number of sequences, N.
+        report: Called with a few words.
+
+    Returns:
+        Token ids, int64 `[N, S]`.
+    """
     report("writing a text for calibration")
     length = min(_CALIBRATION_LENGTH, context_length)
     return torch.from_numpy(EagerModel(checkpoint, length).sample(_CALIBRATION_SEED, rows, length))
