@@ -54,8 +54,8 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     # Saves time: random weights need neither a text that the model writes, for the steps of an int8
     # state, nor the search for good scales. Speed does not depend on them.
-    exporter._calibration_text = lambda *_: torch.arange(16).unsqueeze(0)
-    rounding._TRIED = dict.fromkeys(rounding._TRIED, torch.ones(1))
+    exporter.calibration_text = lambda *_: torch.arange(16).unsqueeze(0)
+    rounding.TRIED_SCALES = dict.fromkeys(rounding.TRIED_SCALES, torch.ones(1))
 
     rows = []
     with Progress() as progress:

@@ -92,7 +92,7 @@ def test_a_docstring_becomes_markdown():
         """
         return first + len(second)
 
-    assert documentation._function("module.example", example) == (
+    assert documentation.function_section("module.example", example) == (
         '### module.example\n\n```python\nexample(first: int, *, second: str = "x") -> int\n```\n\n'
         "Do something.\n\nMore on it,\nin two lines.\n\nArguments:\n\n- `first`: One thing.\n"
         "- `second`: Another.\n\nReturns: A number.\n"

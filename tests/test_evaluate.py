@@ -16,7 +16,6 @@ import torch
 from conftest import TINY_CHECKPOINT
 from onnx import numpy_helper
 from test_cli import assert_one_line_error, invoke
-from test_imports import EXTRA, _run
 
 import doge_onnx
 from doge_onnx import bundle as bundles
@@ -95,22 +94,21 @@ def test_gaps_are_the_references_at_disagreements_alone():
     assert (report.choice_gap_median, report.choice_gap_max) == (3, 9)
 
 
-def test_long_windows_are_taken_in_chunks_without_a_difference(monkeypatch):
+# Around the number of positions that are taken at once, and several times as many.
+@pytest.mark.parametrize("length", [2, 64, 65, 66, 129, 200])
+def test_windows_of_any_length_have_the_figures_of_all_their_positions(length):
     rng = np.random.default_rng(1)
     ours, theirs = (Fake(rng.normal(size=(50, 50)) * 3) for _ in range(2))
-    ids = rng.integers(50, size=(2, 200)).tolist()
-    expected = score(ours, theirs, text(*ids))
+    ids = rng.integers(50, size=(2, length)).tolist()
+    report = score(ours, theirs, text(*ids))
     log_p, log_q = (
         model.table - np.log(np.exp(model.table.astype(float)).sum(-1, keepdims=True))
         for model in (theirs, ours)
     )
     past = np.array(ids)[:, :-1].ravel()
     kl = (np.exp(log_p) * (log_p - log_q)).sum(-1)[past].mean()
-    assert expected.mean_kl == pytest.approx(kl)
-    assert expected.tokens == 398
-    for chunk in (1, 7, 1000):
-        monkeypatch.setattr(evaluator, "_CHUNK", chunk)
-        assert score(ours, theirs, text(*ids)).mean_kl == pytest.approx(kl)
+    assert report.mean_kl == pytest.approx(kl)
+    assert report.tokens == 2 * (length - 1)
 
 
 def test_a_model_is_its_own_perfect_copy():
@@ -453,7 +451,7 @@ def test_a_bundle_is_evaluated_without_the_export_extra(tmp_path):
         except doge_onnx.MissingExtraError as error:
             print(error)
     """
-    output = _run(code, blocked=EXTRA)
+    output = run(code, blocked=EXTRA)
     assert output.startswith("0.0\nthis needs ")
     assert "pip install 'doge-onnx[export]'" in output
 
@@ -473,12 +471,12 @@ def test_measure_gives_what_an_evaluation_gives(worse, checkpoint, monkeypatch):
 def test_large_models_get_less_text_and_less_time(tiny_bundle, checkpoint, monkeypatch):
     asked = []
     monkeypatch.setattr(quality, "evaluate", lambda *_, **options: asked.append(options))
-    for work in (quality._WORK, checkpoint.parameters * 2000, 1):
-        monkeypatch.setattr(quality, "_WORK", work)
-        quality.measure(tiny_bundle, checkpoint, max_seconds=7)
-    assert [options["max_tokens"] for options in asked] == [8192, 2000, 1024]
-    assert {options["max_seconds"] for options in asked} == {7}
-    assert {options["min_tokens"] for options in asked} == {1024}
+    for parameters, tokens in ((20_000_000, 8192), (300_000_000, 2000), (3_000_000_000, 1024)):
+        assert quality.affordable_tokens(parameters) == tokens
+    quality.measure(tiny_bundle, checkpoint, max_seconds=7)
+    (options,) = asked
+    assert options["max_tokens"] == quality.affordable_tokens(checkpoint.parameters)
+    assert (options["max_seconds"], options["min_tokens"]) == (7, 1024)
 
 
 def test_the_card_and_the_manifest_show_the_figures(tiny_bundle, checkpoint, tmp_path):

@@ -260,8 +260,8 @@ def test_a_gate_keeps_twice_the_bits_of_a_channel(gated):
     for dtype in (torch.float64, torch.float16):
         model = EagerModel(checkpoint, 12, dtype)
         _, past = model.advance(ids, None)
-        dim = model._state.heads.dim
-        channels = past[0][0][..., dim : dim + model._state.heads.gate_channels]
+        dim = model.state.heads.dim
+        channels = past[0][0][..., dim : dim + model.state.heads.gate_channels]
         keys.append(channels.double().sum(-1))
     # In the first layer, they are of the same inputs but for the rounding of those.
     coarse = keys[0].half().double()

@@ -89,7 +89,7 @@ def test_the_graph_computes_what_the_quantized_step_does(
     directory = make_checkpoint(name)
     vocab_size = checkpoint_reader.read(directory).config.vocab_size
     text = torch.tensor([text_of(vocab_size, 64, seed) for seed in range(8)])
-    monkeypatch.setattr(exporter, "_calibration_text", lambda *_: text)
+    monkeypatch.setattr(exporter, "calibration_text", lambda *_: text)
     export(directory, tmp_path / "out", precision=precision, verify=False)
     ids = text_of(vocab_size)
     ours = doge_onnx.load(tmp_path / "out").forward([ids], logits="all")[0][0]

@@ -131,7 +131,9 @@ def library() -> str:
         "here may change at any time. Classes of a loaded model are in `doge_onnx`, too.\n",
         "## Functions\n",
     ]
-    parts += [_function(f"doge_onnx.{function.__name__}", function) for function in FUNCTIONS]
+    parts += [
+        function_section(f"doge_onnx.{function.__name__}", function) for function in FUNCTIONS
+    ]
     for title, classes in CLASSES.items():
         parts.append(f"## {title}\n")
         parts += [part for entry in classes for part in _class(entry)]
@@ -143,7 +145,14 @@ def library() -> str:
     return "\n".join(parts)
 
 
-def _function(name: str, function: Any, level: str = "###") -> str:
+def function_section(name: str, function: Any, level: str = "###") -> str:
+    """A function as Markdown: a heading, the signature and the docstring.
+
+    Args:
+        name: Name in the heading; its last part is that of the signature.
+        function: The function.
+        level: Mark of the heading.
+    """
     signature = _signature(name.rpartition(".")[2], function)
     return f"{level} {name}\n\n```python\n{signature}\n```\n\n{_docstring(function)}"
 
@@ -169,7 +178,7 @@ def _class(entry: type) -> Iterator[str]:
             kind = inspect.get_annotations(member.fget)["return"] if member.fget else ""
             yield f"#### {full}\n\n`{kind}`. {_docstring(member)}"
         elif inspect.isfunction(member):
-            yield _function(full, member, "####")
+            yield function_section(full, member, "####")
 
 
 def _options() -> str:

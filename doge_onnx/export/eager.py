@@ -39,6 +39,7 @@ class EagerModel:
         description: Name, engine and element type, for a person.
         vocab_size: Token ids are in `range(vocab_size)`.
         context_length: As given.
+        state: How a row of its state is laid out.
     """
 
     def __init__(
@@ -59,8 +60,8 @@ class EagerModel:
         self._small = checkpoint.parameters < _SMALL
         half = dtype in (torch.float16, torch.bfloat16)
         rows = str(dtype).removeprefix("torch.") if half else "float32"
-        self._state = GrowingState(checkpoint, context_length, STANDARD, rows, rows)
-        step = RecurrentStep(checkpoint, self._state, STANDARD)
+        self.state = GrowingState(checkpoint, context_length, STANDARD, rows, rows)
+        step = RecurrentStep(checkpoint, self.state, STANDARD)
         self._step = (step.halve() if half else step.to(dtype)).eval()
 
     @torch.no_grad()
@@ -76,7 +77,7 @@ class EagerModel:
         """
         batch, length = ids.shape
         if past is None:
-            heads = self._state.heads
+            heads = self.state.heads
             empty = torch.zeros(batch, heads.num_keys, 0, heads.row, dtype=self._dtype)
             past = [(empty, empty)] * self._layers
         mask = torch.ones(batch, past[0][0].shape[2] + length, dtype=torch.int64)

@@ -188,7 +188,7 @@ def export(
         if calibrates or activations == "float16":
             rows = _CALIBRATION_ROWS[parameters >= _LARGE]
             rows = rows if calibrates else _RANGE_ROWS
-            text = _calibration_text(checkpoint, length, rows, report)
+            text = calibration_text(checkpoint, length, rows, report)
         if text is not None and activations == "float16":
             half.check_activations(checkpoint, text, report)
         report("building the recurrent step")
@@ -322,10 +322,20 @@ def _bytes_per_weight(recipe: Recipe | None, activations: str) -> float:
     return max(recipe.body.bits / 8 + 4 / recipe.body.block_size, 1.0)
 
 
-def _calibration_text(
+def calibration_text(
     checkpoint: Checkpoint, context_length: int, rows: int, report: Callable[[str], None]
 ) -> torch.Tensor:
-    """Texts that the model writes, as token ids int64 `[rows, S]`: what it sees in use."""
+    """Texts that the model writes itself, to calibrate with: they are like what it sees in use.
+
+    Args:
+        checkpoint: The model's; keeps its tensors.
+        context_length: Most tokens of a sequence.
+        rows: Number of sequences.
+        report: Called with a few words.
+
+    Returns:
+        Token ids, int64 `[rows, S]`.
+    """
     report("writing a text for calibration")
     length = min(_CALIBRATION_LENGTH, context_length)
     return torch.from_numpy(EagerModel(checkpoint, length).sample(_CALIBRATION_SEED, rows, length))

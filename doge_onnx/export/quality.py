@@ -52,6 +52,15 @@ def open_checkpoint(
     return EagerModel(checkpoint, context_length, name=source.model)
 
 
+def affordable_tokens(parameters: int) -> int:
+    """Tokens of the text that an export can afford to write and to read.
+
+    Args:
+        parameters: Number of weights of the model; larger ones get less text.
+    """
+    return min(max(round(_WORK / parameters), _MIN_TOKENS), DEFAULT_TOKENS)
+
+
 def measure(
     bundle: str | Path | Bundle,
     checkpoint: Checkpoint,
@@ -72,11 +81,10 @@ def measure(
         BundleError: The bundle is incomplete, altered, or cannot be run.
         QualityError: The checkpoint's logits are not finite.
     """
-    tokens = round(_WORK / checkpoint.parameters)
     return evaluate(
         BundleScorer(bundle),
         EagerModel(checkpoint, SAMPLE_WINDOW),
-        max_tokens=min(max(tokens, _MIN_TOKENS), DEFAULT_TOKENS),
+        max_tokens=affordable_tokens(checkpoint.parameters),
         max_seconds=max_seconds,
         min_tokens=_MIN_TOKENS,
         progress=progress,

@@ -20,7 +20,7 @@ _DAMPING = 0.01
 _PANEL = 128
 # Scales to try, relative to the one that just reaches the largest number of a block. With 16 steps
 # a smaller scale, which clips that number, may lose less; with 256 steps it does not.
-_TRIED = {4: torch.linspace(0.7, 1.05, 15), 8: torch.ones(1)}
+TRIED_SCALES = {4: torch.linspace(0.7, 1.05, 15), 8: torch.ones(1)}
 # Number of matrix elements in one piece of the search, to bound its memory.
 _SEARCHED = 2**22
 
@@ -100,7 +100,7 @@ def _search_part(weight: Tensor, bits: int, block_size: int, weights: Tensor) ->
     reach = cut.gather(-1, index) / -(2 ** (bits - 1))
     reach = torch.where(reach == 0, 1.0, reach)
     best, least = reach, torch.full_like(reach, torch.inf)
-    for part in _TRIED[bits].tolist():
+    for part in TRIED_SCALES[bits].tolist():
         scale = reach * part
         values = _round(cut, scale, bits)
         # The best scale for these values, by least squares.
