@@ -216,7 +216,7 @@ def test_a_step_that_leaves_the_gpu_is_refused():
         devices.check_placement(Session(["CPUExecutionProvider"], []))
 
 
-def resident(path, *args, **options):
+def model_on_device(path, *args, **options):
     """A model whose state is in the memory of a device, which is the CPU."""
     return model_on(path, on_device(path, *args, **options))
 
@@ -233,7 +233,7 @@ def pair(request, tmp_path, make_bundle, main_checkpoint):
         # Of a real export: its graph can be told where in the mask its tokens are.
         path = make_bundle(main_checkpoint, device="cuda", verify=False).path
         usual = doge_onnx.load(path, device="cpu", prefill_chunk=4)
-        return usual, resident(path, capture="captured" in request.param)
+        return usual, model_on_device(path, capture="captured" in request.param)
     changes = {
         "in place": {},
         "in place without logits_to_keep": {"keep": False},
@@ -242,7 +242,7 @@ def pair(request, tmp_path, make_bundle, main_checkpoint):
     }[request.param]
     path = fake_bundle.write(tmp_path / "b", **changes)
     runner = CudaCopyingRunner if request.param == "copying" else CudaGrowingRunner
-    return doge_onnx.load(path, device="cpu", prefill_chunk=4), resident(path, runner)
+    return doge_onnx.load(path, device="cpu", prefill_chunk=4), model_on_device(path, runner)
 
 
 PROMPTS = [[3, 4, 5, 6, 7, 8], [9], [3, 3, 5]]
@@ -288,7 +288,7 @@ def test_states_keep_their_value_wherever_they_are(pair):
 def test_a_buffer_on_a_device_grows(tmp_path, monkeypatch):
     monkeypatch.setattr("doge_onnx.runtime.engine.state.FIRST_CAPACITY", 2)
     path = fake_bundle.write(tmp_path / "b")
-    model = resident(path)
+    model = model_on_device(path)
     logits, state = model.forward([[3, 4]])
     for token in [5, 6, 7, 8, 9]:
         logits, state = model.forward([[token]], state)
@@ -340,7 +340,7 @@ def test_greedy_ids_do_not_come_back_from_the_host(tmp_path):
 def test_window_states_on_a_device(tmp_path, make_bundle, main_checkpoint):
     made = make_bundle(main_checkpoint, state="window", verify=False)
     here = doge_onnx.load(made.path, device="cpu")
-    there = resident(made.path, CudaWindowRunner, 16)
+    there = model_on_device(made.path, CudaWindowRunner, 16)
     ids = np.random.default_rng(0).integers(0, 97, (2, 90))
     for model in (here, there):
         model.first, state = model.forward(ids[:, :70], logits="all")

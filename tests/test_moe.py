@@ -7,6 +7,7 @@ import older_checkpoints
 import pytest
 import torch
 from checkpoints import assert_close
+from loaded import assert_batch_close, in_pieces
 from stepping import Growing, Window, each, fresh_text, pad, random_text, row
 
 import doge_onnx
@@ -129,21 +130,8 @@ def bundle(request, model, tmp_path_factory):
 
 def test_the_bundle_computes_the_same(model, bundle):
     ids = fresh_text(60, VOCABULARY, seed=6)
-    truth = model.logits(ids)
-    rows, state = [], None
-    for piece in np.split(np.array([ids]), [1, 18, 19, 37, 38, 39], axis=1):
-        logits, state = bundle.forward(piece, state, logits="all")
-        rows.append(logits[0])
-    assert_close(np.concatenate(rows), truth)
+    assert_close(in_pieces(bundle, ids, [1, 18, 19, 37, 38, 39]), model.logits(ids))
 
 
 def test_the_bundle_takes_a_batch(model, bundle):
-    texts = [fresh_text(length, VOCABULARY, seed=length) for length in (48, 10, 33)]
-    ids, mask = (tensor.numpy() for tensor in pad([text[:-3] for text in texts]))
-    logits, state = bundle.forward(ids, attention_mask=mask, logits="all")
-    rows = [logits]
-    for column in (-3, -2, -1):
-        logits, state = bundle.forward([[text[column]] for text in texts], state)
-        rows.append(logits)
-    for got, text in zip(np.concatenate(rows, axis=1), texts, strict=True):
-        assert_close(got[-len(text) :], model.logits(text))
+    assert_batch_close(bundle, model.logits, VOCABULARY)
