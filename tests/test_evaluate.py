@@ -14,6 +14,7 @@ import onnx
 import pytest
 import torch
 from conftest import TINY_CHECKPOINT
+from fresh_python import EXTRA, run
 from onnx import numpy_helper
 from test_cli import assert_one_line_error, invoke
 
