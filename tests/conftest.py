@@ -1,6 +1,7 @@
 """Bundles that several test modules share; making one takes seconds."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,12 @@ def tiny_bundle(tmp_path_factory):
     """examples/doge-tiny for ONNX Runtime; copy it before changing anything."""
     out = tmp_path_factory.mktemp("bundles") / "tiny"
     return doge_onnx.export(TINY_CHECKPOINT, out, verify=False).path
+
+
+@pytest.fixture
+def bundle_copy(tiny_bundle, tmp_path):
+    """A copy of `tiny_bundle`, to be changed."""
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
 
 
 @pytest.fixture(scope="session")
