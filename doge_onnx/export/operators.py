@@ -186,6 +186,23 @@ def _to_int8(x: Tensor, scale: Tensor) -> Tensor:
     return (x / scale).round().clamp(-128, 127).to(torch.int8)
 
 
+def _log_sum_exp(x: Tensor) -> Tensor:
+    """log(e^a + e^b) of pairs (a, b), with the same bits wherever the pair is in a tensor.
+
+    ONNX Runtime's Softplus and Log compute four elements at once, and the remaining elements with
+    another formula. So a token's gates would depend on its place in a step: the logits of a row
+    would depend on its batch, and equal tokens would not be equal for a window. Here no pair
+    depends on another.
+
+    Args:
+        x: `[..., 2]`, of which the first element is 0.
+
+    Returns:
+        `[...]`, which is softplus of the second element.
+    """
+    return -torch.log_softmax(x, dim=-1)[..., 0]
+
+
 def _split_heads(x: Tensor, num_heads: int) -> Tensor:
     """`[B, S, N * W]` to `[B, N, S, W]`."""
     heads: Tensor = x.unflatten(-1, (num_heads, -1))
@@ -326,6 +343,7 @@ class Operators:
     rotary_embedding: Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
     causal_attention: Callable[..., tuple[Tensor, Tensor, Tensor]]
     all_gates: Callable[[Tensor, Tensor, Tensor | None, Tensor, int, int, int], Tensor]
+    log_sum_exp: Callable[[Tensor], Tensor]
     project_to_vocabulary: Callable[[Tensor, Tensor], Tensor]
     keep_last: Callable[[Tensor, Tensor], Tensor]
     new_columns: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
@@ -339,6 +357,7 @@ STANDARD = Operators(
     rotary_embedding=_rotary_embedding,
     causal_attention=_causal_attention,
     all_gates=_all_gates,
+    log_sum_exp=_log_sum_exp,
     project_to_vocabulary=_project_to_vocabulary,
     keep_last=_keep_last,
     new_columns=_new_columns,
@@ -381,6 +400,7 @@ FUSED = Operators(
             key.shape[0], past_key.shape[1] * count, total
         ),
     ),
+    log_sum_exp=_opaque("log_sum_exp", _log_sum_exp, lambda x: x.new_empty(x.shape[:-1])),
     project_to_vocabulary=_opaque(
         "project_to_vocabulary",
         _project_to_vocabulary,

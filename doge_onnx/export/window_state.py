@@ -81,8 +81,8 @@ class WindowState(nn.Module):
         )
         angles = position_ids.unsqueeze(-1).float() * frequencies
         half = self.heads.dim // 2
-        stamps = (position_ids + 1).unsqueeze(-1).float() * self.is_key
-        rest = torch.nn.functional.pad(stamps.unsqueeze(-1), (0, self.heads.rest - 1))
+        stamps = (position_ids + 1)[..., None, None].float() * self.is_key
+        rest = torch.nn.functional.pad(stamps, (0, self.heads.rest - 1))
         return Tokens(
             rows=torch.arange(batch * length).view(batch, length),
             cos=angles.cos().view(batch * length, half),
@@ -170,7 +170,7 @@ class WindowState(nn.Module):
 
 
 def _gate_limit(mask: Tensor, is_key: Tensor) -> Tensor:
-    return torch.where((mask == 0).unsqueeze(-1) & is_key, CLOSED_GATE, _OPEN)
+    return torch.where((mask == 0)[..., None, None] & is_key, CLOSED_GATE, _OPEN)
 
 
 def _rows(state: Tensor, index: Tensor) -> Tensor:
