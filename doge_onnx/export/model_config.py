@@ -8,13 +8,13 @@ belong.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from doge_onnx import text_files
 from doge_onnx.errors import ConfigError
 
 CONFIG_NAME = "config.json"
@@ -90,7 +90,7 @@ class DogeConfig:
                 that is missing, senseless or not supported; the field is named.
         """
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw = text_files.read_json(path)
         except FileNotFoundError:
             raise ConfigError(f"{path.parent} is not a checkpoint: it has no {path.name}") from None
         # RecursionError: brackets nested deeper than any config's.

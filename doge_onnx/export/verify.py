@@ -21,12 +21,13 @@ import transformers
 from numpy.typing import NDArray
 from torch import Tensor
 
+from doge_onnx import text_files
 from doge_onnx.bundle import Bundle, write_parity
 from doge_onnx.errors import BundleError, CheckpointError, ParityError
 from doge_onnx.export import checkpoint as checkpoints
 from doge_onnx.export.checkpoint import Checkpoint, Source
 from doge_onnx.export.eager import EagerModel, Past
-from doge_onnx.export.model_config import DogeConfig, RopeConfig
+from doge_onnx.export.model_config import CONFIG_NAME, DogeConfig, RopeConfig
 from doge_onnx.manifest import Manifest
 from doge_onnx.runtime.model import Model, load
 
@@ -281,9 +282,12 @@ class _Transformers:
             told = {"rope_theta": rope.theta, "rope_scaling": scaling}
         try:
             with _quiet_transformers():
+                # transformers itself reads no JSON with a byte order mark, so it gets the content.
+                fields = text_files.read_json(directory / CONFIG_NAME)
                 self._model = transformers.DogeForCausalLM.from_pretrained(
                     directory,
-                    **told,
+                    config=transformers.DogeConfig.from_dict(fields, **told),
+                    generation_config=transformers.GenerationConfig(),
                     attn_implementation="eager",
                     dtype=torch.float32,
                     local_files_only=True,
