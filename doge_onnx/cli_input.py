@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TextIO
 
 import typer
@@ -31,21 +31,21 @@ def text(argument: str) -> str:
         raise typer.BadParameter(str(error)) from None
 
 
-def variables(entries: list[str] | None) -> dict[str, Any] | None:
-    """The values of NAME=VALUE pairs; None if there are none.
+def variables(entries: Iterable[str]) -> dict[str, Any]:
+    """The values of NAME=VALUE pairs.
 
     A value is JSON, one of Python's names for true, false and null, or else text.
 
     Raises:
-        typer.BadParameter: There is no name or no value.
+        ValueError: There is no name or no value.
     """
-    found: dict[str, Any] = {}
-    for entry in entries or ():
+    found = {}
+    for entry in entries:
         name, equals, value = entry.partition("=")
         if not name or not equals:
-            raise typer.BadParameter(f"{entry!r} is not NAME=VALUE, such as enable_thinking=false")
+            raise ValueError(f"{entry!r} is not NAME=VALUE, such as enable_thinking=false")
         found[name] = _value(value)
-    return found or None
+    return found
 
 
 def _value(words: str) -> Any:

@@ -33,8 +33,10 @@ if TYPE_CHECKING:
     from doge_onnx.measure.workload import Spread
     from doge_onnx.runtime.generation.output import Completion, Timings
 
-_stdout = Console(highlight=False, markup=False)
-_stderr = Console(highlight=False, markup=False, stderr=True)
+# With NO_COLOR, rich leaves colours out but not bold and dim, which are codes for a terminal, too.
+_CODES = None if os.environ.get("NO_COLOR") else "auto"
+_stdout = Console(highlight=False, markup=False, color_system=_CODES)
+_stderr = Console(highlight=False, markup=False, color_system=_CODES, stderr=True)
 # Mean KL divergence, in nats per token, above which an export prints a warning.
 _NOTABLE_KL = 0.05
 
@@ -48,6 +50,9 @@ def prepare_streams() -> None:
         # The process that starts a command may have closed its streams.
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - open until the end
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # What is typed may be UTF-8 though the locale says something else.
+        sys.stdin.reconfigure(errors="surrogateescape")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             encoding, newline = (None, None) if stream.isatty() else ("utf-8", "\n")
@@ -81,14 +86,17 @@ def progress() -> Iterator[Callable[[str], None]]:
     On a terminal, it shows the step beside a spinner; elsewhere, it prints a line for each step.
     """
     status: Status | None = None
+    spinner = "dots" if _stderr.encoding.startswith("utf") else "line"
+    # FORCE_COLOR makes rich take a pipe for a terminal.
+    moves = sys.stderr.isatty() and not _stderr.is_dumb_terminal
 
     def begin(step: str) -> None:
         nonlocal status
-        if not _stderr.is_terminal:
+        if not moves:
             note(f"  {step}")
         elif status is None:
             # Starts with the first step, because a download before it draws its own progress bar.
-            status = _stderr.status(escape(step))
+            status = _stderr.status(escape(step), spinner=spinner)
             status.start()
         else:
             status.update(escape(step))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -67,6 +67,7 @@ class ParityReport:
         tokens: Length of the prompt.
         reference: What the bundle was compared with.
         device: Where the bundle ran, "cpu" or "cuda".
+        unrecorded: Why the bundle's manifest could not take the figures; None if it did.
     """
 
     prefill: float
@@ -79,6 +80,7 @@ class ParityReport:
     tokens: int
     reference: str
     device: str
+    unrecorded: str | None = None
 
     @property
     def max_abs_diff(self) -> float:
@@ -103,6 +105,7 @@ class ParityReport:
     def as_dict(self) -> dict[str, Any]:
         """The figures as they stand in the manifest; None for one that is not a number."""
         figures = {"passed": self.passed, "max_abs_diff": self.max_abs_diff, **asdict(self)}
+        del figures["unrecorded"]
         return {
             name: None if isinstance(value, float) and not np.isfinite(value) else value
             for name, value in figures.items()
@@ -118,6 +121,8 @@ def verify(
     progress: Callable[[str], None] | None = None,
 ) -> ParityReport:
     """Compare a bundle with its checkpoint, and put the figures into the bundle's manifest.
+
+    If the manifest cannot be written, the report says so.
 
     Args:
         bundle_path: A bundle.
@@ -142,7 +147,11 @@ def verify(
         )
     source = checkpoints.find(reference, revision)
     report = compare(opened, source.directory, progress or (lambda _: None), device)
-    write_parity(opened, parity_figures(report, source))
+    try:
+        write_parity(opened, parity_figures(report, source))
+    except BundleError as error:
+        # The figures took minutes, and a bundle may well be on a disk that is only read.
+        return replace(report, unrecorded=str(error))
     return report
 
 
