@@ -32,6 +32,9 @@ class _Verbs(TyperGroup):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run the whole command line."""
         code = _FAILED
+        if " " in kwargs.get("prog_name", ""):
+            # Shells complete a command by its name, which `python -m` does not have.
+            self.params = [each for each in self.params if "completion" not in (each.name or "")]
         try:
             return super().main(*args, **kwargs)
         except SystemExit as end:
@@ -74,7 +77,8 @@ class _Continues(TyperCommand):
         except Exception as error:
             # typer does not export the classes of mistakes about options.
             if hasattr(error, "option_name") and hasattr(error, "message"):
-                error.message += "; a prompt that begins with '-' goes behind '--'"
+                words = error.message.rstrip(".")
+                error.message = f"{words}; a prompt that begins with '-' goes behind '--'"
             raise
 
 
@@ -271,15 +275,10 @@ def generate(
         return
     timings = None
     pieces = model.stream(text, **options)
-    try:
+    with cli_output.growing_text() as write:
         for piece in pieces:
-            sys.stdout.write(piece.text)
-            sys.stdout.flush()
+            write(piece.text)
             timings = piece.timings
-    finally:
-        # Also after Ctrl-C, so that the next output begins on a new line.
-        sys.stdout.write("\n")
-        sys.stdout.flush()
     if stats and timings is not None:
         cli_output.timings(timings)
 
@@ -449,8 +448,8 @@ def main(name: str = "doge-onnx") -> None:
         name: What the user called, for the lines about usage.
     """
     # SIGBREAK exists on Windows only: Ctrl-Break, or a console that is closed.
-    for name in ("SIGTERM", "SIGHUP", "SIGBREAK"):
-        number = getattr(signal, name, None)
+    for signal_name in ("SIGTERM", "SIGHUP", "SIGBREAK"):
+        number = getattr(signal, signal_name, None)
         # The handler raises an exception, so that clean-up runs. What `nohup` ignores stays so.
         if number is not None and signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _end)

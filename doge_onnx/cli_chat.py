@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import sys
 import threading
 from collections.abc import Generator, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING
+
+from doge_onnx import cli_output
 
 if TYPE_CHECKING:
     from doge_onnx.runtime.generation.output import Piece
@@ -19,16 +20,15 @@ if TYPE_CHECKING:
 
 def print_answer(answer: Generator[Piece, None, None]) -> None:
     """Print an answer piece by piece, until it ends or Ctrl-C is pressed."""
-    with contextlib.closing(answer), _interruptions() as interrupted:
-        try:
-            for piece in answer:
-                sys.stdout.write(piece.text)
-                sys.stdout.flush()
-                if interrupted.is_set():
-                    break
-        finally:
-            sys.stdout.write("\n")
-            sys.stdout.flush()
+    with (
+        contextlib.closing(answer),
+        _interruptions() as interrupted,
+        cli_output.growing_text() as write,
+    ):
+        for piece in answer:
+            write(piece.text)
+            if interrupted.is_set():
+                break
 
 
 @contextlib.contextmanager

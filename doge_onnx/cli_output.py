@@ -13,13 +13,14 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from doge_onnx import text_files
 from doge_onnx.bundle import Manifest
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from doge_onnx.runtime.generation.output import Completion, Timings
 
 # With NO_COLOR, rich leaves colours out but not bold and dim, which are codes for a terminal, too.
-_CODES = None if os.environ.get("NO_COLOR") else "auto"
+_CODES: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"
 _stdout = Console(highlight=False, markup=False, color_system=_CODES)
 _stderr = Console(highlight=False, markup=False, color_system=_CODES, stderr=True)
 # Mean KL divergence, in nats per token, above which an export prints a warning.
@@ -106,6 +107,29 @@ def progress() -> Iterator[Callable[[str], None]]:
     finally:
         if status is not None:
             status.stop()
+
+
+@contextlib.contextmanager
+def growing_text() -> Iterator[Callable[[str], None]]:
+    """A context whose value prints a piece of a text at once; in the end, the line ends.
+
+    After an error or Ctrl-C, the line ends only if it had begun.
+    """
+    begun = False
+
+    def write(piece: str) -> None:
+        nonlocal begun
+        begun = True
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    try:
+        yield write
+    except BaseException:
+        if begun:
+            write("\n")
+        raise
+    write("\n")
 
 
 def export_summary(out: str, report: ExportReport) -> None:
@@ -416,6 +440,9 @@ def _print_rows(rows: Mapping[str, object]) -> None:
 
 def _printable(text: str) -> str:
     """A text with control characters escaped: a file may hold commands for the terminal."""
+    # The name of a file, in a locale that is not UTF-8.
+    with contextlib.suppress(ValueError):
+        text = text_files.repair(text)
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
     )

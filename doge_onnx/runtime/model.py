@@ -26,9 +26,7 @@ from doge_onnx.runtime.generation.loop import generate_pieces
 from doge_onnx.runtime.generation.output import Completion, Piece
 from doge_onnx.runtime.generation.sequence import GeneratedSequence
 from doge_onnx.runtime.loader import open_runner
-from doge_onnx.runtime.prompt import Messages as Messages
-from doge_onnx.runtime.prompt import Prompt as Prompt
-from doge_onnx.runtime.prompt import PromptReader, Rendering
+from doge_onnx.runtime.prompt import Messages, Prompt, PromptReader, Rendering
 from doge_onnx.runtime.text.tokenizer import Tokenizer
 
 # Percent of the context that a conversation leaves free for the next answer.
