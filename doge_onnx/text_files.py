@@ -56,7 +56,8 @@ def read(path: Path, max_characters: int | None = None) -> str:
     """
     if max_characters is None:
         return decode(path.read_bytes())
-    size = _MAX_BYTES * max_characters
+    # With room for the byte order mark.
+    size = _MAX_BYTES * (max_characters + 1)
     with path.open("rb") as stream:
         data = stream.read(size)
         return decode(data, complete=not stream.read(1))[:max_characters]

@@ -137,17 +137,20 @@ class ChatTemplate:
             "add_generation_prompt": bool(add_generation_prompt),
         }
         field = "content" if continue_final_message is True else continue_final_message
-        conversation = _plain(messages)
-        joined = [_joined(message) for message in conversation]
-        if joined == conversation:
-            return self._continued(conversation, field, given)
+        return self._continued(self._readable(_plain(messages), given), field, given)
+
+    def _readable(
+        self, messages: list[dict[str, Any]], variables: Mapping[str, Any]
+    ) -> list[dict[str, Any]]:
+        """The messages, with their parts joined if the template cannot take them."""
+        joined = [_joined(message) for message in messages]
+        if joined == messages:
+            return messages
         try:
-            text = self._continued(conversation, field, given)
+            text = self._written({**variables, "messages": messages})
         except (InputError, BundleError):
-            return self._continued(joined, field, given)
-        if _shows(text, conversation):
-            return text
-        return self._continued(joined, field, given)
+            return joined
+        return messages if _shows(text, messages) else joined
 
     def _continued(
         self, messages: list[dict[str, Any]], field: str | bool, variables: Mapping[str, Any]
