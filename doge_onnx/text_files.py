@@ -95,8 +95,10 @@ def _decode(data: bytes, complete: bool = True) -> str:
     try:
         return codecs.getincrementaldecoder("utf-8-sig")().decode(data, complete)
     except UnicodeDecodeError as error:
+        # The decoder counts from behind the byte order mark.
+        place = len(data) - len(error.object) + error.start
         raise ValueError(
-            f"it is not UTF-8 text (byte 0x{data[error.start]:02x} at position {error.start})"
+            f"it is not UTF-8 text (byte 0x{data[place]:02x} at position {place})"
         ) from None
 
 

@@ -123,8 +123,9 @@ class PromptReader:
 
     def _beginning(self) -> list[int]:
         """The token that an empty text begins with, as in transformers; empty if there is none."""
+        vocabulary = range(self._bundle.manifest.vocab_size)
         for name in (GENERATION_CONFIG_NAME, "config.json"):
             token_id = self._bundle.read_json(name).get("bos_token_id")
-            if isinstance(token_id, int) and not isinstance(token_id, bool) and token_id >= 0:
-                return [token_id]
+            if isinstance(token_id, int) and token_id is not True and token_id in vocabulary:
+                return [int(token_id)]
         return []
