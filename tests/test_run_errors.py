@@ -7,6 +7,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import runners
+from chat_templates import PLAIN
 from commands import assert_one_line_error, invoke
 from onnx import numpy_helper
 from onnxruntime.capi import onnxruntime_pybind11_state as bindings
@@ -15,6 +16,7 @@ import doge_onnx
 from doge_onnx.errors import BundleError, DeviceError, NotEnoughMemoryError
 from doge_onnx.runtime.cuda.executor import DeviceExecutor
 from doge_onnx.runtime.cuda.runner import CudaCopyingRunner, CudaGrowingRunner
+from doge_onnx.runtime.engine import state
 from doge_onnx.runtime.engine.graph_session import GraphSession, run_error
 
 # Positions of the table that the damaged graph still has.
@@ -36,10 +38,10 @@ def damaged(path, in_place=True):
 def test_a_graph_that_fails_as_it_runs_is_an_error_of_the_bundle(tmp_path, in_place):
     path = damaged(tmp_path / "b", in_place)
     model = doge_onnx.load(path)
-    _, state = model.forward([[1] * LEFT])
+    _, full = model.forward([[1] * LEFT])
     for call in (
         lambda: model.forward([[1] * (LEFT + 1)]),
-        lambda: model.forward([[1]], state),
+        lambda: model.forward([[1]], full),
         lambda: model.generate([1, 2], max_new_tokens=9),
         lambda: model.generate_batch([[1], [2]], max_new_tokens=9),
         lambda: list(model.stream([1, 2], max_new_tokens=9)),
@@ -65,9 +67,9 @@ def test_a_graph_that_fails_as_it_runs_is_one_line(tmp_path):
 def test_a_graph_that_fails_on_a_device_is_an_error_of_the_bundle(tmp_path, kind, in_place):
     path = damaged(tmp_path / "b", in_place)
     runner = runners.on_device(path, kind)
-    state = runner.forward([np.ones(LEFT, np.int64)], None, last_only=True)[1]
+    full = runner.forward([np.ones(LEFT, np.int64)], None, last_only=True)[1]
     with pytest.raises(BundleError, match=WORDS):
-        runner.decode(state).step([1])
+        runner.decode(full).step([1])
 
 
 @pytest.mark.parametrize(
@@ -113,6 +115,36 @@ def test_memory_that_is_lacking_is_a_memory_error_as_well(tmp_path, monkeypatch)
         model.generate("the cat", max_new_tokens=1)
     result = invoke("generate", tmp_path / "b", "the cat")
     assert_one_line_error(result, "not enough memory to run", str(tmp_path))
+
+
+def no_memory(*_):
+    raise MemoryError("Unable to allocate 4 GiB")
+
+
+@pytest.mark.parametrize("allocate", ["zeros", "empty"])
+def test_memory_for_a_state_or_for_logits_is_memory_as_well(tmp_path, monkeypatch, allocate):
+    model = doge_onnx.load(fake_bundle.write(tmp_path / "b"))
+    with monkeypatch.context() as patches:
+        # In the place of a limit for this process, which would hold for all tests.
+        patches.setattr(np, allocate, no_memory)
+        for call in (
+            lambda: model.forward([[1]]),
+            lambda: model.generate("the cat", max_new_tokens=1),
+        ):
+            with pytest.raises(NotEnoughMemoryError, match=r"model\.onnx.*Unable to allocate"):
+                call()
+    assert model.generate("the cat", max_new_tokens=1).token_ids
+
+
+def test_a_state_that_grows_needs_memory_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(state, "FIRST_CAPACITY", 4)
+    model = doge_onnx.load(fake_bundle.write(tmp_path / "b", chat_template=PLAIN))
+    # A conversation does not tell at its beginning how long it will be.
+    pieces = model.chat(max_new_tokens=200).stream("the cat")
+    next(pieces)
+    monkeypatch.setattr(np, "zeros", no_memory)
+    with pytest.raises(NotEnoughMemoryError, match=r"model\.onnx.*Unable to allocate"):
+        list(pieces)
 
 
 def test_what_the_device_cannot_do_is_an_error_and_what_this_package_does_wrong_is_a_bug():

@@ -52,8 +52,8 @@ def _alone(function: Callable[..., _Result], *args: Any, **options: Any) -> _Res
     with PROCESS_LOCK:
         try:
             return function(*args, **options)
+        except DogeOnnxError:
+            raise
         # Of memory that is allocated, copied or read; a graph's own are no longer among them.
         except ORT_ERRORS as error:
-            if isinstance(error, DogeOnnxError):
-                raise
             raise run_error("use the device", error) from error

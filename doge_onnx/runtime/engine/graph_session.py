@@ -40,6 +40,9 @@ _NO_MEMORY = re.compile(
 class GraphSession(ort.InferenceSession):  # type: ignore[misc]  # it has no types
     """A session with the graph of a file, whose failed runs raise a `DogeOnnxError`.
 
+    Attributes:
+        graph: The file.
+
     Args:
         graph: The file.
         options: See `onnxruntime.InferenceSession`.
@@ -47,7 +50,7 @@ class GraphSession(ort.InferenceSession):  # type: ignore[misc]  # it has no typ
     """
 
     def __init__(self, graph: Path, options: ort.SessionOptions, **arguments: Any) -> None:
-        self._graph = graph
+        self.graph = graph
         self._run_options = ort.RunOptions()
         # ONNX Runtime also prints what it raises, unless told not to.
         quiet = options.log_severity_level >= _ERROR
@@ -61,7 +64,7 @@ class GraphSession(ort.InferenceSession):  # type: ignore[misc]  # it has no typ
         try:
             super().run_with_iobinding(binding, run_options or self._run_options)
         except ORT_ERRORS as error:
-            raise run_error(f"run {self._graph}", error) from error
+            raise run_error(f"run {self.graph}", error) from error
 
     def run_with_ort_values(
         self, outputs: Sequence[str], inputs: Mapping[str, ort.OrtValue]
@@ -73,7 +76,7 @@ class GraphSession(ort.InferenceSession):  # type: ignore[misc]  # it has no typ
             )
             return values
         except ORT_ERRORS as error:
-            raise run_error(f"run {self._graph}", error) from error
+            raise run_error(f"run {self.graph}", error) from error
 
 
 def run_error(task: str, error: Exception) -> BundleError | DeviceError | NotEnoughMemoryError:
