@@ -109,7 +109,7 @@ def commands() -> str:
     )
     parts = [
         f"# Commands\n\n{NOTE}\nWhat `--help` prints. [command-line](command-line.md) has "
-        "what all commands share.\n",
+        "what all share.\n",
         _help("doge-onnx", group, top),
     ]
     for name, command in group.commands.items():
