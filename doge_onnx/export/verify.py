@@ -300,7 +300,8 @@ class _Transformers:
 
     @torch.no_grad()
     def step(self, token: int) -> Array:
-        output = self._model(torch.tensor([[token]]), past_key_values=self._cache)
+        # By position, since the parameter has another name from transformers 5.24 on.
+        output = self._model(torch.tensor([[token]]), None, None, self._cache)
         logits: Tensor = output.logits
         row: Array = logits[0, -1].numpy()
         return row
