@@ -219,8 +219,9 @@ class Manifest:
                 f"{', '.join(DEVICES)}; export again"
             )
         for name in ("ignored_fields", "notes"):
-            if not all(isinstance(text, str) for text in getattr(manifest, name)):
-                raise BundleError(f"{origin}: field {name!r} is no list of texts; export again")
+            value = list(getattr(manifest, name))
+            if not all(isinstance(text, str) for text in value):
+                raise BundleError(f"{origin}: field {name!r} cannot be {value!r}; export again")
         _check_closing(state, origin)
         return manifest
 

@@ -64,6 +64,7 @@ class Generation:
     in_transformers: bool = False
 
 
+MODEL_TYPES = ("doge", "doge2")
 DOGE = Generation("Doge", in_transformers=True)
 DOGE2 = Generation("Doge2")
 # The Doge in the repository of flash-sparse-attention, from October 2025 on.
@@ -370,9 +371,7 @@ class _Reader:
         outer = parent._positive_float("rope_theta", default=1e4)
         theta = self._positive_float("rope_theta", default=outer)
         if theta != outer and parent._raw.get("rope_theta") is not None:
-            self._note(
-                f"has a rope_theta of {outer:g} and one of {theta:g} in {name}, which counts"
-            )
+            self._note(f"has a rope_theta of {outer:g}; that of {theta:g} in {name} counts")
         self._refuse_what_is_left()
         return RopeConfig(kind, theta, factor)
 
@@ -395,7 +394,7 @@ class _Reader:
             raise self._error(name, "is not the id of a token") from None
         if unknown:
             ids = ", ".join(map(str, unknown))
-            self._note(f"has a {name} of {ids}, which no token of the {vocab_size} has")
+            self._note(f"names {ids} as {name}, which the model of {vocab_size} tokens lacks")
         return tuple(known)
 
     def _token_id(self, name: str, vocab_size: int) -> int | None:

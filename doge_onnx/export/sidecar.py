@@ -76,8 +76,8 @@ def unknown_tokens(source: Source, vocab_size: int) -> list[str]:
         if unknown:
             ids = ", ".join(map(str, unknown))
             sentences.append(
-                f"{GENERATION_CONFIG_NAME} has a {name} of {ids}, which no token of the "
-                f"{vocab_size} has"
+                f"{GENERATION_CONFIG_NAME} names {ids} as {name}, which the model of {vocab_size} "
+                "tokens lacks"
             )
     return sentences
 

@@ -178,8 +178,8 @@ class Attention(nn.Module):
     Queries and keys pass through norm, gate channels and rotation together, as one tensor of
     Hq + Hkv heads. That halves the number of nodes, which take most of the time of a small model's
     step. The constants of queries come from the same formula as the gates: their columns of W_dt
-    are zero, so exp(A · softplus(0)) is 2^A, which is 0 for a very negative A. Without the exp it is
-    A · ln 2.
+    are zero, so exp(A · softplus(0)) is 2^A, which is 0 for a very negative A. Without the exp it
+    is A · ln 2.
 
     Values and the output are as wide as rows of the state: zero columns of W_v and zero rows of W_o
     cost less than nodes that pad and cut.
