@@ -50,8 +50,8 @@ def load(
         bundle: The directory that `export` wrote.
         device: "cpu", "cuda" or "auto". "auto" is CUDA if it is installed and can run the bundle,
             and else the CPU.
-        threads: Threads that one operator may use; None for one for each physical core that this
-            process may use.
+        threads: Threads that one operator may use; None for the number in
+            OMP_NUM_THREADS, or else one for each physical core that this process may use.
         prefill_chunk: Most tokens of a prompt in one run of the graph; None for a number that suits
             the device. The result does not depend on it.
         verbose: Show the warnings of ONNX Runtime.
@@ -267,8 +267,8 @@ def bench(
         batches: Batch sizes, each of which is measured with all contexts; None for 1 and 8.
         tokens: Decode steps after each prompt, in each repetition; None for 16.
         repetitions: How often each figure is measured; None for 3.
-        threads: Threads that one operator may use; None for one for each physical core that this
-            process may use.
+        threads: Threads that one operator may use; None for the number in
+            OMP_NUM_THREADS, or else one for each physical core that this process may use.
         device: "auto", "cpu" or "cuda"; see `load`.
         cuda_graph: See `load`.
         progress: Called with a line of text when a step begins.

@@ -398,7 +398,12 @@ Stats = Annotated[
 ]
 Threads = Annotated[
     int | None,
-    typer.Option(min=1, metavar="N", help="CPU threads to use. Default: one for each core."),
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="CPU threads to use. Default: the number in OMP_NUM_THREADS, or else one for each "
+        "core that this process may use.",
+    ),
 ]
 PrefillChunk = Annotated[
     int | None,

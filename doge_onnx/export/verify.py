@@ -27,6 +27,7 @@ from doge_onnx.export import checkpoint as checkpoints
 from doge_onnx.export.checkpoint import Checkpoint, Source
 from doge_onnx.export.eager import EagerModel, Past
 from doge_onnx.export.model_config import DogeConfig, RopeConfig
+from doge_onnx.export.torch_threads import thread_limit
 from doge_onnx.manifest import Manifest
 from doge_onnx.runtime.model import Model, load
 
@@ -108,6 +109,7 @@ class ParityReport:
         }
 
 
+@thread_limit()
 def verify(
     bundle_path: str | Path,
     reference: str | Path,

@@ -90,8 +90,8 @@ class BenchReport:
         machine: Processor, cores, system, and versions of the libraries.
         device: Where the model ran, "cpu" or "cuda".
         cuda_graph: Whether CUDA may have replayed decode steps; see `load`.
-        threads: The number asked for, or else one for each physical core that the process may use;
-            the bandwidth is measured with the same number.
+        threads: The number asked for, or else the default of `load`; the bandwidth is measured
+            with the same number.
         read_bytes_per_second: Bytes per second that this many threads read from memory, at best; on
             a GPU, the bytes that a copy in its memory reads and writes.
         tokens: Decode steps of each repetition.
