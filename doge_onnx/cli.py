@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 import doge_onnx
-from doge_onnx import cli_chat, cli_options, cli_output
+from doge_onnx import api, cli_chat, cli_options, cli_output
 from doge_onnx.bundle import Bundle, read_manifest
 from doge_onnx.errors import DogeOnnxError
 from doge_onnx.runtime.generation.defaults import GENERATION_CONFIG_NAME, ignored_fields
@@ -135,7 +135,8 @@ def export(
 def verify(
     bundle: cli_options.Bundle,
     reference: cli_options.Reference,
-    revision: cli_options.Revision = None,
+    revision: cli_options.BundleRevision = None,
+    reference_revision: cli_options.ReferenceRevision = None,
     device: cli_options.Device = cli_options.Devices.auto,
 ) -> None:
     """Compare a bundle with its checkpoint.
@@ -148,7 +149,12 @@ def verify(
     cli_output.note(f"comparing {bundle} with {reference}")
     with cli_output.progress() as progress:
         report = doge_onnx.verify(
-            bundle, reference, device=device.value, revision=revision, progress=progress
+            bundle,
+            reference,
+            device=device.value,
+            revision=revision,
+            reference_revision=reference_revision,
+            progress=progress,
         )
     cli_output.parity(report)
     report.require(bundle)
@@ -159,7 +165,8 @@ def evaluate(
     bundle: cli_options.Bundle,
     reference: cli_options.EvalReference = None,
     text: cli_options.EvalText = None,
-    revision: cli_options.Revision = None,
+    revision: cli_options.BundleRevision = None,
+    reference_revision: cli_options.ReferenceRevision = None,
     max_tokens: cli_options.MaxTokens = None,
     window: cli_options.Window = None,
     seed: cli_options.EvalSeed = None,
@@ -187,6 +194,7 @@ def evaluate(
             seed=seed,
             device=device.value,
             revision=revision,
+            reference_revision=reference_revision,
             progress=progress,
         )
     if json:
@@ -208,6 +216,7 @@ def generate(
     options: dict[str, Any],
     json: cli_options.JsonCompletion = False,
     stats: cli_options.Stats = False,
+    revision: cli_options.BundleRevision = None,
     threads: cli_options.Threads = None,
     prefill_chunk: cli_options.PrefillChunk = None,
     device: cli_options.Device = cli_options.Devices.auto,
@@ -228,7 +237,7 @@ def generate(
     if chat:
         before = [] if system is None else [{"role": "system", "content": system}]
         text = [*before, {"role": "user", "content": text}]
-    model = _load(bundle, device, threads, prefill_chunk, verbose, cuda_graph)
+    model = _load(bundle, revision, device, threads, prefill_chunk, verbose, cuda_graph)
     if json:
         cli_output.completion_json(model.generate(text, **options), stats)
         return
@@ -254,6 +263,7 @@ def chat(
     system: cli_options.System = None,
     *,
     options: dict[str, Any],
+    revision: cli_options.BundleRevision = None,
     threads: cli_options.Threads = None,
     prefill_chunk: cli_options.PrefillChunk = None,
     device: cli_options.Device = cli_options.Devices.auto,
@@ -266,7 +276,7 @@ def chat(
     ends an answer, Ctrl-D the conversation. The model remembers the whole conversation up to the
     context length, and then forgets the oldest turns.
     """
-    model = _load(bundle, device, threads, prefill_chunk, verbose, cuda_graph)
+    model = _load(bundle, revision, device, threads, prefill_chunk, verbose, cuda_graph)
     conversation = model.chat(system, **options)
     for message in cli_chat.messages():
         known = len(conversation.messages)
@@ -285,6 +295,7 @@ def bench(
     threads: cli_options.Threads = None,
     device: cli_options.Device = cli_options.Devices.auto,
     cuda_graph: cli_options.CudaGraph = None,
+    revision: cli_options.BundleRevision = None,
     json: cli_options.JsonBench = False,
 ) -> None:
     """Measure how fast a bundle runs on this machine.
@@ -306,6 +317,7 @@ def bench(
             threads=threads,
             device=device.value,
             cuda_graph=cuda_graph,
+            revision=revision,
             progress=progress,
         )
     if json:
@@ -317,15 +329,20 @@ def bench(
 @app.command()
 def info(
     bundle: cli_options.Bundle,
+    revision: cli_options.BundleRevision = None,
     json: cli_options.JsonManifest = False,
 ) -> None:
-    """Show what a bundle holds."""
-    opened = Bundle(Path(bundle), read_manifest(Path(bundle)))
+    """Show what a bundle holds.
+
+    Of a bundle on the Hub, the graph and its weights are not fetched.
+    """
+    found = api.find_bundle(bundle, revision, weights=False)
+    opened = found if isinstance(found, Bundle) else Bundle(Path(found), read_manifest(Path(found)))
     ignored = ignored_fields(opened.read_json(GENERATION_CONFIG_NAME))
     if json:
-        cli_output.manifest_json(opened.manifest, ignored)
+        cli_output.manifest_json(opened, ignored)
     else:
-        cli_output.manifest(opened.manifest, ignored)
+        cli_output.manifest(opened, ignored)
 
 
 @app.command()
@@ -359,6 +376,7 @@ def push(
 
 def _load(
     bundle: str,
+    revision: str | None,
     device: cli_options.Devices,
     threads: int | None,
     prefill_chunk: int | None,
@@ -372,6 +390,7 @@ def _load(
         prefill_chunk=prefill_chunk,
         verbose=verbose,
         cuda_graph=cuda_graph,
+        revision=revision,
     )
     if model.reason_for_cpu is not None:
         cli_output.note(f"(this runs on the CPU: {model.reason_for_cpu})")

@@ -209,7 +209,26 @@ class Counts(tuple[int, ...]):
 
 Bundle = Annotated[
     str,
-    typer.Argument(metavar="BUNDLE", help="Directory that `doge-onnx export` wrote."),
+    typer.Argument(
+        metavar="BUNDLE",
+        help="Directory that `doge-onnx export` wrote, or the id of a bundle on the Hugging Face "
+        "Hub such as user/model.",
+    ),
+]
+BundleRevision = Annotated[
+    str | None,
+    typer.Option(
+        "--revision",
+        metavar="REV",
+        help="Branch, tag or commit of a BUNDLE on the Hub. Default: its main branch.",
+    ),
+]
+ReferenceRevision = Annotated[
+    str | None,
+    typer.Option(
+        metavar="REV",
+        help="Branch, tag or commit of a reference on the Hub. Default: its main branch.",
+    ),
 ]
 Revision = Annotated[
     str | None,
@@ -322,7 +341,7 @@ EvalReference = Annotated[
     str | None,
     typer.Option(
         metavar="MODEL|BUNDLE",
-        help="What to compare with: another bundle, or a checkpoint (a directory or a Hub id).",
+        help="What to compare with: another bundle, or a checkpoint; a directory or a Hub id.",
     ),
 ]
 EvalText = Annotated[
