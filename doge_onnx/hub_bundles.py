@@ -9,8 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub import HfApi, constants, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from doge_onnx.bundle import MANIFEST_NAME, Bundle, check_file, check_name, read_manifest
 from doge_onnx.errors import BundleError, HubError
@@ -34,13 +40,7 @@ def fetch(repo: str, revision: str | None = None, *, weights: bool = True) -> Bu
         BundleError: The manifest is not valid, or of another format version.
     """
     with fetching(repo, revision, HubError):
-        origin = _download(
-            repo,
-            revision,
-            MANIFEST_NAME,
-            missing=f"{repo} on the Hub is no bundle: it has no {MANIFEST_NAME}; if it is a "
-            f"checkpoint, make a bundle of it with `doge-onnx export {repo} bundle`",
-        )
+        origin = _find_manifest(repo, revision)
         # The cache has a directory for each commit.
         directory, commit = origin.parent, origin.parent.name
         manifest = read_manifest(directory)
@@ -56,11 +56,35 @@ def fetch(repo: str, revision: str | None = None, *, weights: bool = True) -> Bu
 def holds_bundle(repo: str, revision: str | None = None) -> bool:
     """Whether a repository is a bundle; also False if the Hub does not say."""
     try:
-        hf_hub_download(repo, MANIFEST_NAME, revision=revision)
+        with fetching(repo, revision, HubError):
+            _find_manifest(repo, revision)
     # Whoever then takes it for a checkpoint finds out what is wrong, and says so.
-    except Exception:
+    except HubError:
         return False
     return True
+
+
+def _find_manifest(repo: str, revision: str | None) -> Path:
+    """Where a bundle's manifest is in the cache, which gets it if need be."""
+    try:
+        # Asked for one file, the Hub's client would try for half a minute until it gives up.
+        HfApi(library_name="doge-onnx").model_info(repo, revision=revision)
+    except (RevisionNotFoundError, HFValidationError):
+        raise
+    # The Hub refuses, is not to be asked or gives no answer: there are exceptions of all kinds.
+    except Exception as error:
+        try:
+            path = hf_hub_download(repo, MANIFEST_NAME, revision=revision, local_files_only=True)
+        except LocalEntryNotFoundError as not_cached:
+            if isinstance(error, RepositoryNotFoundError):
+                raise error from None
+            raise not_cached from error
+        return Path(path)
+    missing = (
+        f"{repo} on the Hub is no bundle: it has no {MANIFEST_NAME}; if it is a checkpoint, make a "
+        f"bundle of it with `doge-onnx export {repo} bundle`"
+    )
+    return _download(repo, revision, MANIFEST_NAME, missing)
 
 
 def _fetch_file(repo: str, commit: str, directory: Path, name: str, entry: Any) -> None:
