@@ -103,6 +103,8 @@ def progress() -> Iterator[Callable[[str], None]]:
 
 def export_summary(out: str, report: ExportReport) -> None:
     """Print the summary of an export."""
+    for sentence in report.manifest.notes:
+        note(f"note: {sentence}")
     rows: dict[str, object] = {
         "bundle": out,
         "size": _megabytes(report.size),
@@ -225,6 +227,8 @@ def manifest(bundle: Bundle, ignored: Sequence[str]) -> None:
     _print_section("Parity", _spaced(parity))
     if shown.quality is not None:
         _print_section("Quality", _spaced(shown.quality))
+    if shown.notes:
+        _print_section("Notes", {str(n): text for n, text in enumerate(shown.notes, start=1)})
     if ignored:
         _print_section("Generation", {"asked for, not done": ", ".join(ignored)})
     _print_section("Made with", shown.versions)
