@@ -9,6 +9,7 @@ Example:
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from doge_onnx.api import bench, evaluate, export, load, push, verify
@@ -21,6 +22,7 @@ from doge_onnx.errors import (
     HubError,
     InputError,
     MissingExtraError,
+    NotEnoughMemoryError,
     ParityError,
     QualityError,
 )
@@ -38,7 +40,8 @@ if TYPE_CHECKING:
     )
     from doge_onnx.runtime.generation.processors import LogitsProcessor
     from doge_onnx.runtime.generation.sampling import Sampler
-    from doge_onnx.runtime.model import Model, Prompt
+    from doge_onnx.runtime.model import Model
+    from doge_onnx.runtime.prompt import Prompt
     from doge_onnx.runtime.text.tokenizer import Tokenizer
 
 # `export` is also the name of the subpackage that does the work, and importing that puts it into
@@ -46,6 +49,10 @@ if TYPE_CHECKING:
 # whatever order things are imported. A type checker sees the function.
 
 __version__ = "0.1.0"
+
+# ONNX Runtime reads this while it is imported, and without it leaves an identifier of the machine
+# and a database in the home directory. Processes that are started from here inherit it.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 # Imported when it is first asked for, since it needs numpy and onnxruntime.
 _MODULES = {
@@ -57,7 +64,7 @@ _MODULES = {
     "LogitsProcessor": "doge_onnx.runtime.generation.processors",
     "Model": "doge_onnx.runtime.model",
     "Piece": "doge_onnx.runtime.generation.output",
-    "Prompt": "doge_onnx.runtime.model",
+    "Prompt": "doge_onnx.runtime.prompt",
     "Sampler": "doge_onnx.runtime.generation.sampling",
     "State": "doge_onnx.runtime.engine.state",
     "Timings": "doge_onnx.runtime.generation.output",
@@ -81,6 +88,7 @@ __all__ = [
     "LogitsProcessor",
     "MissingExtraError",
     "Model",
+    "NotEnoughMemoryError",
     "ParityError",
     "Piece",
     "Prompt",

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
+from doge_onnx import cli_input
 from doge_onnx.runtime.generation.config import GenerationConfig, Option
 
 # Options that add to the report beside the text, which only the JSON output has.
@@ -132,6 +133,7 @@ def _generation_parameters(without: Collection[str]) -> Iterator[inspect.Paramet
             metavar=option.metavar,
             help=_help(entry.name, option),
             callback=_checker(entry.name, option),
+            parser=cli_input.text if option.kind is str else None,
         )
         kind: Any = GenericAlias(list, option.kind) if option.several else option.kind
         yield inspect.Parameter(
@@ -209,7 +211,26 @@ class Counts(tuple[int, ...]):
 
 Bundle = Annotated[
     str,
-    typer.Argument(metavar="BUNDLE", help="Directory that `doge-onnx export` wrote."),
+    typer.Argument(
+        metavar="BUNDLE",
+        help="Directory that `doge-onnx export` wrote, or the id of a bundle on the Hugging Face "
+        "Hub such as user/model.",
+    ),
+]
+BundleRevision = Annotated[
+    str | None,
+    typer.Option(
+        "--revision",
+        metavar="REV",
+        help="Branch, tag or commit of a BUNDLE on the Hub. Default: its main branch.",
+    ),
+]
+ReferenceRevision = Annotated[
+    str | None,
+    typer.Option(
+        metavar="REV",
+        help="Branch, tag or commit of a reference on the Hub. Default: its main branch.",
+    ),
 ]
 Revision = Annotated[
     str | None,
@@ -227,6 +248,15 @@ Model = Annotated[
 ]
 Out = Annotated[
     str, typer.Argument(metavar="OUT", help="Directory to write; it must not exist yet.")
+]
+IgnoreConfigField = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        help="Export without this field of config.json, such as 'my_field' or "
+        "'rope_parameters.my_field'. One that is not understood is refused otherwise, as it may "
+        "change what the model computes. May be given several times.",
+    ),
 ]
 Precision = Annotated[
     Precisions | None,
@@ -322,14 +352,15 @@ EvalReference = Annotated[
     str | None,
     typer.Option(
         metavar="MODEL|BUNDLE",
-        help="What to compare with: another bundle, or a checkpoint (a directory or a Hub id).",
+        help="What to compare with: another bundle, or a checkpoint; a directory or a Hub id.",
     ),
 ]
 EvalText = Annotated[
     str | None,
     typer.Option(
         metavar="FILE",
-        help="UTF-8 text to measure on. Default: one that the reference writes, or else the "
+        help="Text to measure on, in UTF-8. Newlines of Windows are read as those of Unix. "
+        "Default: one that the reference writes, or else the "
         "bundle.",
     ),
 ]
@@ -367,9 +398,10 @@ JsonQuality = Annotated[
 Prompt = Annotated[
     str | None,
     typer.Argument(
+        parser=cli_input.text,
         metavar="PROMPT",
         help="Text to continue. '-', or no PROMPT when something is piped in, reads standard "
-        "input, without the newline at its end.",
+        "input, without the newline at its end. A text that begins with '-' goes behind '--'.",
     ),
 ]
 AsChat = Annotated[
@@ -383,7 +415,27 @@ AsChat = Annotated[
 System = Annotated[
     str | None,
     typer.Option(
-        metavar="TEXT", help="What the model is told before the conversation. Default: nothing."
+        parser=cli_input.text,
+        metavar="TEXT",
+        help="What the model is told before the conversation. Default: nothing.",
+    ),
+]
+AnswerStart = Annotated[
+    str | None,
+    typer.Option(
+        parser=cli_input.text,
+        metavar="TEXT",
+        help="Let the answer begin with TEXT, which the output then continues. Needs --chat. "
+        "Default: nothing.",
+    ),
+]
+TemplateVariable = Annotated[
+    list[str] | None,
+    typer.Option(
+        parser=cli_input.text,
+        metavar="NAME=VALUE",
+        help="A variable of the chat template, such as enable_thinking=false. VALUE is JSON, or "
+        "else text. May be given several times.",
     ),
 ]
 JsonCompletion = Annotated[
@@ -398,7 +450,12 @@ Stats = Annotated[
 ]
 Threads = Annotated[
     int | None,
-    typer.Option(min=1, metavar="N", help="CPU threads to use. Default: one for each core."),
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="CPU threads to use. Default: the number in OMP_NUM_THREADS, or else one for each "
+        "core that this process may use.",
+    ),
 ]
 PrefillChunk = Annotated[
     int | None,
@@ -482,7 +539,9 @@ Branch = Annotated[
 Message = Annotated[
     str | None,
     typer.Option(
-        metavar="TEXT", help="Message of the commit. Default: says what the bundle holds."
+        parser=cli_input.text,
+        metavar="TEXT",
+        help="Message of the commit. Default: says what the bundle holds.",
     ),
 ]
 DryRun = Annotated[

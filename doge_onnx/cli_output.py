@@ -13,14 +13,15 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from doge_onnx.bundle import Manifest
+from doge_onnx import text_files
+from doge_onnx.bundle import Bundle
 
 if TYPE_CHECKING:
     from rich.status import Status
@@ -28,13 +29,16 @@ if TYPE_CHECKING:
     from doge_onnx.export.exporter import ExportReport
     from doge_onnx.export.verify import ParityReport
     from doge_onnx.hub import PushReport
+    from doge_onnx.manifest import Manifest
     from doge_onnx.measure.bench import BenchReport
     from doge_onnx.measure.evaluate import QualityReport
     from doge_onnx.measure.workload import Spread
     from doge_onnx.runtime.generation.output import Completion, Timings
 
-_stdout = Console(highlight=False, markup=False)
-_stderr = Console(highlight=False, markup=False, stderr=True)
+# With NO_COLOR, rich leaves colours out but not bold and dim, which are codes for a terminal, too.
+_CODES: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"
+_stdout = Console(highlight=False, markup=False, color_system=_CODES)
+_stderr = Console(highlight=False, markup=False, color_system=_CODES, stderr=True)
 # Mean KL divergence, in nats per token, above which an export prints a warning.
 _NOTABLE_KL = 0.05
 
@@ -48,6 +52,9 @@ def prepare_streams() -> None:
         # The process that starts a command may have closed its streams.
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - open until the end
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # What is typed may be UTF-8 though the locale says something else.
+        sys.stdin.reconfigure(errors="surrogateescape")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             encoding, newline = (None, None) if stream.isatty() else ("utf-8", "\n")
@@ -81,14 +88,17 @@ def progress() -> Iterator[Callable[[str], None]]:
     On a terminal, it shows the step beside a spinner; elsewhere, it prints a line for each step.
     """
     status: Status | None = None
+    spinner = "dots" if _stderr.encoding.startswith("utf") else "line"
+    # FORCE_COLOR makes rich take a pipe for a terminal.
+    moves = sys.stderr.isatty() and not _stderr.is_dumb_terminal
 
     def begin(step: str) -> None:
         nonlocal status
-        if not _stderr.is_terminal:
+        if not moves:
             note(f"  {step}")
         elif status is None:
             # Starts with the first step, because a download before it draws its own progress bar.
-            status = _stderr.status(escape(step))
+            status = _stderr.status(escape(step), spinner=spinner)
             status.start()
         else:
             status.update(escape(step))
@@ -100,8 +110,33 @@ def progress() -> Iterator[Callable[[str], None]]:
             status.stop()
 
 
+@contextlib.contextmanager
+def growing_text() -> Iterator[Callable[[str], None]]:
+    """A context whose value prints a piece of a text at once; in the end, the line ends.
+
+    After an error or Ctrl-C, the line ends only if it had begun.
+    """
+    begun = False
+
+    def write(piece: str) -> None:
+        nonlocal begun
+        begun = True
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    try:
+        yield write
+    except BaseException:
+        if begun:
+            write("\n")
+        raise
+    write("\n")
+
+
 def export_summary(out: str, report: ExportReport) -> None:
     """Print the summary of an export."""
+    for sentence in report.manifest.notes:
+        note(f"note: {sentence}")
     rows: dict[str, object] = {
         "bundle": out,
         "size": _megabytes(report.size),
@@ -184,14 +219,17 @@ def quality_json(report: QualityReport) -> None:
     json_text(json.dumps(report.as_dict(), ensure_ascii=False))
 
 
-def manifest(shown: Manifest, ignored: Sequence[str]) -> None:
+def manifest(bundle: Bundle, ignored: Sequence[str]) -> None:
     """Print a manifest for a person.
 
     Args:
-        shown: The manifest.
+        bundle: Whose manifest it is.
         ignored: Fields of generation_config.json that this package does not implement.
     """
+    shown = bundle.manifest
     state = shown.state
+    if bundle.repo is not None:
+        _print_section("Hub", {"repository": bundle.repo, "revision": bundle.commit})
     row = f"{state.num_heads} heads x {state.row_size} channels ({state.head_dim} + gates + rest)"
     _print_section(
         "Model",
@@ -221,6 +259,8 @@ def manifest(shown: Manifest, ignored: Sequence[str]) -> None:
     _print_section("Parity", _spaced(parity))
     if shown.quality is not None:
         _print_section("Quality", _spaced(shown.quality))
+    if shown.notes:
+        _print_section("Notes", {str(n): text for n, text in enumerate(shown.notes, start=1)})
     if ignored:
         _print_section("Generation", {"asked for, not done": ", ".join(ignored)})
     _print_section("Made with", shown.versions)
@@ -234,9 +274,12 @@ def manifest(shown: Manifest, ignored: Sequence[str]) -> None:
     )
 
 
-def manifest_json(shown: Manifest, ignored: Sequence[str]) -> None:
+def manifest_json(bundle: Bundle, ignored: Sequence[str]) -> None:
     """Print a manifest as JSON; see `manifest`."""
-    fields = json.loads(shown.to_json()) | {"ignored_generation_options": list(ignored)}
+    fields = json.loads(bundle.manifest.to_json()) | {
+        "ignored_generation_options": list(ignored),
+        "hub": {"repository": bundle.repo, "revision": bundle.commit} if bundle.repo else None,
+    }
     json_text(json.dumps(fields, indent=2, ensure_ascii=False))
 
 
@@ -408,6 +451,9 @@ def _print_rows(rows: Mapping[str, object]) -> None:
 
 def _printable(text: str) -> str:
     """A text with control characters escaped: a file may hold commands for the terminal."""
+    # The name of a file, in a locale that is not UTF-8.
+    with contextlib.suppress(ValueError):
+        text = text_files.repair(text)
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
     )

@@ -28,6 +28,10 @@ class DeviceError(DogeOnnxError):
     """A device that is missing, lacks a library, or cannot run a bundle."""
 
 
+class NotEnoughMemoryError(DogeOnnxError, MemoryError):
+    """A run that needs more memory than there is, on the host or on a device."""
+
+
 class CaptureError(DeviceError):
     """A graph whose decode steps CUDA cannot capture; it may still run there without a capture."""
 
@@ -45,7 +49,7 @@ class QualityError(DogeOnnxError):
 
 
 class HubError(DogeOnnxError):
-    """An upload that the Hugging Face Hub refuses, or that does not reach it."""
+    """An upload, or a download of a bundle, that the Hugging Face Hub refuses or that fails."""
 
 
 class MissingExtraError(DogeOnnxError):

@@ -8,29 +8,22 @@ are used for.
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from doge_onnx import text_files
 from doge_onnx.errors import CheckpointError
 from doge_onnx.export.model_config import CONFIG_NAME, DEFAULT_WINDOW, DogeConfig
+from doge_onnx.hub_errors import fetching
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -103,7 +96,8 @@ class Checkpoint:
     def is_native(self) -> bool:
         """Whether this is the architecture that transformers calls Doge."""
         own_gates = self.gate_heads == self.config.num_key_value_heads
-        return self.native_names and self.qk_norm and own_gates
+        known = self.config.generation.in_transformers
+        return known and self.native_names and self.qk_norm and own_gates
 
     def shared(self) -> Checkpoint:
         """The same tensors in a mapping of its own, which a step may empty; nothing is copied."""
@@ -134,7 +128,7 @@ def find(model: str | Path, revision: str | None = None) -> Source:
         return Source(path, path.resolve().name, None)
     if not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", str(model)) or path.is_file():
         raise CheckpointError(f"{model} is neither a directory nor the id of a model on the Hub")
-    with _hub_errors(str(model), revision):
+    with fetching(str(model), revision, CheckpointError):
         snapshot = snapshot_download(
             str(model),
             revision=revision,
@@ -153,60 +147,24 @@ def _is_dir(path: Path) -> bool:
         return False
 
 
-@contextmanager
-def _hub_errors(model: str, revision: str | None) -> Iterator[None]:
-    """Turn what the network or the Hub refuses into one-line errors."""
-    at = f" at revision {revision}" if revision else ""
-    try:
-        yield
-    except GatedRepoError:
-        raise CheckpointError(
-            f"{model} is gated: accept its terms on the Hub, then log in with `hf auth login`"
-        ) from None
-    except RepositoryNotFoundError:
-        raise CheckpointError(
-            f"{model} is neither a directory here nor a model on the Hub (a private one needs "
-            "`hf auth login`)"
-        ) from None
-    except RevisionNotFoundError:
-        raise CheckpointError(f"{model} has no revision {revision} on the Hub") from None
-    except LocalEntryNotFoundError as error:
-        # The Hub's client falls back to its cache after every kind of refusal.
-        if isinstance(error.__cause__, HfHubHTTPError):
-            raise _refusal(model + at, error.__cause__) from None
-        if constants.is_offline_mode():
-            why = "offline mode (HF_HUB_OFFLINE) is on"
-        else:
-            why = f"the Hub at {constants.ENDPOINT} cannot be reached"
-        raise CheckpointError(
-            f"{model}{at} is neither a directory here nor in the Hub's cache, and {why}; check the "
-            "connection or name a directory"
-        ) from None
-    except HFValidationError as error:
-        raise CheckpointError(f"{model} cannot be the id of a model: {error}") from None
-    except HfHubHTTPError as error:
-        raise _refusal(model + at, error) from None
-    # The Hub's client passes on the errors of its HTTP library, which are not OSErrors.
-    except Exception as error:
-        raise CheckpointError(
-            f"cannot fetch {model}{at} from the Hub: {type(error).__name__}: {error}"
-        ) from None
-
-
-def _refusal(what: str, error: HfHubHTTPError) -> CheckpointError:
-    reason = str(error).strip().splitlines()[0]
-    return CheckpointError(f"the Hub at {constants.ENDPOINT} refused {what}: {reason}")
-
-
-def read(directory: Path, progress: Callable[[str], None] = lambda _: None) -> Checkpoint:
+def read(
+    directory: Path,
+    progress: Callable[[str], None] = lambda _: None,
+    ignore: Collection[str] = (),
+) -> Checkpoint:
     """Read a checkpoint's config and all its tensors, checked for name, shape and content.
+
+    Args:
+        directory: The checkpoint.
+        progress: Called with a few words when a file is read.
+        ignore: Fields of the config to do without; see `DogeConfig.from_file`.
 
     Raises:
         ConfigError: The config makes no sense, or is not a Doge model's.
         CheckpointError: There are no safetensors, or a file is missing, truncated or
             corrupted, or a tensor is missing, unknown, of the wrong shape or not finite.
     """
-    config = DogeConfig.from_file(directory / CONFIG_NAME)
+    config = DogeConfig.from_file(directory / CONFIG_NAME, ignore)
     headers: dict[str, _Header] = {}
     for path in _weight_files(directory):
         for name, header in _read_header(path).items():
@@ -250,6 +208,13 @@ def read(directory: Path, progress: Callable[[str], None] = lambda _: None) -> C
     native_names = all(
         header.name.removeprefix("model.") == name for name, header in entries.items()
     )
+    if not config.generation.exp_gates and not (
+        native_names and qk_norm and gate_heads == config.num_key_value_heads
+    ):
+        raise CheckpointError(
+            f"{directory} has tensors of older Doges, but the window_size in {CONFIG_NAME} is that "
+            "of a newer one, which has other gates: it is not known what this model computes"
+        )
     if native_names and config.keep_window_size is None:
         # dynamic_mask_ratio was left over from the older layout; transformers ignores it.
         config = replace(config, keep_window_size=DEFAULT_WINDOW)
@@ -331,7 +296,7 @@ def _weight_files(directory: Path) -> list[Path]:
             "weights are not read, nor fetched from the Hub"
         )
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        names = set(text_files.read_json(index)["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{index} is not a valid index of safetensors files") from None
     for name in names:

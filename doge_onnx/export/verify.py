@@ -2,7 +2,7 @@
 
 The reference is transformers in float32 with eager attention, fed one token at a time. Its
 forward of several tokens may differ from that (dynamic RoPE past the trained context, the routing
-of experts); then the token-by-token result counts. transformers cannot run older checkpoints and,
+of experts); then the token-by-token result counts. transformers cannot run other generations and,
 below 5.0, experts. Their reference is this package's own step in PyTorch in float64: that checks
 the graph and the runtime, and the tests check the step itself.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,12 +21,14 @@ import transformers
 from numpy.typing import NDArray
 from torch import Tensor
 
+from doge_onnx import text_files
 from doge_onnx.bundle import Bundle, write_parity
 from doge_onnx.errors import BundleError, CheckpointError, ParityError
 from doge_onnx.export import checkpoint as checkpoints
 from doge_onnx.export.checkpoint import Checkpoint, Source
 from doge_onnx.export.eager import EagerModel, Past
-from doge_onnx.export.model_config import DogeConfig, RopeConfig
+from doge_onnx.export.model_config import CONFIG_NAME, DogeConfig
+from doge_onnx.export.torch_threads import thread_limit
 from doge_onnx.manifest import Manifest
 from doge_onnx.runtime.model import Model, load
 
@@ -66,6 +68,7 @@ class ParityReport:
         tokens: Length of the prompt.
         reference: What the bundle was compared with.
         device: Where the bundle ran, "cpu" or "cuda".
+        unrecorded: Why the bundle's manifest could not take the figures; None if it did.
     """
 
     prefill: float
@@ -78,6 +81,7 @@ class ParityReport:
     tokens: int
     reference: str
     device: str
+    unrecorded: str | None = None
 
     @property
     def max_abs_diff(self) -> float:
@@ -102,27 +106,31 @@ class ParityReport:
     def as_dict(self) -> dict[str, Any]:
         """The figures as they stand in the manifest; None for one that is not a number."""
         figures = {"passed": self.passed, "max_abs_diff": self.max_abs_diff, **asdict(self)}
+        del figures["unrecorded"]
         return {
             name: None if isinstance(value, float) and not np.isfinite(value) else value
             for name, value in figures.items()
         }
 
 
+@thread_limit()
 def verify(
-    bundle_path: str | Path,
+    bundle: str | Path | Bundle,
     reference: str | Path,
     *,
     device: str = "auto",
-    revision: str | None = None,
+    reference_revision: str | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> ParityReport:
     """Compare a bundle with its checkpoint, and put the figures into the bundle's manifest.
 
+    If the manifest cannot be written, the report says so.
+
     Args:
-        bundle_path: A bundle.
+        bundle: A bundle.
         reference: The checkpoint: a directory, or the id of a model on the Hub.
         device: Where the bundle runs: "auto", "cpu" or "cuda".
-        revision: Branch, tag or commit of a model on the Hub.
+        reference_revision: Branch, tag or commit of a reference on the Hub.
         progress: Called with a few words whenever a step begins.
 
     Returns:
@@ -133,15 +141,19 @@ def verify(
         DeviceError: It cannot be run on the device.
         CheckpointError: The checkpoint cannot be read, or is not of the bundle's shape.
     """
-    opened = Bundle.open(bundle_path)
+    opened = Bundle.open(bundle)
     if opened.manifest.quantized:
         raise BundleError(
-            f"{bundle_path} is quantized, and so differs from its checkpoint; evaluate it with "
+            f"{opened.name} is quantized, and so differs from its checkpoint; evaluate it with "
             f"{reference} as the reference, which measures by how much"
         )
-    source = checkpoints.find(reference, revision)
+    source = checkpoints.find(reference, reference_revision)
     report = compare(opened, source.directory, progress or (lambda _: None), device)
-    write_parity(opened, parity_figures(report, source))
+    try:
+        write_parity(opened, parity_figures(report, source))
+    except BundleError as error:
+        # The figures took minutes, and a bundle may well be on a disk that is only read.
+        return replace(report, unrecorded=str(error))
     return report
 
 
@@ -241,7 +253,7 @@ class _Reference(Protocol):
 
 def _open_reference(directory: Path, manifest: Manifest) -> tuple[_Reference, DogeConfig, int]:
     """The reference, its config, and how many tokens a text of the comparison may have."""
-    checkpoint = checkpoints.read(directory)
+    checkpoint = checkpoints.read(directory, ignore=manifest.ignored_fields)
     config = checkpoint.config
     asked = (config.vocab_size, config.num_hidden_layers)
     got = (manifest.vocab_size, manifest.state.num_layers)
@@ -259,7 +271,7 @@ def _open_reference(directory: Path, manifest: Manifest) -> tuple[_Reference, Do
         # transformers drops an arbitrary one of equal gates from the window.
         room = min(room, config.keep_window_size)
     del checkpoint
-    return _Transformers(directory, config.rope), config, room
+    return _Transformers(directory, config), config, room
 
 
 def _has_equal_gates(checkpoint: Checkpoint) -> bool:
@@ -273,24 +285,31 @@ class _Transformers:
 
     description = f"transformers {transformers.__version__}, float32, eager"
 
-    def __init__(self, directory: Path, rope: RopeConfig) -> None:
+    def __init__(self, directory: Path, config: DogeConfig) -> None:
+        # It refuses a padding token that the vocabulary lacks.
+        told: dict[str, Any] = {"pad_token_id": config.pad_token_id}
         # Versions below 5.0 do not read the RoPE fields that newer ones write.
-        told: dict[str, Any] = {}
         if _BELOW_5:
+            rope = config.rope
             scaling = {"rope_type": rope.kind, "factor": rope.factor}
-            told = {"rope_theta": rope.theta, "rope_scaling": scaling}
+            told |= {"rope_theta": rope.theta, "rope_scaling": scaling}
         try:
             with _quiet_transformers():
+                # transformers itself reads no JSON with a byte order mark, so it gets the content.
+                fields = text_files.read_json(directory / CONFIG_NAME)
                 self._model = transformers.DogeForCausalLM.from_pretrained(
                     directory,
-                    **told,
+                    config=transformers.DogeConfig.from_dict({**fields, **told}),
+                    generation_config=transformers.GenerationConfig(),
                     attn_implementation="eager",
                     dtype=torch.float32,
                     local_files_only=True,
                     use_safetensors=True,
                 ).eval()
-        except OSError as error:
-            raise CheckpointError(f"transformers cannot read {directory}: {error}") from None
+        # It raises no more specific class, for values that are not what it expects among others.
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise CheckpointError(f"transformers cannot read {directory}: {reason}") from error
 
     @torch.no_grad()
     def start(self) -> None:
@@ -300,7 +319,8 @@ class _Transformers:
 
     @torch.no_grad()
     def step(self, token: int) -> Array:
-        output = self._model(torch.tensor([[token]]), past_key_values=self._cache)
+        # By position, since the parameter has another name from transformers 5.24 on.
+        output = self._model(torch.tensor([[token]]), None, None, self._cache)
         logits: Tensor = output.logits
         row: Array = logits[0, -1].numpy()
         return row

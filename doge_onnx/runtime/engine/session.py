@@ -11,9 +11,10 @@ from typing import Any
 import onnxruntime as ort
 
 from doge_onnx.bundle import MANIFEST_NAME, Bundle, Manifest
-from doge_onnx.errors import BundleError, CaptureError, DeviceError, InputError
+from doge_onnx.errors import BundleError, CaptureError, DeviceError, DogeOnnxError, InputError
 from doge_onnx.runtime.engine import device as devices
 from doge_onnx.runtime.engine.external_data import external_files
+from doge_onnx.runtime.engine.graph_session import GraphSession
 from doge_onnx.runtime.engine.io_names import (
     ATTENTION_MASK,
     INPUT_IDS,
@@ -24,7 +25,7 @@ from doge_onnx.runtime.engine.io_names import (
     past_names,
     present_names,
 )
-from doge_onnx.runtime.engine.threads import attention_by_heads, usable_cores
+from doge_onnx.runtime.engine.threads import attention_by_heads, preferred_threads
 
 _WARNING, _ERROR, _FATAL = 2, 3, 4
 # Messages of ONNX Runtime for an operator that it does not know or has no kernel for.
@@ -61,7 +62,7 @@ def open_session(
     Args:
         bundle: An opened bundle.
         device: "cpu" or "cuda"; see `choose_device`.
-        threads: Threads that one operator may use; None for as many as `usable_cores` finds.
+        threads: Threads that one operator may use; None for `preferred_threads`.
         verbose: Show the warnings of ONNX Runtime.
         capture: Let CUDA capture runs that ask for it.
 
@@ -103,7 +104,7 @@ def open_session(
         # A graph that cannot be captured is run without a capture: no error for the user to see.
         options.log_severity_level = _FATAL
     if threads is None:
-        threads = usable_cores()
+        threads = preferred_threads()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     if bundle.manifest.ort_format:
@@ -118,14 +119,14 @@ def open_session(
     by_heads = state.dtype == "float32" and isinstance(heads, int) and 0 < threads <= heads
     try:
         with attention_by_heads(by_heads):
-            session = ort.InferenceSession(
-                str(graph),
+            session = GraphSession(
+                graph,
                 options,
                 providers=devices.providers(device, capture),
                 # With the fallback, ONNX Runtime would print to standard output and use the CPU.
                 enable_fallback=False,
             )
-    except MemoryError:
+    except (MemoryError, DogeOnnxError):
         raise
     # ONNX Runtime's exceptions have no other base class in common.
     except Exception as error:
