@@ -17,7 +17,8 @@ from typing import Annotated, Any
 
 import typer
 
-from doge_onnx.runtime.generation.config import GenerationConfig, Option
+from doge_onnx.runtime.generation.config import GenerationConfig
+from doge_onnx.runtime.generation.option import Option
 
 # Options that add to the report beside the text, which only the JSON output has.
 REPORTED = ("logprobs", "top_logprobs")

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
 from doge_onnx.errors import BundleError, InputError
-from doge_onnx.runtime.text.tokenizer import StopFinder, TextStream, Tokenizer
+from doge_onnx.runtime.text.stops import StopFinder
+from doge_onnx.runtime.text.tokenizer import TextStream, Tokenizer
 
 
 @pytest.fixture(scope="module")
