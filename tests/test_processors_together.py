@@ -18,7 +18,8 @@ from doge_onnx.runtime.generation.defaults import Defaults
 
 V = 30
 EOS = [3, 17]
-IDS = st.integers(0, V - 1)
+# None of those that are ruled out below, which transformers refuses.
+FORCED = st.integers(0, 17)
 # Few different tokens, so that sequences come again.
 TOKENS = st.lists(st.integers(0, 5), min_size=1, max_size=14)
 SEQUENCE = st.lists(st.integers(0, 5), min_size=1, max_size=3)
@@ -36,8 +37,8 @@ PROCESSED = {
     "min_new_tokens": st.integers(0, 20),
     "max_length": st.integers(16, 24),
     "max_new_tokens": st.integers(1, 24),
-    "forced_bos_token_id": IDS,
-    "forced_eos_token_id": IDS | st.lists(IDS, min_size=1, max_size=3),
+    "forced_bos_token_id": FORCED,
+    "forced_eos_token_id": FORCED | st.lists(FORCED, min_size=1, max_size=3),
     "exponential_decay_length_penalty": st.tuples(st.integers(0, 6), st.floats(0.5, 2)).map(list),
     "suppress_tokens": st.lists(st.integers(18, V + 5), max_size=4),
     "begin_suppress_tokens": st.lists(st.integers(18, V + 5), max_size=4),
@@ -85,7 +86,7 @@ def _ours(file: dict) -> GenerationConfig:
     return defaults.resolve(GenerationConfig())
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     file=st.fixed_dictionaries({}, optional=PROCESSED),
     prompt=TOKENS,
@@ -111,7 +112,7 @@ def test_processors_and_their_order_are_those_of_transformers(file, prompt, gene
         np.testing.assert_allclose(result, expected[0].numpy(), rtol=2e-5, atol=1e-6)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(file=st.fixed_dictionaries({}, optional=FILTERED), seed=st.integers(0, 99))
 def test_filters_and_their_order_are_those_of_transformers(file, seed):
     file = file | {"do_sample": True}

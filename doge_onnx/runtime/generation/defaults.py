@@ -35,7 +35,6 @@ _HARMLESS = {
     "decoder_start_token_id",
     "disable_compile",
     "early_stopping",
-    "is_assistant",
     "length_penalty",
     "low_memory",
     "max_cache_len",
@@ -64,6 +63,8 @@ _NEUTRAL: dict[str, Any] = {
     "constraints": [],
     "diversity_penalty": 0,
     "force_words_ids": [],
+    "forced_decoder_ids": [],
+    "generation_kwargs": {},
     "guidance_scale": 1,
     "num_beam_groups": 1,
     "num_beams": 1,
@@ -144,7 +145,8 @@ class Defaults:
             BundleError: An option in one of the files has an invalid value.
         """
         generation = bundle.read_json(GENERATION_CONFIG_NAME)
-        return cls.parse(generation, bundle.read_json("config.json"), bundle.path)
+        known = {"vocab_size": bundle.manifest.vocab_size}
+        return cls.parse(generation, bundle.read_json("config.json") | known, bundle.path)
 
     @classmethod
     def parse(cls, config: dict[str, Any], model_config: dict[str, Any], origin: Path) -> Defaults:
