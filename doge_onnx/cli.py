@@ -17,10 +17,9 @@ import typer
 from typer.core import TyperGroup
 
 import doge_onnx
-from doge_onnx import cli_chat, cli_options, cli_output
+from doge_onnx import cli_chat, cli_options, cli_output, cli_values
 from doge_onnx.bundle import Bundle, read_manifest
 from doge_onnx.errors import DogeOnnxError
-from doge_onnx.runtime.generation.defaults import GENERATION_CONFIG_NAME, ignored_fields
 
 _INTERRUPTED = 130
 
@@ -206,6 +205,7 @@ def generate(
     system: cli_options.System = None,
     *,
     options: dict[str, Any],
+    stop_escape: cli_options.StopEscape = False,
     json: cli_options.JsonCompletion = False,
     stats: cli_options.Stats = False,
     threads: cli_options.Threads = None,
@@ -224,11 +224,14 @@ def generate(
             raise typer.BadParameter("it needs --json", param_hint=cli_options.flag(name))
     if system is not None and not chat:
         raise typer.BadParameter("it needs --chat", param_hint="--system")
+    if stop_escape:
+        options = cli_values.with_escapes(options)
     text: Any = _prompt(prompt)
     if chat:
         before = [] if system is None else [{"role": "system", "content": system}]
         text = [*before, {"role": "user", "content": text}]
     model = _load(bundle, device, threads, prefill_chunk, verbose, cuda_graph)
+    options = cli_values.with_token_ids(options, model)
     if json:
         cli_output.completion_json(model.generate(text, **options), stats)
         return
@@ -254,6 +257,7 @@ def chat(
     system: cli_options.System = None,
     *,
     options: dict[str, Any],
+    stop_escape: cli_options.StopEscape = False,
     threads: cli_options.Threads = None,
     prefill_chunk: cli_options.PrefillChunk = None,
     device: cli_options.Device = cli_options.Devices.auto,
@@ -266,7 +270,10 @@ def chat(
     ends an answer, Ctrl-D the conversation. The model remembers the whole conversation up to the
     context length, and then forgets the oldest turns.
     """
+    if stop_escape:
+        options = cli_values.with_escapes(options)
     model = _load(bundle, device, threads, prefill_chunk, verbose, cuda_graph)
+    options = cli_values.with_token_ids(options, model)
     conversation = model.chat(system, **options)
     for message in cli_chat.messages():
         known = len(conversation.messages)
@@ -320,12 +327,14 @@ def info(
     json: cli_options.JsonManifest = False,
 ) -> None:
     """Show what a bundle holds."""
+    from doge_onnx.runtime.text_ends import TextEnds
+
     opened = Bundle(Path(bundle), read_manifest(Path(bundle)))
-    ignored = ignored_fields(opened.read_json(GENERATION_CONFIG_NAME))
+    ends = TextEnds.read(opened)
     if json:
-        cli_output.manifest_json(opened.manifest, ignored)
+        cli_output.manifest_json(opened.manifest, ends)
     else:
-        cli_output.manifest(opened.manifest, ignored)
+        cli_output.manifest(opened.manifest, ends)
 
 
 @app.command()

@@ -11,7 +11,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from doge_onnx.measure.evaluate import QualityReport
     from doge_onnx.measure.workload import Spread
     from doge_onnx.runtime.generation.output import Completion, Timings
+    from doge_onnx.runtime.text_ends import EndToken, TextEnds
 
 _stdout = Console(highlight=False, markup=False)
 _stderr = Console(highlight=False, markup=False, stderr=True)
@@ -184,12 +185,12 @@ def quality_json(report: QualityReport) -> None:
     json_text(json.dumps(report.as_dict(), ensure_ascii=False))
 
 
-def manifest(shown: Manifest, ignored: Sequence[str]) -> None:
-    """Print a manifest for a person.
+def manifest(shown: Manifest, ends: TextEnds) -> None:
+    """Print a manifest for a person, and what ends a text.
 
     Args:
         shown: The manifest.
-        ignored: Fields of generation_config.json that this package does not implement.
+        ends: Of the same bundle.
     """
     state = shown.state
     row = f"{state.num_heads} heads x {state.row_size} channels ({state.head_dim} + gates + rest)"
@@ -221,8 +222,7 @@ def manifest(shown: Manifest, ignored: Sequence[str]) -> None:
     _print_section("Parity", _spaced(parity))
     if shown.quality is not None:
         _print_section("Quality", _spaced(shown.quality))
-    if ignored:
-        _print_section("Generation", {"asked for, not done": ", ".join(ignored)})
+    _print_section("Generation", dict(_generation(ends)))
     _print_section("Made with", shown.versions)
     sizes = {
         name: entry.get("size") if isinstance(entry, dict) else None
@@ -234,9 +234,31 @@ def manifest(shown: Manifest, ignored: Sequence[str]) -> None:
     )
 
 
-def manifest_json(shown: Manifest, ignored: Sequence[str]) -> None:
+def _generation(ends: TextEnds) -> Iterator[tuple[str, str]]:
+    yield "ends a text", ", ".join(map(_token, ends.tokens)) or "no token"
+    if ends.other is not None:
+        yield "does not, but the tokenizer says so", _token(ends.other)
+    if ends.stop:
+        yield "ends before", ", ".join(map(repr, ends.stop))
+    if ends.defaults.ignored:
+        yield "asked for, not done", ", ".join(ends.defaults.ignored)
+    if ends.defaults.without_effect:
+        yield "without effect", ", ".join(ends.defaults.without_effect)
+
+
+def _token(token: EndToken) -> str:
+    return str(token.id) if token.text is None else f"{token.id} {token.text}"
+
+
+def manifest_json(shown: Manifest, ends: TextEnds) -> None:
     """Print a manifest as JSON; see `manifest`."""
-    fields = json.loads(shown.to_json()) | {"ignored_generation_options": list(ignored)}
+    fields = json.loads(shown.to_json()) | {
+        "end_tokens": [asdict(token) for token in ends.tokens],
+        "stop_strings": list(ends.stop),
+        "other_end_token": None if ends.other is None else asdict(ends.other),
+        "ignored_generation_options": list(ends.defaults.ignored),
+        "generation_options_without_effect": list(ends.defaults.without_effect),
+    }
     json_text(json.dumps(fields, indent=2, ensure_ascii=False))
 
 

@@ -44,6 +44,9 @@ def check(source: Source, progress: Callable[[str], None]) -> None:
         if defaults.ignored:
             ignored = ", ".join(defaults.ignored)
             progress(f"{path.name} asks for {ignored}, which this package does not do")
+        if defaults.without_effect:
+            nothing = ", ".join(defaults.without_effect)
+            progress(f"{path.name} has values that make no sense and no difference: {nothing}")
     tokenizer = source.directory / TOKENIZER_NAME
     if not tokenizer.is_file():
         progress(f"no {TOKENIZER_NAME}: the bundle will take token ids only")
