@@ -1,4 +1,4 @@
-"""The options of generation in genai_config.json; test_genai.py runs onnxruntime-genai with them."""
+"""The options of generation in genai_config.json, with which test_genai.py runs its engine."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import fake_bundle
 import pytest
+from conftest import TINY_CHECKPOINT
 
 from doge_onnx.export.genai import genai_config
 from doge_onnx.export.model_config import DogeConfig
@@ -44,6 +45,6 @@ PLAIN = {
     ],
 )
 def test_options_that_onnxruntime_genai_follows(file, search):
-    config = DogeConfig.from_dict({"model_type": "doge"})
+    config = DogeConfig.from_file(TINY_CHECKPOINT / "config.json")
     written = genai_config(config, fake_bundle.manifest(), file, Path("checkpoint"))
     assert written["search"] == PLAIN | search
