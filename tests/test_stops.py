@@ -237,6 +237,17 @@ def test_a_limit_of_the_whole_length_counts_the_prompt(model):
         model.generate([4] * 301, max_length=900)
 
 
+def test_a_conversation_keeps_within_the_limit_of_the_whole_length(tmp_path):
+    model = doge_onnx.load(fake_bundle.write(tmp_path / "b", chat_template=PLAIN))
+    chat = model.chat(max_length=80)
+    for content in ("the cat", "the dog and the hat", "and the cat", "the hat"):
+        answer = chat.send(content)
+        assert answer.finish_reason == "eos" or (answer.prompt_tokens + len(answer.token_ids) == 80)
+        # A quarter is left for the answer.
+        assert answer.prompt_tokens <= 60
+    assert len(chat.messages) < 8
+
+
 def test_the_last_token_can_be_forced(model):
     plain = model.generate(PROMPT, max_new_tokens=6)
     out = model.generate(PROMPT, max_new_tokens=6, forced_eos_token_id=77)
