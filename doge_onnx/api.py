@@ -8,7 +8,7 @@ of the extras.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -88,6 +88,7 @@ def export(
     verify: bool = True,
     max_kl: float | None = None,
     revision: str | None = None,
+    ignore_config_fields: Collection[str] = (),
     force: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> ExportReport:
@@ -119,6 +120,9 @@ def export(
         max_kl: Most that quantization may lose: mean KL divergence in nats per token. None for no
             limit.
         revision: Branch, tag or commit on the Hub.
+        ignore_config_fields: Names of fields of config.json to export without, such as "my_field"
+            or "rope_parameters.my_field". A field that is not understood is refused otherwise, as
+            it may change what the model computes.
         force: Replace a bundle that exists at `out`.
         progress: Called with a line of text when a long step begins.
 
@@ -145,6 +149,7 @@ def export(
             verify=verify,
             max_kl=max_kl,
             revision=revision,
+            ignore_config_fields=ignore_config_fields,
             force=force,
             progress=progress,
         )
@@ -233,7 +238,11 @@ def evaluate(
                 from doge_onnx.export import quality
 
                 other = quality.open_checkpoint(
-                    reference, length, revision=revision, progress=progress
+                    reference,
+                    length,
+                    revision=revision,
+                    ignore=scorer.ignored_fields,
+                    progress=progress,
                 )
     return evaluator.evaluate(
         scorer,

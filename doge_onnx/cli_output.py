@@ -103,6 +103,8 @@ def progress() -> Iterator[Callable[[str], None]]:
 
 def export_summary(out: str, report: ExportReport) -> None:
     """Print the summary of an export."""
+    for sentence in report.manifest.notes:
+        note(f"note: {sentence}")
     rows: dict[str, object] = {
         "bundle": out,
         "size": _megabytes(report.size),
@@ -222,6 +224,8 @@ def manifest(shown: Manifest, ends: TextEnds) -> None:
     _print_section("Parity", _spaced(parity))
     if shown.quality is not None:
         _print_section("Quality", _spaced(shown.quality))
+    if shown.notes:
+        _print_section("Notes", {str(n): text for n, text in enumerate(shown.notes, start=1)})
     _print_section("Generation", dict(_generation(ends)))
     _print_section("Made with", shown.versions)
     sizes = {

@@ -81,7 +81,7 @@ def _theirs(file: dict, prompt: list[int]) -> transformers.LogitsProcessorList:
 
 
 def _ours(file: dict) -> GenerationConfig:
-    defaults = Defaults.parse(file | {"eos_token_id": EOS}, {"vocab_size": V}, Path("bundle"))
+    defaults = Defaults.parse(file | {"eos_token_id": EOS}, {}, Path("bundle"), V)
     assert defaults.ignored == ()
     return defaults.resolve(GenerationConfig())
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -103,7 +103,8 @@ class Checkpoint:
     def is_native(self) -> bool:
         """Whether this is the architecture that transformers calls Doge."""
         own_gates = self.gate_heads == self.config.num_key_value_heads
-        return self.native_names and self.qk_norm and own_gates
+        known = self.config.generation.in_transformers
+        return known and self.native_names and self.qk_norm and own_gates
 
     def shared(self) -> Checkpoint:
         """The same tensors in a mapping of its own, which a step may empty; nothing is copied."""
@@ -198,15 +199,24 @@ def _refusal(what: str, error: HfHubHTTPError) -> CheckpointError:
     return CheckpointError(f"the Hub at {constants.ENDPOINT} refused {what}: {reason}")
 
 
-def read(directory: Path, progress: Callable[[str], None] = lambda _: None) -> Checkpoint:
+def read(
+    directory: Path,
+    progress: Callable[[str], None] = lambda _: None,
+    ignore: Collection[str] = (),
+) -> Checkpoint:
     """Read a checkpoint's config and all its tensors, checked for name, shape and content.
+
+    Args:
+        directory: The checkpoint.
+        progress: Called with a few words when a file is read.
+        ignore: Fields of the config to do without; see `DogeConfig.from_file`.
 
     Raises:
         ConfigError: The config makes no sense, or is not a Doge model's.
         CheckpointError: There are no safetensors, or a file is missing, truncated or
             corrupted, or a tensor is missing, unknown, of the wrong shape or not finite.
     """
-    config = DogeConfig.from_file(directory / CONFIG_NAME)
+    config = DogeConfig.from_file(directory / CONFIG_NAME, ignore)
     headers: dict[str, _Header] = {}
     for path in _weight_files(directory):
         for name, header in _read_header(path).items():
@@ -250,6 +260,13 @@ def read(directory: Path, progress: Callable[[str], None] = lambda _: None) -> C
     native_names = all(
         header.name.removeprefix("model.") == name for name, header in entries.items()
     )
+    if not config.generation.exp_gates and not (
+        native_names and qk_norm and gate_heads == config.num_key_value_heads
+    ):
+        raise CheckpointError(
+            f"{directory} has tensors of older Doges, but the window_size in {CONFIG_NAME} is that "
+            "of a newer one, which has other gates: it is not known what this model computes"
+        )
     if native_names and config.keep_window_size is None:
         # dynamic_mask_ratio was left over from the older layout; transformers ignores it.
         config = replace(config, keep_window_size=DEFAULT_WINDOW)

@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
@@ -19,6 +20,7 @@ from doge_onnx.export.checkpoint import SIDE_FILES, Source
 from doge_onnx.export.model_config import DogeConfig
 from doge_onnx.manifest import Manifest
 from doge_onnx.runtime.generation.defaults import GENERATION_CONFIG_NAME, Defaults
+from doge_onnx.runtime.generation.token_ids import split_by_vocabulary
 
 TOKENIZER_NAME = "tokenizer.json"
 
@@ -58,6 +60,44 @@ def check(source: Source, progress: Callable[[str], None]) -> None:
         raise CheckpointError(f"cannot read {tokenizer}: {error}") from None
 
 
+def unknown_tokens(source: Source, vocab_size: int) -> list[str]:
+    """A sentence for each field of generation_config.json with the id of a token that is not there.
+
+    Args:
+        source: The checkpoint, whose files were checked.
+        vocab_size: Of the model.
+
+    Raises:
+        CheckpointError: A token that is forced is not there.
+    """
+    sentences = []
+    content = _read_object(source.directory / GENERATION_CONFIG_NAME)
+    try:
+        Defaults.parse(content, {}, source.directory, vocab_size)
+    except BundleError as error:
+        raise CheckpointError(str(error)) from None
+    for name, value in content.items():
+        if not name.endswith("_token_id"):
+            continue
+        try:
+            _, unknown = split_by_vocabulary(value, vocab_size)
+        # Where a field has an effect, its value was checked.
+        except ValueError:
+            continue
+        if unknown:
+            ids = ", ".join(map(str, unknown))
+            sentences.append(
+                f"{GENERATION_CONFIG_NAME} names {ids} as {name}, which the model of {vocab_size} "
+                "tokens lacks"
+            )
+    return sentences
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return content
+
+
 def write(source: Source, config: DogeConfig, manifest: Manifest, directory: Path) -> None:
     """Write the files of a bundle into `directory`, except graph, manifest and model card."""
     for name in SIDE_FILES:
@@ -65,8 +105,7 @@ def write(source: Source, config: DogeConfig, manifest: Manifest, directory: Pat
         if path.is_file():
             shutil.copyfile(path, directory / name)
     if genai.supported(manifest):
-        path = directory / GENERATION_CONFIG_NAME
-        generation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        generation = _read_object(directory / GENERATION_CONFIG_NAME)
         content = genai.genai_config(config, manifest, generation, source.directory)
         text = json.dumps(content, indent=2) + "\n"
         (directory / genai.CONFIG_NAME).write_text(text, encoding="utf-8", newline="\n")
