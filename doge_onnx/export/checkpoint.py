@@ -8,7 +8,6 @@ are used for.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Collection, Iterator
@@ -29,6 +28,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from doge_onnx import text_files
 from doge_onnx.errors import CheckpointError
 from doge_onnx.export.model_config import CONFIG_NAME, DEFAULT_WINDOW, DogeConfig
 
@@ -348,7 +348,7 @@ def _weight_files(directory: Path) -> list[Path]:
             "weights are not read, nor fetched from the Hub"
         )
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        names = set(text_files.read_json(index)["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{index} is not a valid index of safetensors files") from None
     for name in names:

@@ -6,14 +6,15 @@ Knows which files are copied and checks them. `genai` knows the content of genai
 
 from __future__ import annotations
 
+import codecs
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
+from doge_onnx import text_files
 from doge_onnx.errors import BundleError, CheckpointError
 from doge_onnx.export import genai
 from doge_onnx.export.checkpoint import SIDE_FILES, Source
@@ -34,7 +35,7 @@ def check(source: Source, progress: Callable[[str], None]) -> None:
     path = source.directory / GENERATION_CONFIG_NAME
     if path.is_file():
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = text_files.read_json(path)
         except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"cannot read {path}: {error}") from None
         if not isinstance(content, dict):
@@ -54,7 +55,7 @@ def check(source: Source, progress: Callable[[str], None]) -> None:
         progress(f"no {TOKENIZER_NAME}: the bundle will take token ids only")
         return
     try:
-        tokenizers.Tokenizer.from_file(str(tokenizer))
+        tokenizers.Tokenizer.from_str(text_files.read(tokenizer))
     # The library raises no more specific class.
     except Exception as error:
         raise CheckpointError(f"cannot read {tokenizer}: {error}") from None
@@ -94,7 +95,7 @@ def unknown_tokens(source: Source, vocab_size: int) -> list[str]:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    content: dict[str, Any] = text_files.read_json(path) if path.is_file() else {}
     return content
 
 
@@ -103,9 +104,15 @@ def write(source: Source, config: DogeConfig, manifest: Manifest, directory: Pat
     for name in SIDE_FILES:
         path = source.directory / name
         if path.is_file():
-            shutil.copyfile(path, directory / name)
+            _copy(path, directory / name)
     if genai.supported(manifest):
         generation = _read_object(directory / GENERATION_CONFIG_NAME)
         content = genai.genai_config(config, manifest, generation, source.directory)
         text = json.dumps(content, indent=2) + "\n"
         (directory / genai.CONFIG_NAME).write_text(text, encoding="utf-8", newline="\n")
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a file without the byte order mark that most readers of JSON refuse."""
+    data = source.read_bytes()
+    target.write_bytes(data.removeprefix(codecs.BOM_UTF8))

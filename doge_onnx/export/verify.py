@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,12 +21,13 @@ import transformers
 from numpy.typing import NDArray
 from torch import Tensor
 
+from doge_onnx import text_files
 from doge_onnx.bundle import Bundle, write_parity
 from doge_onnx.errors import BundleError, CheckpointError, ParityError
 from doge_onnx.export import checkpoint as checkpoints
 from doge_onnx.export.checkpoint import Checkpoint, Source
 from doge_onnx.export.eager import EagerModel, Past
-from doge_onnx.export.model_config import DogeConfig
+from doge_onnx.export.model_config import CONFIG_NAME, DogeConfig
 from doge_onnx.manifest import Manifest
 from doge_onnx.runtime.model import Model, load
 
@@ -66,6 +67,7 @@ class ParityReport:
         tokens: Length of the prompt.
         reference: What the bundle was compared with.
         device: Where the bundle ran, "cpu" or "cuda".
+        unrecorded: Why the bundle's manifest could not take the figures; None if it did.
     """
 
     prefill: float
@@ -78,6 +80,7 @@ class ParityReport:
     tokens: int
     reference: str
     device: str
+    unrecorded: str | None = None
 
     @property
     def max_abs_diff(self) -> float:
@@ -102,6 +105,7 @@ class ParityReport:
     def as_dict(self) -> dict[str, Any]:
         """The figures as they stand in the manifest; None for one that is not a number."""
         figures = {"passed": self.passed, "max_abs_diff": self.max_abs_diff, **asdict(self)}
+        del figures["unrecorded"]
         return {
             name: None if isinstance(value, float) and not np.isfinite(value) else value
             for name, value in figures.items()
@@ -117,6 +121,8 @@ def verify(
     progress: Callable[[str], None] | None = None,
 ) -> ParityReport:
     """Compare a bundle with its checkpoint, and put the figures into the bundle's manifest.
+
+    If the manifest cannot be written, the report says so.
 
     Args:
         bundle_path: A bundle.
@@ -141,7 +147,11 @@ def verify(
         )
     source = checkpoints.find(reference, revision)
     report = compare(opened, source.directory, progress or (lambda _: None), device)
-    write_parity(opened, parity_figures(report, source))
+    try:
+        write_parity(opened, parity_figures(report, source))
+    except BundleError as error:
+        # The figures took minutes, and a bundle may well be on a disk that is only read.
+        return replace(report, unrecorded=str(error))
     return report
 
 
@@ -283,9 +293,12 @@ class _Transformers:
             told |= {"rope_theta": rope.theta, "rope_scaling": scaling}
         try:
             with _quiet_transformers():
+                # transformers itself reads no JSON with a byte order mark, so it gets the content.
+                fields = text_files.read_json(directory / CONFIG_NAME)
                 self._model = transformers.DogeForCausalLM.from_pretrained(
                     directory,
-                    **told,
+                    config=transformers.DogeConfig.from_dict({**fields, **told}),
+                    generation_config=transformers.GenerationConfig(),
                     attn_implementation="eager",
                     dtype=torch.float32,
                     local_files_only=True,
