@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import doge_onnx
-from doge_onnx import cli_chat, cli_input, cli_options, cli_output, cli_values
+from doge_onnx import api, cli_chat, cli_input, cli_options, cli_output, cli_values
 from doge_onnx.bundle import Bundle, read_manifest
 from doge_onnx.errors import DogeOnnxError, ParityError, QualityError
 
@@ -164,7 +164,8 @@ def export(
 def verify(
     bundle: cli_options.Bundle,
     reference: cli_options.Reference,
-    revision: cli_options.Revision = None,
+    revision: cli_options.BundleRevision = None,
+    reference_revision: cli_options.ReferenceRevision = None,
     device: cli_options.Device = cli_options.Devices.auto,
 ) -> None:
     """Compare a bundle with its checkpoint.
@@ -177,7 +178,12 @@ def verify(
     cli_output.note(f"comparing {bundle} with {reference}")
     with cli_output.progress() as progress:
         report = doge_onnx.verify(
-            bundle, reference, device=device.value, revision=revision, progress=progress
+            bundle,
+            reference,
+            device=device.value,
+            revision=revision,
+            reference_revision=reference_revision,
+            progress=progress,
         )
     cli_output.parity(report)
     if report.unrecorded is not None:
@@ -190,7 +196,8 @@ def evaluate(
     bundle: cli_options.Bundle,
     reference: cli_options.EvalReference = None,
     text: cli_options.EvalText = None,
-    revision: cli_options.Revision = None,
+    revision: cli_options.BundleRevision = None,
+    reference_revision: cli_options.ReferenceRevision = None,
     max_tokens: cli_options.MaxTokens = None,
     window: cli_options.Window = None,
     seed: cli_options.EvalSeed = None,
@@ -218,6 +225,7 @@ def evaluate(
             seed=seed,
             device=device.value,
             revision=revision,
+            reference_revision=reference_revision,
             progress=progress,
         )
     if json:
@@ -242,6 +250,7 @@ def generate(
     stop_escape: cli_options.StopEscape = False,
     json: cli_options.JsonCompletion = False,
     stats: cli_options.Stats = False,
+    revision: cli_options.BundleRevision = None,
     threads: cli_options.Threads = None,
     prefill_chunk: cli_options.PrefillChunk = None,
     device: cli_options.Device = cli_options.Devices.auto,
@@ -273,7 +282,7 @@ def generate(
     if answer_start is not None:
         text.append({"role": "assistant", "content": answer_start})
         options["continue_final_message"] = True
-    model = _load(bundle, device, threads, prefill_chunk, verbose, cuda_graph)
+    model = _load(bundle, revision, device, threads, prefill_chunk, verbose, cuda_graph)
     options = cli_values.with_token_ids(options, model)
     if json:
         cli_output.completion_json(model.generate(text, **options), stats)
@@ -297,6 +306,7 @@ def chat(
     *,
     options: dict[str, Any],
     stop_escape: cli_options.StopEscape = False,
+    revision: cli_options.BundleRevision = None,
     threads: cli_options.Threads = None,
     prefill_chunk: cli_options.PrefillChunk = None,
     device: cli_options.Device = cli_options.Devices.auto,
@@ -313,7 +323,7 @@ def chat(
     """
     if stop_escape:
         options = cli_values.with_escapes(options)
-    model = _load(bundle, device, threads, prefill_chunk, verbose, cuda_graph)
+    model = _load(bundle, revision, device, threads, prefill_chunk, verbose, cuda_graph)
     options = cli_values.with_token_ids(options, model)
     conversation = model.chat(system, **options, **_variables(template_variable))
     for message in cli_input.messages():
@@ -333,6 +343,7 @@ def bench(
     threads: cli_options.Threads = None,
     device: cli_options.Device = cli_options.Devices.auto,
     cuda_graph: cli_options.CudaGraph = None,
+    revision: cli_options.BundleRevision = None,
     json: cli_options.JsonBench = False,
 ) -> None:
     """Measure how fast a bundle runs on this machine.
@@ -354,6 +365,7 @@ def bench(
             threads=threads,
             device=device.value,
             cuda_graph=cuda_graph,
+            revision=revision,
             progress=progress,
         )
     if json:
@@ -365,17 +377,22 @@ def bench(
 @app.command()
 def info(
     bundle: cli_options.Bundle,
+    revision: cli_options.BundleRevision = None,
     json: cli_options.JsonManifest = False,
 ) -> None:
-    """Show what a bundle holds."""
+    """Show what a bundle holds.
+
+    Of a bundle on the Hub, the graph and its weights are not fetched.
+    """
     from doge_onnx.runtime.text_ends import TextEnds
 
-    opened = Bundle(Path(bundle), read_manifest(Path(bundle)))
+    found = api.find_bundle(bundle, revision, weights=False)
+    opened = found if isinstance(found, Bundle) else Bundle(Path(found), read_manifest(Path(found)))
     ends = TextEnds.read(opened)
     if json:
-        cli_output.manifest_json(opened.manifest, ends)
+        cli_output.manifest_json(opened, ends)
     else:
-        cli_output.manifest(opened.manifest, ends)
+        cli_output.manifest(opened, ends)
 
 
 @app.command()
@@ -409,6 +426,7 @@ def push(
 
 def _load(
     bundle: str,
+    revision: str | None,
     device: cli_options.Devices,
     threads: int | None,
     prefill_chunk: int | None,
@@ -422,6 +440,7 @@ def _load(
         prefill_chunk=prefill_chunk,
         verbose=verbose,
         cuda_graph=cuda_graph,
+        revision=revision,
     )
     if model.reason_for_cpu is not None:
         cli_output.note(f"(this runs on the CPU: {model.reason_for_cpu})")

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from doge_onnx import text_files
-from doge_onnx.bundle import Manifest
+from doge_onnx.bundle import Bundle
 
 if TYPE_CHECKING:
     from rich.status import Status
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from doge_onnx.export.exporter import ExportReport
     from doge_onnx.export.verify import ParityReport
     from doge_onnx.hub import PushReport
+    from doge_onnx.manifest import Manifest
     from doge_onnx.measure.bench import BenchReport
     from doge_onnx.measure.evaluate import QualityReport
     from doge_onnx.measure.workload import Spread
@@ -219,14 +220,17 @@ def quality_json(report: QualityReport) -> None:
     json_text(json.dumps(report.as_dict(), ensure_ascii=False))
 
 
-def manifest(shown: Manifest, ends: TextEnds) -> None:
-    """Print a manifest for a person, and what ends a text.
+def manifest(bundle: Bundle, ends: TextEnds) -> None:
+    """Print a bundle's manifest for a person, and what ends a text.
 
     Args:
-        shown: The manifest.
+        bundle: Whose manifest it is.
         ends: Of the same bundle.
     """
+    shown = bundle.manifest
     state = shown.state
+    if bundle.repo is not None:
+        _print_section("Hub", {"repository": bundle.repo, "revision": bundle.commit})
     row = f"{state.num_heads} heads x {state.row_size} channels ({state.head_dim} + gates + rest)"
     _print_section(
         "Model",
@@ -286,14 +290,15 @@ def _token(token: EndToken) -> str:
     return str(token.id) if token.text is None else f"{token.id} {token.text}"
 
 
-def manifest_json(shown: Manifest, ends: TextEnds) -> None:
+def manifest_json(bundle: Bundle, ends: TextEnds) -> None:
     """Print a manifest as JSON; see `manifest`."""
-    fields = json.loads(shown.to_json()) | {
+    fields = json.loads(bundle.manifest.to_json()) | {
         "end_tokens": [asdict(token) for token in ends.tokens],
         "stop_strings": list(ends.stop),
         "other_end_token": None if ends.other is None else asdict(ends.other),
         "ignored_generation_options": list(ends.defaults.ignored),
         "generation_options_without_effect": list(ends.defaults.without_effect),
+        "hub": {"repository": bundle.repo, "revision": bundle.commit} if bundle.repo else None,
     }
     json_text(json.dumps(fields, indent=2, ensure_ascii=False))
 

@@ -81,9 +81,9 @@ def test_help_imports_nothing_slow():
         ["generate", "bundle", "x", "--max-new-tokens", "many"],
         ["generate", "bundle", "x", "--temperature", "-0.1"],
         ["generate", "bundle", "x", "--temperature", "nan"],
-        ["generate", "bundle", "x", "--top-k", "0"],
+        ["generate", "bundle", "x", "--top-k", "-1"],
         ["generate", "bundle", "x", "--top-p", "1.1"],
-        ["generate", "bundle", "x", "--top-p", "0"],
+        ["generate", "bundle", "x", "--top-p", "-1"],
         ["generate", "bundle", "x", "--min-p", "-0.1"],
         ["generate", "bundle", "x", "--repetition-penalty", "-1"],
         ["generate", "bundle", "x", "--seed", "-1"],
@@ -243,6 +243,7 @@ def test_info_gives_the_manifest_to_a_program(tiny_bundle):
         "other_end_token": None,
         "ignored_generation_options": [],
         "generation_options_without_effect": [],
+        "hub": None,
     }
 
 
