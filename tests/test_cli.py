@@ -237,7 +237,8 @@ def test_info_gives_the_manifest_to_a_program(tiny_bundle):
     result = invoke("info", tiny_bundle, "--json")
     assert (result.exit_code, result.stderr) == (0, "")
     written = (tiny_bundle / MANIFEST_NAME).read_text(encoding="utf-8")
-    assert json.loads(result.stdout) == json.loads(written) | {"ignored_generation_options": []}
+    added = {"hub": None, "ignored_generation_options": []}
+    assert json.loads(result.stdout) == json.loads(written) | added
 
 
 def test_info_names_what_a_bundle_asks_for_and_nobody_does(bundle_copy):
