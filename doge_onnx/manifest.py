@@ -120,6 +120,7 @@ class Manifest:
         versions: Versions of this package and of the libraries that made the bundle.
         parity: Figures of the comparison with the reference; None if there was none.
         quality: Figures of the evaluation of a quantized bundle; None if there was none.
+        notes: What is suspicious about the checkpoint or not carried out, a sentence each.
         files: Size in bytes and SHA-256 of every file of the bundle but the manifest.
         format_version: Version of the bundle format.
     """
@@ -138,6 +139,7 @@ class Manifest:
     versions: dict[str, str]
     parity: dict[str, Any] | None = None
     quality: dict[str, Any] | None = None
+    notes: tuple[str, ...] = ()
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
@@ -213,6 +215,8 @@ class Manifest:
                 f"{origin}: field 'device' is {manifest.device!r}, not one of "
                 f"{', '.join(DEVICES)}; export again"
             )
+        if not all(isinstance(note, str) for note in manifest.notes):
+            raise BundleError(f"{origin}: field 'notes' holds other than texts; export again")
         _check_closing(state, origin)
         return manifest
 
@@ -226,6 +230,7 @@ _FIELD_TYPES: dict[str, type | tuple[type, ...]] = {
     "float": (int, float),
     "bool": bool,
     "tuple[int, ...]": list,
+    "tuple[str, ...]": list,
     "ClosedRow": dict,
     "WeightsRead": dict,
     "StateLayout": dict,
@@ -256,7 +261,7 @@ def _parse(cls: type[Any], raw: Mapping[str, Any], origin: Path) -> Any:
             raise BundleError(f"{origin}: field {entry.name!r} cannot be {value!r}; export again")
         if kind in _PARTS:
             value = _parse(_PARTS[kind], raw[entry.name], origin)
-        values[entry.name] = tuple(value) if kind == "tuple[int, ...]" else value
+        values[entry.name] = tuple(value) if kind.startswith("tuple") else value
     return cls(**values)
 
 

@@ -30,20 +30,20 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from doge_onnx.errors import CheckpointError
+from doge_onnx.export import tokenizer_conversion, tokenizer_files
 from doge_onnx.export.model_config import CONFIG_NAME, DEFAULT_WINDOW, DogeConfig
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 # Read for its license; a bundle has a card of its own.
 CARD_NAME = "README.md"
-# What a bundle takes over from its checkpoint, unchanged.
-SIDE_FILES = (
+# What is fetched from the Hub beside the weights.
+_SIDE_FILES = (
     CONFIG_NAME,
     "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
+    *tokenizer_files.NAMES,
+    *tokenizer_conversion.OLDER_FILES,
+    CARD_NAME,
 )
 
 _DTYPES = ("BF16", "F16", "F32")
@@ -138,7 +138,7 @@ def find(model: str | Path, revision: str | None = None) -> Source:
         snapshot = snapshot_download(
             str(model),
             revision=revision,
-            allow_patterns=[*SIDE_FILES, "*.safetensors", INDEX_NAME, CARD_NAME],
+            allow_patterns=[*_SIDE_FILES, "*.safetensors", INDEX_NAME],
             # Intermediate training states sit in subdirectories, with weights of their own.
             ignore_patterns=["*/*"],
         )

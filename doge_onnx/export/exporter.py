@@ -75,6 +75,8 @@ class ExportReport:
         size: Bytes of all files of the bundle.
         seconds: Wall time of the whole export.
         unchecked: Why this machine cannot run the bundle, so that it was not compared; else None.
+
+    `manifest.notes` says what is suspicious about the checkpoint.
     """
 
     path: Path
@@ -157,7 +159,7 @@ def export(
     graph = bundle.graph_name(layout, precision)
     bundle.check_destination(out, force)
     source = checkpoints.find(model, revision)
-    sidecar.check(source, report)
+    side_files = sidecar.read(source)
     taken_over = metadata.inherited(source, report)
     checkpoint = checkpoints.read(source.directory, report)
     if activations == "float16":
@@ -218,8 +220,9 @@ def export(
             graph=path.relative_to(directory).as_posix(),
             source={"model": source.model, "revision": source.revision},
             versions=_versions(),
+            notes=side_files.notes,
         )
-        sidecar.write(source, checkpoint.config, manifest, directory)
+        sidecar.write(side_files, source, checkpoint.config, manifest, directory)
         draft = Bundle.draft(directory, manifest)
         try:
             if verify and quantized:

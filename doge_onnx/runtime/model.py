@@ -369,5 +369,12 @@ class Model:
         for token_id in ids:
             if isinstance(token_id, bool) or not isinstance(token_id, int | np.integer):
                 raise InputError(f"token ids are whole numbers, not {type(token_id).__name__}")
+            if token_id >= self.manifest.vocab_size and self._tokenizer is not None:
+                token = self._tokenizer.token(int(token_id))
+                if token is not None:
+                    raise InputError(
+                        f"the prompt has the token {token!r} ({token_id}), which the tokenizer "
+                        f"knows and the model does not: it has {self.manifest.vocab_size} tokens"
+                    )
         checked: list[int] = token_matrix([ids], self.manifest.vocab_size)[0].tolist()
         return checked
