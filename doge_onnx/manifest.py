@@ -216,7 +216,9 @@ class Manifest:
                 f"{', '.join(DEVICES)}; export again"
             )
         if not all(isinstance(note, str) for note in manifest.notes):
-            raise BundleError(f"{origin}: field 'notes' holds other than texts; export again")
+            raise BundleError(
+                f"{origin}: field 'notes' cannot be {list(manifest.notes)!r}; export again"
+            )
         _check_closing(state, origin)
         return manifest
 

@@ -178,10 +178,10 @@ def export(
         ort_format.check_size(size)
     # The conversion needs the graph in both formats at once.
     copies = 2 if format == "ort" else 1
-    bundle.check_free_space(out.parent, copies * size + _SMALL_FILES_BYTES)
     parity, lost, unchecked = None, None, None
     parameters = checkpoint.parameters
     with bundle.writing(out, force) as directory:
+        bundle.check_free_space(directory.parent, copies * size + _SMALL_FILES_BYTES)
         # The step moves the tensors, so that memory never holds a large model twice. But a
         # quantized model is compared with its checkpoint, which then has to stay.
         own = checkpoint.shared() if quantized else checkpoint
