@@ -88,6 +88,7 @@ def export(
     verify: bool = True,
     max_kl: float | None = None,
     revision: str | None = None,
+    adapter: str | Path | None = None,
     force: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> ExportReport:
@@ -119,6 +120,8 @@ def export(
         max_kl: Most that quantization may lose: mean KL divergence in nats per token. None for no
             limit.
         revision: Branch, tag or commit on the Hub.
+        adapter: A LoRA adapter in the format of PEFT, a directory or its id on the Hub. It is
+            merged into the checkpoint, in float32, before anything is rounded.
         force: Replace a bundle that exists at `out`.
         progress: Called with a line of text when a long step begins.
 
@@ -145,6 +148,7 @@ def export(
             verify=verify,
             max_kl=max_kl,
             revision=revision,
+            adapter=adapter,
             force=force,
             progress=progress,
         )
@@ -156,6 +160,7 @@ def verify(
     *,
     device: str = "auto",
     revision: str | None = None,
+    adapter: str | Path | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> ParityReport:
     """Compare a bundle with its checkpoint, which transformers runs.
@@ -165,6 +170,7 @@ def verify(
         reference: A directory with the checkpoint, or its id on the Hugging Face Hub.
         device: "auto", "cpu" or "cuda"; see `load`.
         revision: Branch, tag or commit on the Hub.
+        adapter: The adapter that was merged into the checkpoint, if there was one; see `export`.
         progress: Called with a line of text when a long step begins.
 
     Raises:
@@ -174,7 +180,12 @@ def verify(
         from doge_onnx.export import verify as verifier
 
         return verifier.verify(
-            bundle, reference, device=device, revision=revision, progress=progress
+            bundle,
+            reference,
+            device=device,
+            revision=revision,
+            adapter=adapter,
+            progress=progress,
         )
 
 
@@ -188,6 +199,7 @@ def evaluate(
     seed: int | None = None,
     device: str = "auto",
     revision: str | None = None,
+    adapter: str | Path | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> QualityReport:
     """Measure how well a bundle predicts a text, and how much it differs from a reference.
@@ -206,6 +218,7 @@ def evaluate(
         seed: Seed of a text that a model writes; None for a constant.
         device: Device of bundles: "auto", "cpu" or "cuda"; see `load`.
         revision: Branch, tag or commit of a reference on the Hub.
+        adapter: An adapter to merge into the reference, a checkpoint; see `export`.
         progress: Called with a line of text when a long step begins.
 
     Raises:
@@ -219,6 +232,8 @@ def evaluate(
     local = reference is None or is_bundle(reference)
     if revision is not None and local:
         raise InputError("only a reference on the Hub has a revision")
+    if adapter is not None and local:
+        raise InputError("only a checkpoint as reference takes an adapter")
     scorer = evaluator.BundleScorer(bundle, device)
     other: Scorer | None = None
     if reference is not None:
@@ -233,7 +248,7 @@ def evaluate(
                 from doge_onnx.export import quality
 
                 other = quality.open_checkpoint(
-                    reference, length, revision=revision, progress=progress
+                    reference, length, revision=revision, adapter=adapter, progress=progress
                 )
     return evaluator.evaluate(
         scorer,

@@ -89,6 +89,7 @@ def export(
     model: cli_options.Model,
     out: cli_options.Out,
     revision: cli_options.Revision = None,
+    adapter: cli_options.Adapter = None,
     precision: cli_options.Precision = None,
     kv_cache: cli_options.KVCache = None,
     context_length: cli_options.ContextLength = None,
@@ -125,6 +126,7 @@ def export(
             verify=verify,
             max_kl=max_kl,
             revision=revision,
+            adapter=adapter,
             force=force,
             progress=progress,
         )
@@ -136,6 +138,7 @@ def verify(
     bundle: cli_options.Bundle,
     reference: cli_options.Reference,
     revision: cli_options.Revision = None,
+    adapter: cli_options.Adapter = None,
     device: cli_options.Device = cli_options.Devices.auto,
 ) -> None:
     """Compare a bundle with its checkpoint.
@@ -148,7 +151,12 @@ def verify(
     cli_output.note(f"comparing {bundle} with {reference}")
     with cli_output.progress() as progress:
         report = doge_onnx.verify(
-            bundle, reference, device=device.value, revision=revision, progress=progress
+            bundle,
+            reference,
+            device=device.value,
+            revision=revision,
+            adapter=adapter,
+            progress=progress,
         )
     cli_output.parity(report)
     report.require(bundle)
@@ -160,6 +168,7 @@ def evaluate(
     reference: cli_options.EvalReference = None,
     text: cli_options.EvalText = None,
     revision: cli_options.Revision = None,
+    adapter: cli_options.Adapter = None,
     max_tokens: cli_options.MaxTokens = None,
     window: cli_options.Window = None,
     seed: cli_options.EvalSeed = None,
@@ -187,6 +196,7 @@ def evaluate(
             seed=seed,
             device=device.value,
             revision=revision,
+            adapter=adapter,
             progress=progress,
         )
     if json:

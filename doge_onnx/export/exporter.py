@@ -105,6 +105,7 @@ def export(
     verify: bool = True,
     max_kl: float | None = None,
     revision: str | None = None,
+    adapter: str | Path | None = None,
     force: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> ExportReport:
@@ -133,6 +134,8 @@ def export(
             something is quantized, measure how much quality is lost.
         max_kl: Most that quantization may lose, in nats per token; None for no limit.
         revision: Branch, tag or commit of a model on the Hub.
+        adapter: A LoRA adapter in the format of PEFT, which is merged into the checkpoint: a
+            directory, or the id of one on the Hub.
         force: Replace a bundle that exists at `out`.
         progress: Called with a few words when a step begins.
 
@@ -158,10 +161,10 @@ def export(
         raise DeviceError(f"a loss in bf16 can be measured on CUDA only, and {missing}")
     graph = bundle.graph_name(layout, precision)
     bundle.check_destination(out, force)
-    source = checkpoints.find(model, revision)
+    source = checkpoints.find(model, revision, adapter)
     side_files = sidecar.read(source)
     taken_over = metadata.inherited(source, report)
-    checkpoint = checkpoints.read(source.directory, report)
+    checkpoint = checkpoints.read_source(source, report)
     if activations == "float16":
         half.check_weights(checkpoint)
     length = _context_length(context_length, checkpoint.config)
@@ -218,7 +221,7 @@ def export(
             weights_read=read,
             state=_state_layout(built, checkpoint.config, chosen),
             graph=path.relative_to(directory).as_posix(),
-            source={"model": source.model, "revision": source.revision},
+            source=_origin(source),
             versions=_versions(),
             notes=side_files.notes,
         )
@@ -228,7 +231,7 @@ def export(
             if verify and quantized:
                 lost = quality.measure(draft, checkpoint, progress=report)
             elif verify:
-                parity = compare(draft, source.directory, report)
+                parity = compare(draft, source, report)
         except DeviceError as error:
             if max_kl is not None:
                 raise
@@ -419,6 +422,14 @@ def _write_graph(
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise BundleError(f"the exported graph is not valid ONNX: {error}") from error
     return read
+
+
+def _origin(source: checkpoints.Source) -> dict[str, str | None]:
+    """What a manifest says of the checkpoint that a bundle was made from."""
+    origin = {"model": source.model, "revision": source.revision}
+    if source.adapter is not None:
+        origin |= {"adapter": source.adapter.model, "adapter_revision": source.adapter.revision}
+    return origin
 
 
 def _versions() -> dict[str, str]:

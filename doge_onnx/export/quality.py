@@ -33,6 +33,7 @@ def open_checkpoint(
     context_length: int,
     *,
     revision: str | None = None,
+    adapter: str | Path | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> EagerModel:
     """Read a checkpoint as the reference of an evaluation.
@@ -41,14 +42,15 @@ def open_checkpoint(
         reference: A directory, or the id of a model on the Hub.
         context_length: Most tokens that a text may have.
         revision: Branch, tag or commit of a model on the Hub.
+        adapter: An adapter to merge into it.
         progress: Called with a few words whenever a step begins.
 
     Raises:
         ConfigError: The config makes no sense, or is not a Doge model's.
         CheckpointError: The checkpoint cannot be found, fetched or read.
     """
-    source = checkpoints.find(reference, revision)
-    checkpoint = checkpoints.read(source.directory, progress or (lambda _: None))
+    source = checkpoints.find(reference, revision, adapter)
+    checkpoint = checkpoints.read_source(source, progress or (lambda _: None))
     return EagerModel(checkpoint, context_length, name=source.model)
 
 

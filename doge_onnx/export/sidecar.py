@@ -53,7 +53,14 @@ def read(source: Source) -> SideFiles:
     if defaults.ignored:
         ignored = ", ".join(defaults.ignored)
         notes.append(f"{generation_path.name} asks for {ignored}, which this package does not do")
-    tokenizer = tokenizer_files.read(source.directory)
+    adapter = source.adapter
+    own = adapter is not None and (adapter.directory / tokenizer_files.TOKENIZER_NAME).is_file()
+    # An adapter may have been trained with tokens and a chat template of its own.
+    tokenizer = tokenizer_files.read(
+        adapter.directory if adapter is not None and own else source.directory
+    )
+    if own:
+        notes.append("the tokenizer is the adapter's own")
     if tokenizer.tokenizer is None:
         notes.append(f"no {tokenizer_files.TOKENIZER_NAME}: the bundle takes token ids only")
     if tokenizer.converted is not None:

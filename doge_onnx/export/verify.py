@@ -9,8 +9,7 @@ the graph and the runtime, and the tests check the step itself.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +26,7 @@ from doge_onnx.export import checkpoint as checkpoints
 from doge_onnx.export.checkpoint import Checkpoint, Source
 from doge_onnx.export.eager import EagerModel, Past
 from doge_onnx.export.model_config import DogeConfig, RopeConfig
+from doge_onnx.export.quiet import quiet_transformers
 from doge_onnx.manifest import Manifest
 from doge_onnx.runtime.model import Model, load
 
@@ -114,6 +114,7 @@ def verify(
     *,
     device: str = "auto",
     revision: str | None = None,
+    adapter: str | Path | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> ParityReport:
     """Compare a bundle with its checkpoint, and put the figures into the bundle's manifest.
@@ -123,6 +124,7 @@ def verify(
         reference: The checkpoint: a directory, or the id of a model on the Hub.
         device: Where the bundle runs: "auto", "cpu" or "cuda".
         revision: Branch, tag or commit of a model on the Hub.
+        adapter: The adapter that was merged into the checkpoint, if there was one.
         progress: Called with a few words whenever a step begins.
 
     Returns:
@@ -139,8 +141,8 @@ def verify(
             f"{bundle_path} is quantized, and so differs from its checkpoint; evaluate it with "
             f"{reference} as the reference, which measures by how much"
         )
-    source = checkpoints.find(reference, revision)
-    report = compare(opened, source.directory, progress or (lambda _: None), device)
+    source = checkpoints.find(reference, revision, adapter)
+    report = compare(opened, source, progress or (lambda _: None), device)
     write_parity(opened, parity_figures(report, source))
     return report
 
@@ -151,12 +153,12 @@ def parity_figures(report: ParityReport, source: Source) -> dict[str, Any]:
 
 
 def compare(
-    bundle: Bundle, checkpoint: Path, progress: Callable[[str], None], device: str = "auto"
+    bundle: Bundle, source: Source, progress: Callable[[str], None], device: str = "auto"
 ) -> ParityReport:
-    """Compare a bundle, or a draft of one, with the checkpoint in a directory; see `verify`."""
+    """Compare a bundle, or a draft of one, with its checkpoint; see `verify`."""
     model = load(bundle, device)
     progress("loading the reference")
-    reference, config, room = _open_reference(checkpoint, model.manifest)
+    reference, config, room = _open_reference(source, model.manifest)
     progress("running the reference")
     truths = [
         _run_reference(reference, prompt, min(_GREEDY, room - len(prompt) + 1), config)
@@ -239,9 +241,10 @@ class _Reference(Protocol):
         """Logits `[V]` after one more token."""
 
 
-def _open_reference(directory: Path, manifest: Manifest) -> tuple[_Reference, DogeConfig, int]:
+def _open_reference(source: Source, manifest: Manifest) -> tuple[_Reference, DogeConfig, int]:
     """The reference, its config, and how many tokens a text of the comparison may have."""
-    checkpoint = checkpoints.read(directory)
+    directory = source.directory
+    checkpoint = checkpoints.read_source(source)
     config = checkpoint.config
     asked = (config.vocab_size, config.num_hidden_layers)
     got = (manifest.vocab_size, manifest.state.num_layers)
@@ -258,8 +261,10 @@ def _open_reference(directory: Path, manifest: Manifest) -> tuple[_Reference, Do
     if config.keep_window_size is not None and _has_equal_gates(checkpoint):
         # transformers drops an arbitrary one of equal gates from the window.
         room = min(room, config.keep_window_size)
+    # Where transformers finds the tensors by itself, what this package reads is checked as well.
+    tensors = None if checkpoint.as_saved else checkpoint.tensors
     del checkpoint
-    return _Transformers(directory, config.rope), config, room
+    return _Transformers(directory, config.rope, tensors), config, room
 
 
 def _has_equal_gates(checkpoint: Checkpoint) -> bool:
@@ -269,26 +274,38 @@ def _has_equal_gates(checkpoint: Checkpoint) -> bool:
 
 
 class _Transformers:
-    """The reference implementation."""
+    """The reference implementation.
+
+    Args:
+        directory: The checkpoint.
+        rope: Its rotary embedding.
+        tensors: Its tensors by canonical name, where they differ from those in the directory.
+    """
 
     description = f"transformers {transformers.__version__}, float32, eager"
 
-    def __init__(self, directory: Path, rope: RopeConfig) -> None:
+    def __init__(
+        self, directory: Path, rope: RopeConfig, tensors: dict[str, Tensor] | None
+    ) -> None:
         # Versions below 5.0 do not read the RoPE fields that newer ones write.
         told: dict[str, Any] = {}
         if _BELOW_5:
             scaling = {"rope_type": rope.kind, "factor": rope.factor}
             told = {"rope_theta": rope.theta, "rope_scaling": scaling}
+        options: dict[str, Any] = {"attn_implementation": "eager", "dtype": torch.float32}
         try:
-            with _quiet_transformers():
-                self._model = transformers.DogeForCausalLM.from_pretrained(
-                    directory,
-                    **told,
-                    attn_implementation="eager",
-                    dtype=torch.float32,
-                    local_files_only=True,
-                    use_safetensors=True,
-                ).eval()
+            with quiet_transformers():
+                if tensors is None:
+                    model = transformers.DogeForCausalLM.from_pretrained(
+                        directory, **told, **options, local_files_only=True, use_safetensors=True
+                    )
+                else:
+                    config = transformers.DogeConfig.from_pretrained(
+                        directory, **told, local_files_only=True
+                    )
+                    model = transformers.AutoModelForCausalLM.from_config(config, **options)
+                    _fill(model, tensors)
+                self._model = model.eval()
         except OSError as error:
             raise CheckpointError(f"transformers cannot read {directory}: {error}") from None
 
@@ -304,6 +321,22 @@ class _Transformers:
         logits: Tensor = output.logits
         row: Array = logits[0, -1].numpy()
         return row
+
+
+def _fill(model: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Give a model of transformers the tensors of a checkpoint, by canonical name."""
+    named = {
+        name if name.startswith("lm_head.") else f"model.{name}": tensor
+        for name, tensor in tensors.items()
+    }
+    found = model.load_state_dict(named, strict=False)
+    # A head that is tied to the embedding is filled with it.
+    missing = [name for name in found.missing_keys if name != "lm_head.weight"]
+    if missing or found.unexpected_keys:
+        raise CheckpointError(
+            "transformers has other tensors than the checkpoint: "
+            f"{missing or found.unexpected_keys}"
+        )
 
 
 class _Step:
@@ -384,18 +417,3 @@ def _greedy_matches(model: Model, truth: _Truth, tolerance: float) -> int:
 
 def _difference(ours: Array, truth: Array) -> float:
     return float(np.abs(ours - truth).max())
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Keep transformers' progress bar and log messages off the terminal."""
-    level = transformers.logging.get_verbosity()
-    bars = transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(level)
-        if bars:
-            transformers.logging.enable_progress_bar()
