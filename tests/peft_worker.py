@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 torch.set_num_threads(1)
 
 
-def make(base, options, directory, dtype):
+def make(base, options, directory):
     model = transformers.DogeForCausalLM.from_pretrained(base, dtype=torch.float32)
     torch.manual_seed(3)
     model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
@@ -26,11 +26,6 @@ def make(base, options, directory, dtype):
             noise = torch.randn_like(parameter)
             with torch.no_grad():
                 parameter.copy_(parameter * (1 + 0.1 * noise) if "magn" in name else noise / 4)
-    if dtype is not None:
-        # Rounded before it is merged, so that both merge the same values.
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.data = parameter.data.to(getattr(torch, dtype)).float()
     model.save_pretrained(directory)
     merged = model.merge_and_unload()
     weights = {name: value.clone() for name, value in merged.state_dict().items()}
@@ -39,7 +34,7 @@ def make(base, options, directory, dtype):
 
 def main():
     for case in json.loads(sys.argv[1]):
-        make(case["base"], case["options"], case["directory"], case.get("dtype"))
+        make(case["base"], case["options"], case["directory"])
 
 
 if __name__ == "__main__":

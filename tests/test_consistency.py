@@ -148,7 +148,7 @@ def test_special_tokens_that_only_the_config_has_are_told(tmp_path):
         ({}, None),
         (
             {"eos_token_id": 4},
-            "ends a text with '</s>' (1), but generation ends at '<|im_end|>' (4",
+            "with '</s>' (1), but generation ends at '<|im_end|>' (4)",
         ),
     ],
 )

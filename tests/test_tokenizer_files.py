@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import tokenizers
 import transformers
 from conftest import TINY_CHECKPOINT
+from environments import ROOT, environment
 
 from doge_onnx.errors import CheckpointError
 from doge_onnx.export import tokenizer_files
@@ -27,9 +29,8 @@ def older(tmp_path) -> Path:
     """The tokenizer of examples/doge-tiny as vocab.json and merges.txt."""
     content = json.loads((TINY_CHECKPOINT / "tokenizer.json").read_text(encoding="utf-8"))
     (tmp_path / "vocab.json").write_text(json.dumps(content["model"]["vocab"]), encoding="utf-8")
-    pairs = [
-        pair if isinstance(pair, str) else " ".join(pair) for pair in content["model"]["merges"]
-    ]
+    merges = content["model"]["merges"]
+    pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
     lines = ["#version: 0.2", *pairs]
     (tmp_path / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     added = {
@@ -82,12 +83,67 @@ def test_what_transformers_5_saves_is_written_as_both_versions_read_it(tmp_path)
         list,
     )
     files = tokenizer_files.read(tmp_path / "saved")
-    # What transformers 4 makes of it, tests/test_optimum.py shows.
     assert files.config["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert "extra_special_tokens" not in files.config
     again = loaded(files, tmp_path / "bundle")
     assert again.all_special_tokens == saved.all_special_tokens
     assert [again(text)["input_ids"] for text in TEXTS] == truth()
+
+
+# What transformers reads from each directory: its class, ids, special tokens and a conversation.
+READER = """
+import json, sys
+from transformers import AutoTokenizer
+texts, said = json.loads(sys.argv[1]), []
+for directory in sys.argv[2:]:
+    read = AutoTokenizer.from_pretrained(directory)
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "there"}]
+    said.append(
+        [
+            [read(text)["input_ids"] for text in texts],
+            sorted(read.all_special_tokens),
+            [read.bos_token, read.eos_token, read.pad_token, read.model_max_length],
+            read.apply_chat_template(messages, tokenize=False) if read.chat_template else None,
+        ]
+    )
+print(json.dumps(said))
+"""
+TEMPLATE = "{% for m in messages %}<|start_header_id|>{{ m.content }}<|eot_id|>{% endfor %}"
+    "{% for m in messages %}<|start_header_id|>{{ m.role + m.content }}<|eot_id|>{% endfor %}"
+)
+
+
+@pytest.mark.external
+def test_transformers_4_and_5_read_the_same(tmp_path, older):
+    place = tmp_path / "bundles"
+    place.mkdir()
+    saved = transformers.AutoTokenizer.from_pretrained(TINY_CHECKPOINT)
+    saved.save_pretrained(place / "plain")
+    saved.chat_template = TEMPLATE
+    saved.add_special_tokens({"extra_special_tokens": ["<|eot_id|>", "<|new|>"]})
+    saved.save_pretrained(place / "chat")
+    (place / "bare").mkdir()
+    shutil.copy(TINY_CHECKPOINT / "tokenizer.json", place / "bare")
+    sources = {"tiny": TINY_CHECKPOINT, "older": older}
+    sources |= {path.name: path for path in list(place.iterdir())}
+    bundles = []
+    for name, source in sources.items():
+        bundle = tmp_path / f"bundle {name}"
+        bundle.mkdir()
+        for file, content in tokenizer_files.read(source).content.items():
+            (bundle / file).write_bytes(content)
+        shutil.copy(TINY_CHECKPOINT / "config.json", bundle)
+        bundles.append(bundle)
+    texts = [*TEXTS, "a<|new|>b <|start_header_id|>"]
+    said = []
+    for python in (environment(ROOT / "tests" / "requirements" / "optimum.txt"), sys.executable):
+        command = [python, "-c", READER, json.dumps(texts), *bundles]
+        result = subprocess.run(command, check=False, capture_output=True, encoding="utf-8")
+        assert result.returncode == 0, result.stderr
+        said.append(json.loads(result.stdout.splitlines()[-1]))
+    assert said[0] == said[1]
+    assert said[0][0][0][:3] == truth()
+    assert any(conversation for *_, conversation in said[0])
 
 
 def test_a_tokenizer_without_a_class_gets_one(tmp_path):
@@ -202,6 +258,49 @@ def test_one_file_without_the_other(older, missing):
     (older / missing).unlink()
     with pytest.raises(CheckpointError, match=f"without {missing}"):
         tokenizer_files.read(older)
+
+
+# Trains SentencePiece models and converts them, where there is sentencepiece. Prints the ids of
+# texts in both, or what is said of a kind that transformers would cut otherwise.
+SENTENCEPIECE = """
+import json, sys
+from pathlib import Path
+import sentencepiece
+from doge_onnx.errors import CheckpointError
+from doge_onnx.export import tokenizer_files
+place, page, texts = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+said = {}
+for kind in ("bpe", "unigram"):
+    directory = place / kind
+    directory.mkdir()
+    sentencepiece.SentencePieceTrainer.train(
+        input=page, model_prefix=str(directory / "tokenizer"), vocab_size=600, model_type=kind,
+        byte_fallback=True, normalization_rule_name="identity", minloglevel=2,
+    )
+    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps({**config, "unk_token": "<unk>"}))
+    theirs = sentencepiece.SentencePieceProcessor(str(directory / "tokenizer.model"))
+    try:
+        ours = tokenizer_files.read(directory).tokenizer
+    except CheckpointError as error:
+        said[kind] = str(error)
+        continue
+    said[kind] = [(ours.encode(text).ids, [1, *theirs.encode(text)]) for text in texts]
+print(json.dumps(said))
+"""
+
+
+@pytest.mark.external
+def test_sentencepiece_is_converted_to_the_same_ids(tmp_path):
+    python = environment(ROOT / "tests" / "requirements" / "peft.txt")
+    texts = ["Once upon a time", "It was 12 o'clock, naïve café 漢字", "a bundle of ONNX graphs"]
+    page = ROOT / "docs" / "architecture.md"
+    command = [python, "-c", SENTENCEPIECE, tmp_path, page, json.dumps(texts)]
+    result = subprocess.run(command, check=False, capture_output=True, encoding="utf-8")
+    assert result.returncode == 0, result.stderr
+    said = json.loads(result.stdout.splitlines()[-1])
+    assert all(ours == theirs for ours, theirs in said["bpe"])
+    assert "otherwise than SentencePiece does" in said["unigram"]
 
 
 def test_sentencepiece_is_asked_for_by_name(tmp_path, monkeypatch):
