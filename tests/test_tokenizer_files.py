@@ -109,8 +109,6 @@ for directory in sys.argv[2:]:
 print(json.dumps(said))
 """
 TEMPLATE = "{% for m in messages %}<|start_header_id|>{{ m.content }}<|eot_id|>{% endfor %}"
-    "{% for m in messages %}<|start_header_id|>{{ m.role + m.content }}<|eot_id|>{% endfor %}"
-)
 
 
 @pytest.mark.external

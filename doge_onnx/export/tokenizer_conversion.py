@@ -114,12 +114,12 @@ def _load(place: Path, origin: Path) -> Any:
     Raises:
         CheckpointError: transformers cannot load it.
     """
-    from transformers import AutoTokenizer, PreTrainedConfig
+    from transformers import AutoTokenizer, PretrainedConfig
 
     def load(**changes: Any) -> Any:
         return AutoTokenizer.from_pretrained(
             place,
-            config=PreTrainedConfig(),
+            config=PretrainedConfig(),
             local_files_only=True,
             trust_remote_code=False,
             **changes,
