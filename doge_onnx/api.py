@@ -8,7 +8,7 @@ of the extras.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -89,6 +89,7 @@ def export(
     max_kl: float | None = None,
     revision: str | None = None,
     adapter: str | Path | None = None,
+    ignore_config_fields: Collection[str] = (),
     force: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> ExportReport:
@@ -122,6 +123,9 @@ def export(
         revision: Branch, tag or commit on the Hub.
         adapter: A LoRA adapter in the format of PEFT, a directory or its id on the Hub. It is
             merged into the checkpoint, in float32, before anything is rounded.
+        ignore_config_fields: Names of fields of config.json to export without, such as "my_field"
+            or "rope_parameters.my_field". A field that is not understood is refused otherwise, as
+            it may change what the model computes.
         force: Replace a bundle that exists at `out`.
         progress: Called with a line of text when a long step begins.
 
@@ -149,6 +153,7 @@ def export(
             max_kl=max_kl,
             revision=revision,
             adapter=adapter,
+            ignore_config_fields=ignore_config_fields,
             force=force,
             progress=progress,
         )
@@ -248,7 +253,12 @@ def evaluate(
                 from doge_onnx.export import quality
 
                 other = quality.open_checkpoint(
-                    reference, length, revision=revision, adapter=adapter, progress=progress
+                    reference,
+                    length,
+                    revision=revision,
+                    adapter=adapter,
+                    ignore=scorer.ignored_fields,
+                    progress=progress,
                 )
     return evaluator.evaluate(
         scorer,

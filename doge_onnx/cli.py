@@ -102,6 +102,7 @@ def export(
     rounding: cli_options.Rounding = None,
     verify: cli_options.Verify = True,
     max_kl: cli_options.MaxKL = None,
+    ignore_config_field: cli_options.IgnoreConfigField = None,
     force: cli_options.Force = False,
 ) -> None:
     """Turn a checkpoint into a bundle.
@@ -127,6 +128,7 @@ def export(
             max_kl=max_kl,
             revision=revision,
             adapter=adapter,
+            ignore_config_fields=ignore_config_field or (),
             force=force,
             progress=progress,
         )

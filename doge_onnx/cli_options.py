@@ -236,6 +236,15 @@ Model = Annotated[
 Out = Annotated[
     str, typer.Argument(metavar="OUT", help="Directory to write; it must not exist yet.")
 ]
+IgnoreConfigField = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        help="Export without this field of config.json, such as 'my_field' or "
+        "'rope_parameters.my_field'. One that is not understood is refused otherwise, as it may "
+        "change what the model computes. May be given several times.",
+    ),
+]
 Precision = Annotated[
     Precisions | None,
     typer.Option(

@@ -101,9 +101,9 @@ def progress() -> Iterator[Callable[[str], None]]:
 
 
 def export_summary(out: str, report: ExportReport) -> None:
-    """Print the summary of an export, and what is suspicious about the checkpoint."""
-    for words in report.manifest.notes:
-        note(f"note: {words}")
+    """Print the summary of an export."""
+    for sentence in report.manifest.notes:
+        note(f"note: {sentence}")
     rows: dict[str, object] = {
         "bundle": out,
         "size": _megabytes(report.size),
@@ -224,10 +224,10 @@ def manifest(shown: Manifest, ignored: Sequence[str]) -> None:
     _print_section("Parity", _spaced(parity))
     if shown.quality is not None:
         _print_section("Quality", _spaced(shown.quality))
+    if shown.notes:
+        _print_section("Notes", {str(n): text for n, text in enumerate(shown.notes, start=1)})
     if ignored:
         _print_section("Generation", {"asked for, not done": ", ".join(ignored)})
-    if shown.notes:
-        _print_section("Notes", {str(n): words for n, words in enumerate(shown.notes, start=1)})
     _print_section("Made with", shown.versions)
     sizes = {
         name: entry.get("size") if isinstance(entry, dict) else None

@@ -120,7 +120,9 @@ class Manifest:
         versions: Versions of this package and of the libraries that made the bundle.
         parity: Figures of the comparison with the reference; None if there was none.
         quality: Figures of the evaluation of a quantized bundle; None if there was none.
-        notes: What is suspicious about the checkpoint or not carried out, a sentence each.
+        ignored_fields: Fields of config.json that the bundle was made without, since its maker
+            asked for that.
+        notes: What the export had to say about the checkpoint's files, a sentence each.
         files: Size in bytes and SHA-256 of every file of the bundle but the manifest.
         format_version: Version of the bundle format.
     """
@@ -139,6 +141,7 @@ class Manifest:
     versions: dict[str, str]
     parity: dict[str, Any] | None = None
     quality: dict[str, Any] | None = None
+    ignored_fields: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
@@ -215,10 +218,10 @@ class Manifest:
                 f"{origin}: field 'device' is {manifest.device!r}, not one of "
                 f"{', '.join(DEVICES)}; export again"
             )
-        if not all(isinstance(note, str) for note in manifest.notes):
-            raise BundleError(
-                f"{origin}: field 'notes' cannot be {list(manifest.notes)!r}; export again"
-            )
+        for name in ("ignored_fields", "notes"):
+            value = list(getattr(manifest, name))
+            if not all(isinstance(text, str) for text in value):
+                raise BundleError(f"{origin}: field {name!r} cannot be {value!r}; export again")
         _check_closing(state, origin)
         return manifest
 
@@ -263,7 +266,7 @@ def _parse(cls: type[Any], raw: Mapping[str, Any], origin: Path) -> Any:
             raise BundleError(f"{origin}: field {entry.name!r} cannot be {value!r}; export again")
         if kind in _PARTS:
             value = _parse(_PARTS[kind], raw[entry.name], origin)
-        values[entry.name] = tuple(value) if kind.startswith("tuple") else value
+        values[entry.name] = tuple(value) if isinstance(value, list) else value
     return cls(**values)
 
 

@@ -139,7 +139,8 @@ def reference_logits(directory: Path, ids: Sequence[int]) -> Tensor:
     """The truth: logits `[S, V]` of transformers fed one token at a time."""
     model = reference(directory)
     cache = transformers.DynamicCache()
-    rows = [model(torch.tensor([[token]]), past_key_values=cache).logits[0, 0] for token in ids]
+    # The cache goes by position, since its name is another from transformers 5.24 on.
+    rows = [model(torch.tensor([[token]]), None, None, cache).logits[0, 0] for token in ids]
     return torch.stack(rows)
 
 

@@ -107,6 +107,7 @@ def make(
     A: float | None = None,
     dt_scale: float = 1.0,
     router_bias: bool = False,
+    model_type: str = "doge",
     extra_config: dict[str, Any] | None = None,
     **overrides: Any,
 ) -> Model:
@@ -119,6 +120,7 @@ def make(
         A: The same for all heads, in place of random ones.
         dt_scale: By how much the gates' projection is larger than others.
         router_bias: Give routers a bias, which has to be dropped.
+        model_type: As in config.json.
         extra_config: Fields that go into config.json as they are.
         overrides: Native fields of the config.
     """
@@ -140,7 +142,7 @@ def make(
             saved[name.removesuffix("weight") + "bias"] = 3 * bias
     save_file(saved, directory / "model.safetensors", metadata={"format": "pt"})
     written = _remote_config(config, directory, marker) if layout.remote_names else dict(config)
-    written = {"model_type": "doge", "architectures": ["DogeForCausalLM"], **written}
+    written = {"model_type": model_type, "architectures": ["DogeForCausalLM"], **written}
     written |= extra_config or {}
     (directory / "config.json").write_text(json.dumps(written), encoding="utf-8")
     exact = {name: tensor.astype(np.float64) for name, tensor in tensors.items()}

@@ -4,7 +4,8 @@ Written from the equations, to be checked against them by reading. It knows noth
 package under test, and it is fed nothing but numbers: a config with the field names of
 transformers and the tensors by their transformers-native names without "model.". What a
 checkpoint does not have (a q/k norm, biases) is simply not among the tensors, and to how many
-heads the gates belong is the length of `A`.
+heads the gates belong is the length of `A`. A config with `window_size` in place of
+`keep_window_size` is of the generation whose gates have no exp.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ class Oracle:
         self.keys[layer].append(self.rotate(k))
         self.values[layer].append(v)
         dt = self.linear(v.reshape(-1), name + "dt_proj")
-        self.gates[layer].append(Gate(self.tensors[name + "A"], dt))
+        has_exp = self.config.get("window_size") is None
+        self.gates[layer].append(Gate(self.tensors[name + "A"], dt, has_exp))
 
         q = self.rotate(q)
         keys, values = np.array(self.keys[layer]), np.array(self.values[layer])
@@ -90,7 +92,7 @@ class Oracle:
     def window(self, gates: Gate, layer: int) -> list[NDArray[np.intp]]:
         """Of each gate head, the keys that take part: the W largest, of equals the latest."""
         total, heads = gates.value.shape
-        size = self.config.get("keep_window_size")
+        size = self.config.get("window_size") or self.config.get("keep_window_size")
         if size is None or total <= size:
             return [np.arange(total)] * heads
         # Ascending and stable: equals are in order of their position, and the last ones stay.
@@ -170,19 +172,23 @@ class Gate:
 
     Attributes:
         log: A · softplus(dt); `[G]` for one key, `[T, G]` for several.
-        value: exp(log).
-        slope: Its derivative by dt.
+        value: exp(log), or log itself in the generation without exp.
+        slope: The derivative of log by dt.
+        has_exp: Which of the two it is.
     """
 
-    def __init__(self, A: Array, dt: Array) -> None:
+    def __init__(self, A: Array, dt: Array, has_exp: bool = True) -> None:
+        self.has_exp = has_exp
         self.log = A * np.logaddexp(0, dt)
-        self.value = np.exp(self.log).astype(np.float32).astype(np.float64)
+        value = np.exp(self.log) if has_exp else self.log
+        self.value = value.astype(np.float32).astype(np.float64)
         self.slope = np.abs(A) / (1 + np.exp(-dt))
 
     @classmethod
     def stack(cls, gates: Sequence[Gate]) -> Gate:
         """One for several keys."""
         every = cls.__new__(cls)
+        every.has_exp = gates[0].has_exp
         every.log, every.value, every.slope = (
             np.array([getattr(gate, name) for gate in gates]) for name in ("log", "value", "slope")
         )
@@ -199,12 +205,14 @@ class Gate:
         """
         log, slope = self.log[:, head], self.slope[:, head]
         same = (log[dropped] == log[kept]) & (equal or log[kept] == 0)
-        same |= np.maximum(log[dropped], log[kept]) < _LOG_ZERO
+        if self.has_exp:
+            same |= np.maximum(log[dropped], log[kept]) < _LOG_ZERO
         others = dropped[~same]
         if not len(others):
             return math.inf
         closest = others[np.argmax(log[others])]
-        if any(_LOG_ZERO <= value <= _LOG_NORMAL for value in (log[kept], log[closest])):
+        tiny = any(_LOG_ZERO <= value <= _LOG_NORMAL for value in (log[kept], log[closest]))
+        if self.has_exp and tiny:
             return 0.0
         # Where dt is off by 1e-6 because of float32, a gate is besides off by a tenth of that.
         moves = max(slope[kept], slope[closest]) + 0.1 * (1 + abs(log[kept]))

@@ -11,7 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from doge_onnx.errors import ConfigError
-from doge_onnx.export.model_config import ACTIVATIONS, DogeConfig, RopeConfig
+from doge_onnx.export.model_config import (
+    ACTIVATIONS,
+    DOGE,
+    DogeConfig,
+    RopeConfig,
+)
 
 MINIMAL: dict[str, Any] = {
     "model_type": "doge",
@@ -29,6 +34,7 @@ def read(**changes: Any) -> DogeConfig:
 
 def test_defaults_are_those_of_transformers():
     assert read() == DogeConfig(
+        generation=DOGE,
         vocab_size=100,
         hidden_size=48,
         intermediate_size=80,
@@ -193,6 +199,18 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("hidden_act", {"hidden_act": ["silu"]}, "none of silu"),
     ("keep_window_size", {"keep_window_size": 0}, "positive whole number"),
     ("keep_window_size", {"keep_window_size": -1}, "positive whole number"),
+    ("keep_window_size", {"keep_window_size": None}, "give a number"),
+    ("keep_window_size", {"model_type": "doge2", "keep_window_size": 0}, "positive whole number"),
+    ("window_size", {"window_size": 0}, "positive whole number"),
+    ("window_size", {"window_size": False}, "positive whole number"),
+    (
+        "window_size",
+        {"window_size": 16, "keep_window_size": 16},
+        "window_size and keep_window_size",
+    ),
+    ("window_size", {"model_type": "doge2", "window_size": 16}, "config of a doge2"),
+    ("quantization_config", {"quantization_config": {"quant_method": "gptq"}}, "are quantized"),
+    ("compression_config", {"compression_config": {"format": "pack"}}, "are quantized"),
     ("sliding_window", {"sliding_window": 4096}, "not supported"),
     ("dynamic_mask_ratio", {"dynamic_mask_ratio": 0.5}, "not supported"),
     ("tie_word_embeddings", {"tie_word_embeddings": 1}, "neither true nor false"),
@@ -210,12 +228,11 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         "exceeds num_experts (4)",
     ),
     ("norm_topk_prob", {"norm_topk_prob": 1.0}, "neither true nor false"),
-    ("bos_token_id", {"bos_token_id": 100}, "vocabulary of 100"),
-    ("eos_token_id", {"eos_token_id": [1, 100]}, "vocabulary of 100"),
-    ("eos_token_id", {"eos_token_id": True}, "vocabulary of 100"),
-    ("eos_token_id", {"eos_token_id": [[1]]}, "vocabulary of 100"),
-    ("pad_token_id", {"pad_token_id": -1}, "vocabulary of 100"),
-    ("pad_token_id", {"pad_token_id": 1.0}, "vocabulary of 100"),
+    ("eos_token_id", {"eos_token_id": True}, "not the id of a token"),
+    ("eos_token_id", {"eos_token_id": [[1]]}, "not the id of a token"),
+    ("eos_token_id", {"eos_token_id": [1, "2"]}, "not the id of a token"),
+    ("pad_token_id", {"pad_token_id": 1.0}, "not the id of a token"),
+    ("bos_token_id", {"bos_token_id": [1]}, "not the id of a token"),
     ("rope_scaling", {"rope_scaling": "dynamic"}, "not an object"),
     ("rope_parameters", {"rope_parameters": [1]}, "not an object"),
     ("rope_type", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn'"),
@@ -235,6 +252,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
         "not supported",
     ),
+    ("type", {"rope_scaling": {"type": "linear", "rope_type": "dynamic", "factor": 2}}, "drop one"),
+    ("rope_parameters: this field is", {"rope_parameters": {"mrope_section": [2, 2]}}, "[2, 2]"),
+    ("full_attention", {"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}, "understood"),
 ]
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -98,7 +98,8 @@ class Checkpoint:
     def is_native(self) -> bool:
         """Whether this is the architecture that transformers calls Doge."""
         own_gates = self.gate_heads == self.config.num_key_value_heads
-        return self.native_names and self.qk_norm and own_gates
+        known = self.config.generation.in_transformers
+        return known and self.native_names and self.qk_norm and own_gates
 
     def shared(self) -> Checkpoint:
         """The same tensors in a mapping of its own, which a step may empty; nothing is copied."""
@@ -216,15 +217,20 @@ def _refusal(what: str, error: HfHubHTTPError) -> CheckpointError:
     return CheckpointError(f"the Hub at {constants.ENDPOINT} refused {what}: {reason}")
 
 
-def read_source(source: Source, progress: Callable[[str], None] = lambda _: None) -> Checkpoint:
+def read_source(
+    source: Source,
+    progress: Callable[[str], None] = lambda _: None,
+    ignore: Collection[str] = (),
+) -> Checkpoint:
     """Read what `find` found, with its adapter merged; see `read`."""
     adapter = None if source.adapter is None else source.adapter.directory
-    return read(source.directory, progress, adapter)
+    return read(source.directory, progress, ignore, adapter)
 
 
 def read(
     directory: Path,
     progress: Callable[[str], None] = lambda _: None,
+    ignore: Collection[str] = (),
     adapter: Path | None = None,
 ) -> Checkpoint:
     """Read a checkpoint's config and all its tensors, checked for name, shape and content.
@@ -232,6 +238,7 @@ def read(
     Args:
         directory: The checkpoint.
         progress: Called with a few words when a step begins.
+        ignore: Fields of the config to do without; see `DogeConfig.from_file`.
         adapter: Directory of an adapter to merge into it.
 
     Raises:
@@ -240,7 +247,7 @@ def read(
             corrupted, or a tensor is missing, unknown, of the wrong shape or not finite; or the
             adapter cannot be read or does not fit.
     """
-    config = DogeConfig.from_file(directory / CONFIG_NAME)
+    config = DogeConfig.from_file(directory / CONFIG_NAME, ignore)
     headers: dict[str, Header] = {}
     for path in _weight_files(directory):
         for name, header in read_header(path).items():
@@ -286,6 +293,13 @@ def read(
     as_saved = adapter is None and all(
         unwrapped(name) == name.removeprefix("model.") for name in headers
     )
+    if not config.generation.exp_gates and not (
+        native_names and qk_norm and gate_heads == config.num_key_value_heads
+    ):
+        raise CheckpointError(
+            f"{directory} has tensors of older Doges, but the window_size in {CONFIG_NAME} is that "
+            "of a newer one, which has other gates: it is not known what this model computes"
+        )
     if adapter is not None:
         progress("merging the adapter")
         adapters.merge(adapter, tensors, config.tie_word_embeddings)

@@ -10,7 +10,7 @@ import importlib.metadata
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import torch
 
 from doge_onnx import bundle
 from doge_onnx.bundle import Bundle
-from doge_onnx.errors import BundleError, DeviceError, DogeOnnxError
+from doge_onnx.errors import BundleError, ConfigError, DeviceError, DogeOnnxError
 from doge_onnx.export import card, half, metadata, ort_format, quality, sidecar
 from doge_onnx.export import checkpoint as checkpoints
 from doge_onnx.export.checkpoint import Checkpoint
@@ -28,7 +28,7 @@ from doge_onnx.export.eager import EagerModel
 from doge_onnx.export.graph import trace
 from doge_onnx.export.growing_state import GrowingState
 from doge_onnx.export.lowering import Target, find_target, for_web, require_kernels
-from doge_onnx.export.model_config import DogeConfig
+from doge_onnx.export.model_config import CONFIG_NAME, DogeConfig
 from doge_onnx.export.quantize import RECIPES, Recipe, check_choices, quantize, recipe_for
 from doge_onnx.export.step import RecurrentStep, State
 from doge_onnx.export.step_bytes import weights_read
@@ -76,7 +76,7 @@ class ExportReport:
         seconds: Wall time of the whole export.
         unchecked: Why this machine cannot run the bundle, so that it was not compared; else None.
 
-    `manifest.notes` says what is suspicious about the checkpoint.
+    What the export had to say about the checkpoint's files is in the manifest's `notes`.
     """
 
     path: Path
@@ -106,6 +106,7 @@ def export(
     max_kl: float | None = None,
     revision: str | None = None,
     adapter: str | Path | None = None,
+    ignore_config_fields: Collection[str] = (),
     force: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> ExportReport:
@@ -136,6 +137,8 @@ def export(
         revision: Branch, tag or commit of a model on the Hub.
         adapter: A LoRA adapter in the format of PEFT, which is merged into the checkpoint: a
             directory, or the id of one on the Hub.
+        ignore_config_fields: Fields of config.json to do without: those that are not understood,
+            and that the caller knows not to matter.
         force: Replace a bundle that exists at `out`.
         progress: Called with a few words when a step begins.
 
@@ -162,9 +165,11 @@ def export(
     graph = bundle.graph_name(layout, precision)
     bundle.check_destination(out, force)
     source = checkpoints.find(model, revision, adapter)
-    side_files = sidecar.read(source)
-    taken_over = metadata.inherited(source, report)
-    checkpoint = checkpoints.read_source(source, report)
+    side_files = sidecar.read(source, ignore_config_fields)
+    notes = list(side_files.notes)
+    taken_over = metadata.inherited(source, notes.append)
+    checkpoint = checkpoints.read_source(source, report, ignore_config_fields)
+    _check_ignored(ignore_config_fields, checkpoint.config)
     if activations == "float16":
         half.check_weights(checkpoint)
     length = _context_length(context_length, checkpoint.config)
@@ -223,7 +228,8 @@ def export(
             graph=path.relative_to(directory).as_posix(),
             source=_origin(source),
             versions=_versions(),
-            notes=side_files.notes,
+            ignored_fields=checkpoint.config.ignored,
+            notes=tuple(notes),
         )
         sidecar.write(side_files, source, checkpoint.config, manifest, directory)
         draft = Bundle.draft(directory, manifest)
@@ -292,6 +298,17 @@ def _check_combination(
         raise DogeOnnxError(f"the limit of the loss must be 0 or more nats, not {max_kl!r}")
     if quantized:
         require_kernels("MatMulNBits", "GatherBlockQuantized", "GroupQueryAttention")
+
+
+def _check_ignored(wanted: Collection[str], config: DogeConfig) -> None:
+    """Check that the fields that are to be ignored are there.
+
+    Raises:
+        ConfigError: One of them is not; it may be misspelt.
+    """
+    missing = [name for name in wanted if name not in config.ignored]
+    if missing:
+        raise ConfigError(f"{CONFIG_NAME} has no field {missing[0]}, which was to be ignored")
 
 
 def _check_activations(

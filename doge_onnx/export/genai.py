@@ -84,7 +84,8 @@ def _token_ids(config: DogeConfig, generation: dict[str, Any], origin: Path) -> 
     """
 
     def known(value: Any) -> bool:
-        return isinstance(value, int) and 0 <= value < config.vocab_size
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        return whole and 0 <= value < config.vocab_size
 
     fallback = {"eos_token_id": list(config.eos_token_ids)}
     eos = sorted(filter(known, Defaults.parse(generation, fallback, origin).eos_token_ids))

@@ -6,7 +6,7 @@ Knows how to open a checkpoint as a reference, and how much text an export can a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from doge_onnx.bundle import Bundle
@@ -34,6 +34,7 @@ def open_checkpoint(
     *,
     revision: str | None = None,
     adapter: str | Path | None = None,
+    ignore: Collection[str] = (),
     progress: Callable[[str], None] | None = None,
 ) -> EagerModel:
     """Read a checkpoint as the reference of an evaluation.
@@ -43,6 +44,7 @@ def open_checkpoint(
         context_length: Most tokens that a text may have.
         revision: Branch, tag or commit of a model on the Hub.
         adapter: An adapter to merge into it.
+        ignore: Fields of its config to do without; see `DogeConfig.from_file`.
         progress: Called with a few words whenever a step begins.
 
     Raises:
@@ -50,7 +52,7 @@ def open_checkpoint(
         CheckpointError: The checkpoint cannot be found, fetched or read.
     """
     source = checkpoints.find(reference, revision, adapter)
-    checkpoint = checkpoints.read_source(source, progress or (lambda _: None))
+    checkpoint = checkpoints.read_source(source, progress or (lambda _: None), ignore)
     return EagerModel(checkpoint, context_length, name=source.model)
 
 

@@ -276,7 +276,7 @@ class _Ranges:
         self._key = torch.maximum(self._key, torch.cat([reach, reach], dim=-1))
         self._value = torch.maximum(self._value, values[..., : heads.dim].abs().amax(0))
         parts = keys[..., heads.dim : heads.dim + heads.gate_channels].unflatten(-1, (2, -1))
-        self._gate = max(self._gate, float(parts.sum(-2).max()))
+        self._gate = max(self._gate, float(parts.sum(-2).abs().max()))
         return self._attend(q, k, v, *rest)
 
     def fix(self) -> None:

@@ -7,8 +7,10 @@ genai_config.json, and `card` writes the model card.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from doge_onnx.errors import BundleError, CheckpointError
 from doge_onnx.export import consistency, genai, tokenizer_files
@@ -17,6 +19,7 @@ from doge_onnx.export.json_files import read_object
 from doge_onnx.export.model_config import CONFIG_NAME, DogeConfig
 from doge_onnx.manifest import Manifest
 from doge_onnx.runtime.generation.defaults import GENERATION_CONFIG_NAME, Defaults
+from doge_onnx.runtime.generation.token_ids import split_by_vocabulary
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,12 @@ class SideFiles:
     notes: tuple[str, ...]
 
 
-def read(source: Source) -> SideFiles:
+def read(source: Source, ignore: Collection[str] = ()) -> SideFiles:
     """Read and compare the side files, before the export does any work.
+
+    Args:
+        source: The checkpoint.
+        ignore: Fields of its config to do without; see `DogeConfig.from_file`.
 
     Raises:
         CheckpointError: One of them cannot be read, makes no sense, or cannot work together with
@@ -41,7 +48,7 @@ def read(source: Source) -> SideFiles:
         ConfigError: The config makes no sense, or is not a Doge model's.
     """
     config_path = source.directory / CONFIG_NAME
-    config = DogeConfig.from_file(config_path)
+    config = DogeConfig.from_file(config_path, ignore)
     generation_path = source.directory / GENERATION_CONFIG_NAME
     generation = read_object(generation_path)
     try:
@@ -49,7 +56,7 @@ def read(source: Source) -> SideFiles:
         defaults = Defaults.parse(generation, fallback, source.directory)
     except BundleError as error:
         raise CheckpointError(str(error)) from None
-    notes = []
+    notes = [*config.notes, *_unknown_tokens(generation, config.vocab_size)]
     if defaults.ignored:
         ignored = ", ".join(defaults.ignored)
         notes.append(f"{generation_path.name} asks for {ignored}, which this package does not do")
@@ -70,11 +77,38 @@ def read(source: Source) -> SideFiles:
             f"{tokenizer_files.TOKENIZER_NAME} lacked tokens that {tokenizer_files.CONFIG_NAME} "
             f"adds, and got them: {', '.join(map(repr, tokenizer.completed[:5]))}"
         )
-    notes += consistency.compare(tokenizer, config, defaults.eos_token_ids)
+    # Those that the model lacks end no text.
+    ends = [i for i in defaults.eos_token_ids if 0 <= i < config.vocab_size]
+    notes += consistency.compare(tokenizer, config, ends)
     content = {CONFIG_NAME: config_path.read_bytes(), **tokenizer.content}
     if generation_path.is_file():
         content[GENERATION_CONFIG_NAME] = generation_path.read_bytes()
     return SideFiles(content, tuple(notes))
+
+
+def _unknown_tokens(generation: dict[str, Any], vocab_size: int) -> list[str]:
+    """A sentence for each field of generation_config.json with the id of a token that is not there.
+
+    Args:
+        generation: The content of the file, which was checked.
+        vocab_size: Of the model.
+    """
+    sentences = []
+    for name, value in generation.items():
+        if not name.endswith("_token_id"):
+            continue
+        try:
+            _, unknown = split_by_vocabulary(value, vocab_size)
+        # Where a field has an effect, its value was checked.
+        except ValueError:
+            continue
+        if unknown:
+            ids = ", ".join(map(str, unknown))
+            sentences.append(
+                f"{GENERATION_CONFIG_NAME} names {ids} as {name}, which the model of {vocab_size} "
+                "tokens lacks"
+            )
+    return sentences
 
 
 def write(

@@ -169,7 +169,8 @@ class Layer(nn.Module):
 class Attention(nn.Module):
     """Dynamic Mask Attention, with the gate as a channel of the key.
 
-    For each key and gate head, g = exp(A · softplus(W_dt v)). The key becomes [k, g, 0…] and the
+    For each key and gate head, g = exp(A · softplus(W_dt v)), or without the exp in the generation
+    that has window_size. The key becomes [k, g, 0…] and the
     query [q / √D, 1, 0…], so that their product is q·k/√D + g. In older checkpoints, gates belong
     to query heads and keys do not. Then a key has a channel for each query head of its group, and a
     query has a one in its own channel and zeros in the others.
@@ -177,7 +178,8 @@ class Attention(nn.Module):
     Queries and keys pass through norm, gate channels and rotation together, as one tensor of
     Hq + Hkv heads. That halves the number of nodes, which take most of the time of a small model's
     step. The constants of queries come from the same formula as the gates: their columns of W_dt
-    are zero, so exp(A · softplus(0)) is 2^A, which is 0 for a very negative A.
+    are zero, so exp(A · softplus(0)) is 2^A, which is 0 for a very negative A. Without the exp it
+    is A · ln 2.
 
     Values and the output are as wide as rows of the state: zero columns of W_v and zero rows of W_o
     cost less than nodes that pad and cut.
@@ -190,6 +192,7 @@ class Attention(nn.Module):
         config, weights = checkpoint.config, checkpoint.tensors
         self.ops = operators
         self.eps = config.rms_norm_eps
+        self.exp_gates = config.generation.exp_gates
         self.heads = state.heads
         # A method and not a submodule: all layers share the state, and its tables are the step's.
         self.attend = state.attend
@@ -248,7 +251,9 @@ class Attention(nn.Module):
         qk = qk.view(batch, length, rotated, dim)
         if self.qk_norm is not None:
             qk = self.ops.rms_norm(qk, self.qk_norm, self.eps)
-        gates = torch.exp(self.A * self.softplus(self.gate(h.to(self.A.dtype))))
+        gates = self.A * self.softplus(self.gate(h.to(self.A.dtype)))
+        if self.exp_gates:
+            gates = torch.exp(gates)
         if tokens.gate_limit is not None:
             gates = torch.minimum(gates, tokens.gate_limit)
         gates = gates.view(batch, length, rotated, self.heads.gates)
@@ -281,9 +286,10 @@ class Attention(nn.Module):
         )
         # A query reads one gate channel of its group: exp(-200 · softplus(0)) is 0 in float32.
         own = torch.arange(self.heads.num_queries).unsqueeze(-1) % self.heads.gates
-        # With two channels per gate, 2^1 = 2 is split into a one for each of them.
-        read = 0.0 if self.int8_rows is None and self.half_rows is None else 1.0
-        constants = torch.where(torch.arange(self.heads.gates) == own, read, -200.0)
+        # With two channels per gate, a 2 is split into a one for each of them.
+        read = 1.0 if self.int8_rows is None and self.half_rows is None else 2.0
+        read, none = (math.log2(read), -200.0) if self.exp_gates else (read / math.log(2), 0.0)
+        constants = torch.where(torch.arange(self.heads.gates) == own, read, none)
         return projection, _weight(torch.cat([constants.flatten(), weights.pop(prefix + "A")]))
 
     def _copy_heads(self, tensor: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 The reference is transformers in float32 with eager attention, fed one token at a time. Its
 forward of several tokens may differ from that (dynamic RoPE past the trained context, the routing
-of experts); then the token-by-token result counts. transformers cannot run older checkpoints and,
+of experts); then the token-by-token result counts. transformers cannot run other generations and,
 below 5.0, experts. Their reference is this package's own step in PyTorch in float64: that checks
 the graph and the runtime, and the tests check the step itself.
 """
@@ -25,7 +25,7 @@ from doge_onnx.errors import BundleError, CheckpointError, ParityError
 from doge_onnx.export import checkpoint as checkpoints
 from doge_onnx.export.checkpoint import Checkpoint, Source
 from doge_onnx.export.eager import EagerModel, Past
-from doge_onnx.export.model_config import DogeConfig, RopeConfig
+from doge_onnx.export.model_config import DogeConfig
 from doge_onnx.export.quiet import quiet_transformers
 from doge_onnx.manifest import Manifest
 from doge_onnx.runtime.model import Model, load
@@ -244,7 +244,7 @@ class _Reference(Protocol):
 def _open_reference(source: Source, manifest: Manifest) -> tuple[_Reference, DogeConfig, int]:
     """The reference, its config, and how many tokens a text of the comparison may have."""
     directory = source.directory
-    checkpoint = checkpoints.read_source(source)
+    checkpoint = checkpoints.read_source(source, ignore=manifest.ignored_fields)
     config = checkpoint.config
     asked = (config.vocab_size, config.num_hidden_layers)
     got = (manifest.vocab_size, manifest.state.num_layers)
@@ -264,7 +264,7 @@ def _open_reference(source: Source, manifest: Manifest) -> tuple[_Reference, Dog
     # Where transformers finds the tensors by itself, what this package reads is checked as well.
     tensors = None if checkpoint.as_saved else checkpoint.tensors
     del checkpoint
-    return _Transformers(directory, config.rope, tensors), config, room
+    return _Transformers(directory, config, tensors), config, room
 
 
 def _has_equal_gates(checkpoint: Checkpoint) -> bool:
@@ -278,20 +278,22 @@ class _Transformers:
 
     Args:
         directory: The checkpoint.
-        rope: Its rotary embedding.
+        config: Its config.
         tensors: Its tensors by canonical name, where they differ from those in the directory.
     """
 
     description = f"transformers {transformers.__version__}, float32, eager"
 
     def __init__(
-        self, directory: Path, rope: RopeConfig, tensors: dict[str, Tensor] | None
+        self, directory: Path, config: DogeConfig, tensors: dict[str, Tensor] | None
     ) -> None:
+        # It refuses a padding token that the vocabulary lacks.
+        told: dict[str, Any] = {"pad_token_id": config.pad_token_id}
         # Versions below 5.0 do not read the RoPE fields that newer ones write.
-        told: dict[str, Any] = {}
         if _BELOW_5:
+            rope = config.rope
             scaling = {"rope_type": rope.kind, "factor": rope.factor}
-            told = {"rope_theta": rope.theta, "rope_scaling": scaling}
+            told |= {"rope_theta": rope.theta, "rope_scaling": scaling}
         options: dict[str, Any] = {"attn_implementation": "eager", "dtype": torch.float32}
         try:
             with quiet_transformers():
@@ -300,14 +302,16 @@ class _Transformers:
                         directory, **told, **options, local_files_only=True, use_safetensors=True
                     )
                 else:
-                    config = transformers.DogeConfig.from_pretrained(
+                    theirs = transformers.DogeConfig.from_pretrained(
                         directory, **told, local_files_only=True
                     )
-                    model = transformers.AutoModelForCausalLM.from_config(config, **options)
+                    model = transformers.AutoModelForCausalLM.from_config(theirs, **options)
                     _fill(model, tensors)
                 self._model = model.eval()
-        except OSError as error:
-            raise CheckpointError(f"transformers cannot read {directory}: {error}") from None
+        # It raises no more specific class, for values that are not what it expects among others.
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise CheckpointError(f"transformers cannot read {directory}: {reason}") from error
 
     @torch.no_grad()
     def start(self) -> None:
@@ -317,7 +321,8 @@ class _Transformers:
 
     @torch.no_grad()
     def step(self, token: int) -> Array:
-        output = self._model(torch.tensor([[token]]), past_key_values=self._cache)
+        # By position, since the parameter has another name from transformers 5.24 on.
+        output = self._model(torch.tensor([[token]]), None, None, self._cache)
         logits: Tensor = output.logits
         row: Array = logits[0, -1].numpy()
         return row

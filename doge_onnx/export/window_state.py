@@ -159,14 +159,15 @@ class WindowState(nn.Module):
     def _rank(self, key: Tensor) -> Tensor:
         """Numbers that order keys `[B, H, R, row]` by gate, then by position: float64 `[B, H, R]`.
 
-        A gate has 24 bits of mantissa, so float64 has room for the position in the bits below:
-        1 + stamp · 2^-52 is exact, and with stamp < 2^24 the product stays below the next gate.
+        A gate has 24 bits of mantissa, so float64 has room for the position in the bits below. With
+        stamp < 2^24, what it adds stays below the distance to the next gate.
         The summand orders gates that underflowed to 0 as well. It is far below the smallest other
         gate after the factor `lift`, which is needed because torch's exporter takes tiny numbers
         for 0.
         """
         gate, stamp = key[..., self.heads.dim].double(), key[..., self.heads.dim + 1].double()
-        return (gate * self.lift + 32.0) * (1.0 + stamp * 2.0**-52)
+        rank = gate * self.lift + 32.0
+        return rank + rank.abs() * (stamp * 2.0**-52)
 
 
 def _gate_limit(mask: Tensor, is_key: Tensor) -> Tensor:

@@ -75,6 +75,7 @@ class BundleScorer:
         self._never = Defaults.read(self._bundle).eos_token_ids
         self.description = f"{self._bundle.path} ({manifest.precision})"
         self.vocab_size = manifest.vocab_size
+        self.ignored_fields = manifest.ignored_fields
         self.context_length = None if manifest.state.kind == "window" else manifest.context_length
 
     def logits(self, ids: list[int]) -> NDArray[np.float32]:

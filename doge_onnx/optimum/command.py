@@ -17,7 +17,7 @@ from typing import Any
 import doge_onnx
 from doge_onnx.bundle import is_bundle
 from doge_onnx.errors import DogeOnnxError
-from doge_onnx.export.model_config import CONFIG_NAME
+from doge_onnx.export.model_config import CONFIG_NAME, MODEL_TYPES
 
 _TASKS = ("auto", "text-generation-with-past", "causal-lm-with-past")
 # Options that a bundle cannot fulfil, by their names in the parsed arguments. Options that only
@@ -68,7 +68,7 @@ def _is_doge(model: str, cache_dir: str) -> bool:
         path = Path(model, CONFIG_NAME)
         if not Path(model).is_dir():
             path = Path(hf_hub_download(model, CONFIG_NAME, cache_dir=cache_dir))
-        return bool(json.loads(path.read_text(encoding="utf-8"))["model_type"] == "doge")
+        return bool(json.loads(path.read_text(encoding="utf-8"))["model_type"] in MODEL_TYPES)
     # Optimum itself reports what is wrong with a model that is not known to be a Doge.
     except Exception:
         return False

@@ -15,12 +15,19 @@ from huggingface_hub.constants import HUGGINGFACE_HUB_CACHE
 from onnxruntime import SessionOptions
 from optimum.onnxruntime import ORTModelForCausalLM
 from torch import Tensor
-from transformers import PretrainedConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    AutoConfig,
+    DogeConfig,
+    PretrainedConfig,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.utils.hub import cached_file
 
 import doge_onnx
 from doge_onnx.bundle import MANIFEST_NAME, Manifest, is_bundle
 from doge_onnx.errors import BundleError, InputError
+from doge_onnx.export.model_config import MODEL_TYPES
 from doge_onnx.optimum.command import export_options
 from doge_onnx.runtime.engine.input_checks import check_room
 from doge_onnx.runtime.engine.io_names import POSITION_IDS, past_names
@@ -30,6 +37,14 @@ Past = tuple[tuple[Tensor, Tensor], ...]
 _ERROR = 3
 # Of a free row of a window state. A manifest says so, too, but `save_pretrained` writes none.
 _CLOSED_GATE = -1e30
+
+
+class _Doge2Config(DogeConfig):
+    model_type = "doge2"
+
+
+# transformers does not know the type, and reads no config of a type that it does not know.
+AutoConfig.register(_Doge2Config.model_type, _Doge2Config, exist_ok=True)
 
 
 class _EndOfContext(StoppingCriteria):
@@ -79,7 +94,9 @@ class ORTDogeForCausalLM(ORTModelForCausalLM):  # type: ignore[misc]
         _, self.num_key_value_heads, _, self.embed_size_per_head = shape
         self._window: int | None = None
         if POSITION_IDS in self.input_names:
-            self._window = self.config.keep_window_size
+            # The generation that transformers does not know has its window in another field.
+            other = getattr(self.config, "window_size", None)
+            self._window = self.config.keep_window_size if other is None else other
 
     def generate(
         self, *args: Any, stopping_criteria: list[StoppingCriteria] | None = None, **kwargs: Any
@@ -209,7 +226,7 @@ class ORTDogeForCausalLM(ORTModelForCausalLM):  # type: ignore[misc]
         session_options: SessionOptions | None = None,
         **kwargs: Any,
     ) -> ORTDogeForCausalLM:
-        if config.model_type != "doge":
+        if config.model_type not in MODEL_TYPES:
             raise BundleError(
                 f"{model_id} is a model of the type {config.model_type!r}, not a Doge; use "
                 "ORTModelForCausalLM"
@@ -236,7 +253,9 @@ class ORTDogeForCausalLM(ORTModelForCausalLM):  # type: ignore[misc]
         model: ORTDogeForCausalLM = super()._from_pretrained(
             model_id, config, session_options=session_options, **hub, **kwargs
         )
-        if manifest is not None and manifest.state.kind != "window":
+        if manifest is not None and manifest.state.kind == "window":
+            model._window = manifest.state.keep_window_size
+        elif manifest is not None:
             model.context_length = manifest.context_length
         return model
 

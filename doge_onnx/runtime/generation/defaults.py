@@ -14,8 +14,11 @@ from typing import Any
 from doge_onnx.bundle import Bundle
 from doge_onnx.errors import BundleError, InputError
 from doge_onnx.runtime.generation.config import GenerationConfig, option_names
+from doge_onnx.runtime.generation.token_ids import split_by_vocabulary
 
 GENERATION_CONFIG_NAME = "generation_config.json"
+# Where the model is not known.
+_LARGE_VOCABULARY = 2**31
 
 # Fields that do not change which tokens are generated: bookkeeping, caches, speed, what is
 # returned. Those about beams matter only with several beams, which `num_beams` reports.
@@ -127,16 +130,24 @@ class Defaults:
             BundleError: An option in one of the files has an invalid value.
         """
         generation = bundle.read_json(GENERATION_CONFIG_NAME)
-        return cls.parse(generation, bundle.read_json("config.json"), bundle.path)
+        vocab_size = bundle.manifest.vocab_size
+        return cls.parse(generation, bundle.read_json("config.json"), bundle.path, vocab_size)
 
     @classmethod
-    def parse(cls, config: dict[str, Any], model_config: dict[str, Any], origin: Path) -> Defaults:
+    def parse(
+        cls,
+        config: dict[str, Any],
+        model_config: dict[str, Any],
+        origin: Path,
+        vocab_size: int = _LARGE_VOCABULARY,
+    ) -> Defaults:
         """Read the defaults from the contents of both files.
 
         Args:
             config: Content of generation_config.json.
             model_config: Content of config.json.
             origin: Directory of the two files, for error messages.
+            vocab_size: Of the model. Tokens that it lacks end no text.
 
         Raises:
             BundleError: An option has an invalid value.
@@ -144,10 +155,10 @@ class Defaults:
         eos = config.get("eos_token_id")
         if eos is None:
             eos = model_config.get("eos_token_id")
-        eos_ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
-        for token_id in eos_ids:
-            if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0:
-                raise BundleError(f"{origin}: eos_token_id cannot be {eos!r}")
+        try:
+            eos_ids, _ = split_by_vocabulary(eos, vocab_size)
+        except ValueError as error:
+            raise BundleError(f"{origin}: eos_token_id: {error}") from None
         sample = config.get("do_sample")
         if not isinstance(sample, bool | None):
             raise BundleError(
