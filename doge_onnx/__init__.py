@@ -21,6 +21,7 @@ from doge_onnx.errors import (
     HubError,
     InputError,
     MissingExtraError,
+    NotEnoughMemoryError,
     ParityError,
     QualityError,
 )
@@ -38,7 +39,8 @@ if TYPE_CHECKING:
     )
     from doge_onnx.runtime.generation.processors import LogitsProcessor
     from doge_onnx.runtime.generation.sampling import Sampler
-    from doge_onnx.runtime.model import Model, Prompt
+    from doge_onnx.runtime.model import Model
+    from doge_onnx.runtime.prompt import Prompt
     from doge_onnx.runtime.text.tokenizer import Tokenizer
 
 # `export` is also the name of the subpackage that does the work, and importing that puts it into
@@ -57,7 +59,7 @@ _MODULES = {
     "LogitsProcessor": "doge_onnx.runtime.generation.processors",
     "Model": "doge_onnx.runtime.model",
     "Piece": "doge_onnx.runtime.generation.output",
-    "Prompt": "doge_onnx.runtime.model",
+    "Prompt": "doge_onnx.runtime.prompt",
     "Sampler": "doge_onnx.runtime.generation.sampling",
     "State": "doge_onnx.runtime.engine.state",
     "Timings": "doge_onnx.runtime.generation.output",
@@ -81,6 +83,7 @@ __all__ = [
     "LogitsProcessor",
     "MissingExtraError",
     "Model",
+    "NotEnoughMemoryError",
     "ParityError",
     "Piece",
     "Prompt",

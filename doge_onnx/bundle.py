@@ -11,7 +11,6 @@ import contextlib
 import errno
 import gc
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from doge_onnx import scratch
+from doge_onnx import scratch, text_files
 from doge_onnx.errors import BundleError
 from doge_onnx.manifest import Manifest as Manifest
 
@@ -98,7 +97,7 @@ class Bundle:
         if path is None:
             return {}
         try:
-            value = json.loads(path.read_text(encoding="utf-8"))
+            value = text_files.read_json(path)
         except (ValueError, RecursionError) as error:
             raise BundleError(f"{path} is not valid JSON ({error})") from None
         if not isinstance(value, dict):
@@ -135,12 +134,12 @@ def read_manifest(path: Path) -> Manifest:
     """
     origin = path / MANIFEST_NAME
     try:
-        text = origin.read_text(encoding="utf-8")
+        text = text_files.read(origin)
     except FileNotFoundError:
         raise BundleError(
             f"{path} is not a bundle: it has no {MANIFEST_NAME}; make one with `doge-onnx export`"
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise BundleError(f"cannot read {origin}: {error}") from None
     return Manifest.from_json(text, origin)
 

@@ -1,8 +1,8 @@
 """The command line: one thin command per verb.
 
-Knows the verbs and the exit codes. Does not know how a verb is carried out (`api`), what its
-options mean (`cli_options`) or how its result looks (`cli_output`). Slow modules are imported
-inside the commands, so that --help is fast.
+Knows the verbs and the exit codes, which docs/command-line.md explains. Does not know how a verb
+is carried out (`api`), what its options mean (`cli_options`) or how its result looks
+(`cli_output`). Slow modules are imported inside the commands, so that --help is fast.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 import doge_onnx
-from doge_onnx import cli_chat, cli_options, cli_output
+from doge_onnx import cli_chat, cli_input, cli_options, cli_output
 from doge_onnx.bundle import Bundle, read_manifest
-from doge_onnx.errors import DogeOnnxError
+from doge_onnx.errors import DogeOnnxError, ParityError, QualityError
 from doge_onnx.runtime.generation.defaults import GENERATION_CONFIG_NAME, ignored_fields
 
-_INTERRUPTED = 130
+# Exit codes. 2, for wrong usage, is typer's.
+_FAILED, _DIFFERS, _INTERRUPTED, _PIPE_CLOSED = 1, 3, 130, 141
 
 
 class _Verbs(TyperGroup):
@@ -30,16 +31,29 @@ class _Verbs(TyperGroup):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run the whole command line."""
+        code = _FAILED
+        if " " in kwargs.get("prog_name", ""):
+            # Shells complete a command by its name, which `python -m` does not have.
+            self.params = [each for each in self.params if "completion" not in (each.name or "")]
         try:
             return super().main(*args, **kwargs)
+        except SystemExit as end:
+            # A closed pipe is no error: typer ends quietly, because the reader needs no more.
+            if not isinstance(end.__context__, BrokenPipeError):
+                raise
+            code = _PIPE_CLOSED
+        except (ParityError, QualityError) as error:
+            code = _DIFFERS
+            cli_output.error(str(error))
+        except DogeOnnxError as error:
+            cli_output.error(str(error))
         except MemoryError:
             cli_output.error("not enough memory")
-        # OSError covers errors of the system, such as a full disk behind standard output. A closed
-        # pipe is no error: typer ends quietly, because the reader needs no more output.
-        except (DogeOnnxError, OSError) as error:
+        # Errors of the system, such as a full disk behind standard output.
+        except OSError as error:
             cli_output.error(str(error))
         cli_output.drop_unwritable()
-        raise SystemExit(1)
+        raise SystemExit(code)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the verb that the command line names."""
@@ -53,6 +67,21 @@ class _Verbs(TyperGroup):
         return result
 
 
+class _Continues(TyperCommand):
+    """A verb with a prompt, which may begin with a dash as an option does."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments; a mistake about an option comes with a hint."""
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            # typer does not export the classes of mistakes about options.
+            if hasattr(error, "option_name") and hasattr(error, "message"):
+                words = error.message.rstrip(".")
+                error.message = f"{words}; a prompt that begins with '-' goes behind '--'"
+            raise
+
+
 app = typer.Typer(
     name="doge-onnx",
     cls=_Verbs,
@@ -60,7 +89,6 @@ app = typer.Typer(
     epilog="Start with: doge-onnx export SmallDoge/Doge-160M bundle",
     context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -147,8 +175,8 @@ def verify(
 
     The reference is transformers in float32, fed one token at a time. Compares the logits of a
     prompt (prefill), of the same prompt token by token (decode) and of a padded batch, then greedy
-    continuations. Writes the figures into the bundle's manifest. The exit code is 1 if a difference
-    exceeds the tolerance.
+    continuations. Writes the figures into the bundle's manifest, if that can be written. The exit
+    code is 3 if a difference exceeds the tolerance.
     """
     cli_output.note(f"comparing {bundle} with {reference}")
     with cli_output.progress() as progress:
@@ -161,6 +189,8 @@ def verify(
             progress=progress,
         )
     cli_output.parity(report)
+    if report.unrecorded is not None:
+        cli_output.note(f"warning: the figures are not kept: {report.unrecorded}")
     report.require(bundle)
 
 
@@ -183,7 +213,7 @@ def evaluate(
     Prints the perplexity of a text. With a reference, also prints how much the bundle differs from
     it: the mean KL divergence, how often both find the same token most likely, and by how much the
     reference prefers its own token where they disagree. Does not change the bundle. The exit code
-    is 1 if the mean KL divergence is above --max-kl.
+    is 3 if the mean KL divergence is above --max-kl.
     """
     if max_kl is not None and reference is None:
         raise typer.BadParameter("it needs --reference", param_hint="--max-kl")
@@ -209,13 +239,15 @@ def evaluate(
         report.require(max_kl, bundle)
 
 
-@app.command()
+@app.command(cls=_Continues)
 @cli_options.generation_options()
 def generate(
     bundle: cli_options.Bundle,
     prompt: cli_options.Prompt = None,
     chat: cli_options.AsChat = False,
     system: cli_options.System = None,
+    answer_start: cli_options.AnswerStart = None,
+    template_variable: cli_options.TemplateVariable = None,
     *,
     options: dict[str, Any],
     json: cli_options.JsonCompletion = False,
@@ -234,27 +266,31 @@ def generate(
     for name in cli_options.REPORTED:
         if options.get(name) and not json:
             raise typer.BadParameter("it needs --json", param_hint=cli_options.flag(name))
-    if system is not None and not chat:
-        raise typer.BadParameter("it needs --chat", param_hint="--system")
+    for name, value in (
+        ("system", system),
+        ("answer_start", answer_start),
+        ("template_variable", template_variable),
+    ):
+        if value and not chat:
+            raise typer.BadParameter("it needs --chat", param_hint=cli_options.flag(name))
     text: Any = _prompt(prompt)
     if chat:
         before = [] if system is None else [{"role": "system", "content": system}]
         text = [*before, {"role": "user", "content": text}]
+        options |= _variables(template_variable)
+    if answer_start is not None:
+        text.append({"role": "assistant", "content": answer_start})
+        options["continue_final_message"] = True
     model = _load(bundle, device, threads, prefill_chunk, verbose, cuda_graph)
     if json:
         cli_output.completion_json(model.generate(text, **options), stats)
         return
     timings = None
     pieces = model.stream(text, **options)
-    try:
+    with cli_output.growing_text() as write:
         for piece in pieces:
-            sys.stdout.write(piece.text)
-            sys.stdout.flush()
+            write(piece.text)
             timings = piece.timings
-    finally:
-        # Also after Ctrl-C, so that the next output begins on a new line.
-        sys.stdout.write("\n")
-        sys.stdout.flush()
     if stats and timings is not None:
         cli_output.timings(timings)
 
@@ -264,6 +300,7 @@ def generate(
 def chat(
     bundle: cli_options.Bundle,
     system: cli_options.System = None,
+    template_variable: cli_options.TemplateVariable = None,
     *,
     options: dict[str, Any],
     threads: cli_options.Threads = None,
@@ -274,13 +311,15 @@ def chat(
 ) -> None:
     """Talk with an instruction-tuned model.
 
-    Each line that you type or pipe in is a message; the answers appear on standard output. Ctrl-C
-    ends an answer, Ctrl-D the conversation. The model remembers the whole conversation up to the
+    Each line that you type or pipe in is a message, and a line that ends in a backslash goes on in
+    the next one. Lines pasted into a terminal are one message where Python has GNU readline. The
+    answers appear on standard output. Ctrl-C ends an answer, Ctrl-D the conversation. The model
+    remembers the whole conversation up to the
     context length, and then forgets the oldest turns.
     """
     model = _load(bundle, device, threads, prefill_chunk, verbose, cuda_graph)
-    conversation = model.chat(system, **options)
-    for message in cli_chat.messages():
+    conversation = model.chat(system, **options, **_variables(template_variable))
+    for message in cli_input.messages():
         known = len(conversation.messages)
         cli_chat.print_answer(conversation.stream(message))
         if len(conversation.messages) < known + 2:
@@ -398,25 +437,36 @@ def _prompt(argument: str | None) -> str:
         raise typer.BadParameter(
             "nothing to continue: give a text, '-', or pipe one in", param_hint="PROMPT"
         )
-    text = cli_chat.decode(sys.stdin.buffer.read())
-    # `echo` and editors add a newline that is seldom meant as a part of the text.
-    return text.removesuffix("\n").removesuffix("\r")
+    return cli_input.piped()
+
+
+def _variables(entries: list[str] | None) -> dict[str, Any]:
+    """The option of the library for variables of the chat template, if there are any."""
+    try:
+        found = cli_input.variables(entries or ())
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--template-variable") from None
+    return {"template_variables": found} if found else {}
 
 
 def _end(number: int, _frame: FrameType | None) -> NoReturn:
     raise SystemExit(128 + number)
 
 
-def main() -> None:
-    """Run the command line; the entry point of the `doge-onnx` script."""
+def main(name: str = "doge-onnx") -> None:
+    """Run the command line; the entry point of the `doge-onnx` script.
+
+    Args:
+        name: What the user called, for the lines about usage.
+    """
     # SIGBREAK exists on Windows only: Ctrl-Break, or a console that is closed.
-    for name in ("SIGTERM", "SIGHUP", "SIGBREAK"):
-        number = getattr(signal, name, None)
+    for signal_name in ("SIGTERM", "SIGHUP", "SIGBREAK"):
+        number = getattr(signal, signal_name, None)
         # The handler raises an exception, so that clean-up runs. What `nohup` ignores stays so.
         if number is not None and signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _end)
     cli_output.prepare_streams()
-    app(prog_name="doge-onnx")
+    app(prog_name=name)
 
 
 if __name__ == "__main__":

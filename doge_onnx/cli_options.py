@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
+from doge_onnx import cli_input
 from doge_onnx.runtime.generation.config import GenerationConfig, Option
 
 # Options that add to the report beside the text, which only the JSON output has.
@@ -132,6 +133,7 @@ def _generation_parameters(without: Collection[str]) -> Iterator[inspect.Paramet
             metavar=option.metavar,
             help=_help(entry.name, option),
             callback=_checker(entry.name, option),
+            parser=cli_input.text if option.kind is str else None,
         )
         kind: Any = GenericAlias(list, option.kind) if option.several else option.kind
         yield inspect.Parameter(
@@ -346,7 +348,8 @@ EvalText = Annotated[
     str | None,
     typer.Option(
         metavar="FILE",
-        help="UTF-8 text to measure on. Default: one that the reference writes, or else the "
+        help="Text to measure on, in UTF-8. Newlines of Windows are read as those of Unix. "
+        "Default: one that the reference writes, or else the "
         "bundle.",
     ),
 ]
@@ -384,9 +387,10 @@ JsonQuality = Annotated[
 Prompt = Annotated[
     str | None,
     typer.Argument(
+        parser=cli_input.text,
         metavar="PROMPT",
         help="Text to continue. '-', or no PROMPT when something is piped in, reads standard "
-        "input, without the newline at its end.",
+        "input, without the newline at its end. A text that begins with '-' goes behind '--'.",
     ),
 ]
 AsChat = Annotated[
@@ -400,7 +404,27 @@ AsChat = Annotated[
 System = Annotated[
     str | None,
     typer.Option(
-        metavar="TEXT", help="What the model is told before the conversation. Default: nothing."
+        parser=cli_input.text,
+        metavar="TEXT",
+        help="What the model is told before the conversation. Default: nothing.",
+    ),
+]
+AnswerStart = Annotated[
+    str | None,
+    typer.Option(
+        parser=cli_input.text,
+        metavar="TEXT",
+        help="Let the answer begin with TEXT, which the output then continues. Needs --chat. "
+        "Default: nothing.",
+    ),
+]
+TemplateVariable = Annotated[
+    list[str] | None,
+    typer.Option(
+        parser=cli_input.text,
+        metavar="NAME=VALUE",
+        help="A variable of the chat template, such as enable_thinking=false. VALUE is JSON, or "
+        "else text. May be given several times.",
     ),
 ]
 JsonCompletion = Annotated[
@@ -498,7 +522,9 @@ Branch = Annotated[
 Message = Annotated[
     str | None,
     typer.Option(
-        metavar="TEXT", help="Message of the commit. Default: says what the bundle holds."
+        parser=cli_input.text,
+        metavar="TEXT",
+        help="Message of the commit. Default: says what the bundle holds.",
     ),
 ]
 DryRun = Annotated[

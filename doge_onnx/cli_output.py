@@ -13,13 +13,14 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from doge_onnx import text_files
 from doge_onnx.bundle import Manifest
 
 if TYPE_CHECKING:
@@ -33,8 +34,10 @@ if TYPE_CHECKING:
     from doge_onnx.measure.workload import Spread
     from doge_onnx.runtime.generation.output import Completion, Timings
 
-_stdout = Console(highlight=False, markup=False)
-_stderr = Console(highlight=False, markup=False, stderr=True)
+# With NO_COLOR, rich leaves colours out but not bold and dim, which are codes for a terminal, too.
+_CODES: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"
+_stdout = Console(highlight=False, markup=False, color_system=_CODES)
+_stderr = Console(highlight=False, markup=False, color_system=_CODES, stderr=True)
 # Mean KL divergence, in nats per token, above which an export prints a warning.
 _NOTABLE_KL = 0.05
 
@@ -48,6 +51,9 @@ def prepare_streams() -> None:
         # The process that starts a command may have closed its streams.
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - open until the end
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # What is typed may be UTF-8 though the locale says something else.
+        sys.stdin.reconfigure(errors="surrogateescape")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             encoding, newline = (None, None) if stream.isatty() else ("utf-8", "\n")
@@ -81,14 +87,17 @@ def progress() -> Iterator[Callable[[str], None]]:
     On a terminal, it shows the step beside a spinner; elsewhere, it prints a line for each step.
     """
     status: Status | None = None
+    spinner = "dots" if _stderr.encoding.startswith("utf") else "line"
+    # FORCE_COLOR makes rich take a pipe for a terminal.
+    moves = sys.stderr.isatty() and not _stderr.is_dumb_terminal
 
     def begin(step: str) -> None:
         nonlocal status
-        if not _stderr.is_terminal:
+        if not moves:
             note(f"  {step}")
         elif status is None:
             # Starts with the first step, because a download before it draws its own progress bar.
-            status = _stderr.status(escape(step))
+            status = _stderr.status(escape(step), spinner=spinner)
             status.start()
         else:
             status.update(escape(step))
@@ -98,6 +107,29 @@ def progress() -> Iterator[Callable[[str], None]]:
     finally:
         if status is not None:
             status.stop()
+
+
+@contextlib.contextmanager
+def growing_text() -> Iterator[Callable[[str], None]]:
+    """A context whose value prints a piece of a text at once; in the end, the line ends.
+
+    After an error or Ctrl-C, the line ends only if it had begun.
+    """
+    begun = False
+
+    def write(piece: str) -> None:
+        nonlocal begun
+        begun = True
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    try:
+        yield write
+    except BaseException:
+        if begun:
+            write("\n")
+        raise
+    write("\n")
 
 
 def export_summary(out: str, report: ExportReport) -> None:
@@ -413,6 +445,9 @@ def _print_rows(rows: Mapping[str, object]) -> None:
 
 def _printable(text: str) -> str:
     """A text with control characters escaped: a file may hold commands for the terminal."""
+    # The name of a file, in a locale that is not UTF-8.
+    with contextlib.suppress(ValueError):
+        text = text_files.repair(text)
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
     )

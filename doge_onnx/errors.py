@@ -28,6 +28,10 @@ class DeviceError(DogeOnnxError):
     """A device that is missing, lacks a library, or cannot run a bundle."""
 
 
+class NotEnoughMemoryError(DogeOnnxError, MemoryError):
+    """A run that needs more memory than there is, on the host or on a device."""
+
+
 class CaptureError(DeviceError):
     """A graph whose decode steps CUDA cannot capture; it may still run there without a capture."""
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import signal
-import sys
 
 import fake_bundle
 import older_checkpoints
@@ -327,22 +325,3 @@ def test_ctrl_c_ends_an_answer_and_not_the_conversation(model, capsys):
     assert count == 3
     assert capsys.readouterr().out == chat.messages[-1]["content"] + "\n"
     assert chat.send("the dog").timings.cached_tokens > 0
-
-
-def test_ctrl_d_ends_a_conversation_and_ctrl_c_a_line(monkeypatch, capsys):
-    lines = iter(["Hello", KeyboardInterrupt, " ", "Bye", EOFError])
-
-    def read(prompt):
-        line = next(lines)
-        if isinstance(line, str):
-            return line
-        raise line
-
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    monkeypatch.setattr("builtins.input", read)
-    monkeypatch.setattr(sys, "stdin", Terminal())
-    assert list(cli_chat.messages()) == ["Hello", "Bye"]
-    assert capsys.readouterr().out == "\n\n"

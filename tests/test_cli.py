@@ -197,7 +197,7 @@ def test_verify_fails_beyond_the_tolerance(bundle_copy, tmp_path):
     tensors["model.layers.1.self_attn.A"] += 1
     save_file(tensors, other / "model.safetensors")
     result = invoke("verify", bundle_copy, "--reference", other)
-    assert result.exit_code == 1
+    assert result.exit_code == 3
     assert "maximum absolute difference" in result.stdout
     assert result.stderr.splitlines()[-1].startswith(f"error: {bundle_copy} differs from ")
     assert not read_manifest(bundle_copy).parity["passed"]

@@ -20,7 +20,13 @@ from runners import model_on, on_device
 
 import doge_onnx
 from doge_onnx.bundle import Bundle
-from doge_onnx.errors import BundleError, CaptureError, DeviceError, InputError
+from doge_onnx.errors import (
+    BundleError,
+    CaptureError,
+    DeviceError,
+    InputError,
+    NotEnoughMemoryError,
+)
 from doge_onnx.runtime import loader
 from doge_onnx.runtime.cuda import graph_replay
 from doge_onnx.runtime.cuda.device_memory import DeviceMemory
@@ -379,7 +385,7 @@ def test_memory_that_is_kept_for_later_is_given_up_when_there_is_no_more(half_bu
     for batch in (1, 2, 3):
         texts = [each.generate_batch([[3]] * batch, max_new_tokens=9) for each in (model, other)]
         assert tokens_of(texts[0]) == tokens_of(texts[1])
-    with pytest.raises(RuntimeError, match="Failed to allocate"):
+    with pytest.raises(NotEnoughMemoryError, match="Failed to allocate"):
         model.generate_batch([[3]] * 6, max_new_tokens=2)
 
 

@@ -107,7 +107,11 @@ def commands() -> str:
     top = group.context_class(
         group, info_name="doge-onnx", terminal_width=HELP_WIDTH, **group.context_settings
     )
-    parts = [f"# Commands\n\n{NOTE}\nWhat `--help` prints.\n", _help("doge-onnx", group, top)]
+    parts = [
+        f"# Commands\n\n{NOTE}\nWhat `--help` prints. [command-line](command-line.md) has "
+        "what all share.\n",
+        _help("doge-onnx", group, top),
+    ]
     for name, command in group.commands.items():
         context = command.context_class(
             command, info_name=name, parent=top, terminal_width=HELP_WIDTH

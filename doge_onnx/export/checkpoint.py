@@ -8,7 +8,6 @@ are used for.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Collection, Iterator
@@ -28,6 +27,7 @@ from huggingface_hub.errors import (
 )
 from torch import Tensor
 
+from doge_onnx import text_files
 from doge_onnx.errors import CheckpointError
 from doge_onnx.export import adapter as adapters
 from doge_onnx.export import tokenizer_conversion, tokenizer_files
@@ -367,7 +367,7 @@ def _weight_files(directory: Path) -> list[Path]:
             "weights are not read, nor fetched from the Hub"
         )
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        names = set(text_files.read_json(index)["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{index} is not a valid index of safetensors files") from None
     for name in names:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from pathlib import Path
 from typing import Any
 
+from doge_onnx import text_files
 from doge_onnx.errors import CheckpointError
 
 
@@ -17,8 +19,17 @@ def read_object(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         return {}
+    return parse_object(without_mark(path), path)
+
+
+def without_mark(path: Path) -> bytes:
+    """The content of a file without the byte order mark that most readers of JSON refuse.
+
+    Raises:
+        CheckpointError: The file cannot be read.
+    """
     try:
-        return parse_object(path.read_bytes(), path)
+        return path.read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error}") from None
 
@@ -30,7 +41,7 @@ def parse_object(content: bytes, origin: Path) -> dict[str, Any]:
         CheckpointError: The content is no JSON object.
     """
     try:
-        value = json.loads(content)
+        value = json.loads(text_files.decode(content))
     # RecursionError: brackets that are nested too deeply.
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot read {origin}: {error}") from None

@@ -9,13 +9,13 @@ belong.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from doge_onnx import text_files
 from doge_onnx.errors import ConfigError
 from doge_onnx.export.config_fields import (
     ROPE_OF_OTHER_TYPES,
@@ -141,7 +141,7 @@ class DogeConfig:
                 that is missing, senseless, not supported or not understood; the field is named.
         """
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw = text_files.read_json(path)
         except FileNotFoundError:
             raise ConfigError(f"{path.parent} is not a checkpoint: it has no {path.name}") from None
         # RecursionError: brackets nested deeper than any config's.

@@ -15,7 +15,7 @@ from typing import Any
 from doge_onnx.errors import BundleError, CheckpointError
 from doge_onnx.export import consistency, genai, tokenizer_files
 from doge_onnx.export.checkpoint import Source
-from doge_onnx.export.json_files import read_object
+from doge_onnx.export.json_files import read_object, without_mark
 from doge_onnx.export.model_config import CONFIG_NAME, DogeConfig
 from doge_onnx.manifest import Manifest
 from doge_onnx.runtime.generation.defaults import GENERATION_CONFIG_NAME, Defaults
@@ -80,9 +80,9 @@ def read(source: Source, ignore: Collection[str] = ()) -> SideFiles:
     # Those that the model lacks end no text.
     ends = [i for i in defaults.eos_token_ids if 0 <= i < config.vocab_size]
     notes += consistency.compare(tokenizer, config, ends)
-    content = {CONFIG_NAME: config_path.read_bytes(), **tokenizer.content}
+    content = {CONFIG_NAME: without_mark(config_path), **tokenizer.content}
     if generation_path.is_file():
-        content[GENERATION_CONFIG_NAME] = generation_path.read_bytes()
+        content[GENERATION_CONFIG_NAME] = without_mark(generation_path)
     return SideFiles(content, tuple(notes))
 
 

@@ -8,13 +8,12 @@ copied to the place where transformers looks, and it may neither run code nor us
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from doge_onnx.errors import CheckpointError
-from doge_onnx.export.json_files import read_object
+from doge_onnx.export.json_files import read_object, without_mark
 from doge_onnx.export.quiet import quiet_transformers
 
 # Files that hold a vocabulary, most telling first.
@@ -82,7 +81,7 @@ def convert(directory: Path, vocabulary: Path) -> dict[str, bytes]:
         place.mkdir()
         for name in (*OLDER_FILES, *_BESIDE):
             if (directory / name).is_file():
-                shutil.copyfile(directory / name, place / name)
+                (place / name).write_bytes(without_mark(directory / name))
         for candidate in candidates:
             text = json.dumps({**config, "tokenizer_class": candidate})
             (place / CONFIG_NAME).write_text(text, encoding="utf-8")

@@ -15,7 +15,7 @@ import tokenizers
 
 from doge_onnx.errors import CheckpointError
 from doge_onnx.export import tokenizer_conversion
-from doge_onnx.export.json_files import parse_object
+from doge_onnx.export.json_files import parse_object, without_mark
 
 TOKENIZER_NAME = "tokenizer.json"
 CONFIG_NAME = "tokenizer_config.json"
@@ -74,10 +74,7 @@ def read(directory: Path) -> TokenizerFiles:
     for name in NAMES:
         path = directory / name
         if path.is_file():
-            try:
-                content[name] = path.read_bytes()
-            except OSError as error:
-                raise CheckpointError(f"cannot read {path}: {error}") from None
+            content[name] = without_mark(path)
     converted = None
     if TOKENIZER_NAME not in content:
         older = tokenizer_conversion.older_file(directory)

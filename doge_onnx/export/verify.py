@@ -10,7 +10,7 @@ the graph and the runtime, and the tests check the step itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,12 +20,13 @@ import transformers
 from numpy.typing import NDArray
 from torch import Tensor
 
+from doge_onnx import text_files
 from doge_onnx.bundle import Bundle, write_parity
 from doge_onnx.errors import BundleError, CheckpointError, ParityError
 from doge_onnx.export import checkpoint as checkpoints
 from doge_onnx.export.checkpoint import Checkpoint, Source
 from doge_onnx.export.eager import EagerModel, Past
-from doge_onnx.export.model_config import DogeConfig
+from doge_onnx.export.model_config import CONFIG_NAME, DogeConfig
 from doge_onnx.export.quiet import quiet_transformers
 from doge_onnx.manifest import Manifest
 from doge_onnx.runtime.model import Model, load
@@ -66,6 +67,7 @@ class ParityReport:
         tokens: Length of the prompt.
         reference: What the bundle was compared with.
         device: Where the bundle ran, "cpu" or "cuda".
+        unrecorded: Why the bundle's manifest could not take the figures; None if it did.
     """
 
     prefill: float
@@ -78,6 +80,7 @@ class ParityReport:
     tokens: int
     reference: str
     device: str
+    unrecorded: str | None = None
 
     @property
     def max_abs_diff(self) -> float:
@@ -102,6 +105,7 @@ class ParityReport:
     def as_dict(self) -> dict[str, Any]:
         """The figures as they stand in the manifest; None for one that is not a number."""
         figures = {"passed": self.passed, "max_abs_diff": self.max_abs_diff, **asdict(self)}
+        del figures["unrecorded"]
         return {
             name: None if isinstance(value, float) and not np.isfinite(value) else value
             for name, value in figures.items()
@@ -118,6 +122,8 @@ def verify(
     progress: Callable[[str], None] | None = None,
 ) -> ParityReport:
     """Compare a bundle with its checkpoint, and put the figures into the bundle's manifest.
+
+    If the manifest cannot be written, the report says so.
 
     Args:
         bundle_path: A bundle.
@@ -143,7 +149,11 @@ def verify(
         )
     source = checkpoints.find(reference, revision, adapter)
     report = compare(opened, source, progress or (lambda _: None), device)
-    write_parity(opened, parity_figures(report, source))
+    try:
+        write_parity(opened, parity_figures(report, source))
+    except BundleError as error:
+        # The figures took minutes, and a bundle may well be on a disk that is only read.
+        return replace(report, unrecorded=str(error))
     return report
 
 
@@ -297,14 +307,19 @@ class _Transformers:
         options: dict[str, Any] = {"attn_implementation": "eager", "dtype": torch.float32}
         try:
             with quiet_transformers():
+                # transformers itself reads no JSON with a byte order mark, so it gets the content.
+                fields = text_files.read_json(directory / CONFIG_NAME)
+                theirs = transformers.DogeConfig.from_dict({**fields, **told})
                 if tensors is None:
                     model = transformers.DogeForCausalLM.from_pretrained(
-                        directory, **told, **options, local_files_only=True, use_safetensors=True
+                        directory,
+                        config=theirs,
+                        generation_config=transformers.GenerationConfig(),
+                        local_files_only=True,
+                        use_safetensors=True,
+                        **options,
                     )
                 else:
-                    theirs = transformers.DogeConfig.from_pretrained(
-                        directory, **told, local_files_only=True
-                    )
                     model = transformers.AutoModelForCausalLM.from_config(theirs, **options)
                     _fill(model, tensors)
                 self._model = model.eval()

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from doge_onnx import text_files
 from doge_onnx.bundle import Bundle
 from doge_onnx.errors import InputError, QualityError
 from doge_onnx.runtime.generation.defaults import Defaults
@@ -350,7 +351,8 @@ def file_text(path: Path, encode: Callable[[str], list[int]], window: int, max_t
     """The first `max_tokens` tokens of a file.
 
     Args:
-        path: The file, in UTF-8.
+        path: The file, in UTF-8. A byte order mark is no part of the text, and newlines of Windows
+            are read as those of Unix.
         encode: Converts text to token ids.
         window: Most tokens of a window.
         max_tokens: Most tokens of the text.
@@ -359,11 +361,8 @@ def file_text(path: Path, encode: Callable[[str], list[int]], window: int, max_t
         InputError: The file cannot be read, is not UTF-8, or has fewer than two tokens.
     """
     try:
-        with path.open(encoding="utf-8", newline="") as stream:
-            content = stream.read(_CHARACTERS_PER_TOKEN * max_tokens)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text: {error}") from None
-    # ValueError: a file name that the system does not allow.
+        content = text_files.read(path, _CHARACTERS_PER_TOKEN * max_tokens)
+    # ValueError: what is not UTF-8, and a file name that the system does not allow.
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path}: {error}") from None
     ids = encode(content)[:max_tokens]

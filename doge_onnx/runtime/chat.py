@@ -8,7 +8,7 @@ answer is generated (`generation`).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 from doge_onnx.errors import InputError
@@ -39,6 +39,7 @@ class Chat:
         begin: Callable[[list[int], int], GeneratedSequence],
         max_prompt_tokens: int | None,
         system: str | None,
+        template_variables: Mapping[str, Any] | None = None,
     ) -> None:
         """Begin a conversation.
 
@@ -51,12 +52,14 @@ class Chat:
             max_prompt_tokens: Most tokens of a prompt, so that an answer still fits; None for no
                 limit.
             system: Content of a first message of the role "system"; None for no such message.
+            template_variables: Further variables of the template.
         """
         self.messages: list[Message] = []
         if system is not None:
             self.messages.append({"role": "system", "content": system})
         self._runner = runner
         self._template = template
+        self._variables = template_variables
         self._tokenizer = tokenizer
         self._begin = begin
         self._max_prompt_tokens = max_prompt_tokens
@@ -67,11 +70,13 @@ class Chat:
         self._text = ""
         self._tokens: list[int] = []
 
-    def send(self, content: str) -> Completion:
+    def send(self, content: str | list[dict[str, Any]], answer_start: str = "") -> Completion:
         """Send a message and wait for the whole answer; see `stream`."""
-        return Completion.join(list(self.stream(content)))
+        return Completion.join(list(self.stream(content, answer_start)))
 
-    def stream(self, content: str) -> Generator[Piece, None, None]:
+    def stream(
+        self, content: str | list[dict[str, Any]], answer_start: str = ""
+    ) -> Generator[Piece, None, None]:
         """Send a message and get the answer piece by piece.
 
         When the conversation no longer fits into the context, its oldest turns are dropped, but not
@@ -79,7 +84,10 @@ class Chat:
         part of the answer that was read.
 
         Args:
-            content: The user's message.
+            content: The user's message: text, or a list of parts
+                `{"type": "text", "text": ...}`.
+            answer_start: Text that the answer begins with. The pieces are what follows it; the
+                conversation keeps both.
 
         Yields:
             One `Piece` for each token, as `Model.stream` does.
@@ -91,15 +99,26 @@ class Chat:
         """
         self._check_ended()
         messages = [*self.messages, {"role": "user", "content": content}]
-        messages, text, ids = self._fit(messages)
-        return self._answer(messages, text, self._begin(ids, self._turns))
+        if answer_start:
+            messages.append({"role": "assistant", "content": answer_start})
+        messages, text, ids = self._fit(messages, bool(answer_start))
+        if answer_start:
+            messages.pop()
+            # Where the template trims it, the answer goes on from what is left.
+            forms = (answer_start, answer_start.rstrip(), answer_start.strip())
+            answer_start = next(filter(text.endswith, forms), answer_start)
+        return self._answer(messages, text, self._begin(ids, self._turns), answer_start)
 
     def _check_ended(self) -> None:
         if self._answering:
             raise InputError("the last answer has not ended; read it to its end, or close it")
 
     def _answer(
-        self, messages: list[Message], text: str, sequence: GeneratedSequence
+        self,
+        messages: list[Message],
+        text: str,
+        sequence: GeneratedSequence,
+        start: str,
     ) -> Generator[Piece, None, None]:
         # Another answer may have begun since the caller asked for this one.
         self._check_ended()
@@ -115,7 +134,7 @@ class Chat:
             self._answering = False
             self._turns += 1
             answer = "".join(piece.text for piece in pieces)
-            self.messages = [*messages, {"role": "assistant", "content": answer}]
+            self.messages = [*messages, {"role": "assistant", "content": start + answer}]
             tokens = [i for piece in pieces for i in piece.token_ids]
             if pieces and pieces[-1].finish_reason == "eos":
                 # The template itself writes the end of the answer.
@@ -125,10 +144,17 @@ class Chat:
                 # Some tokens are not in the text, such as those of a stop string.
                 self._text, self._tokens = "", []
 
-    def _fit(self, messages: list[Message]) -> tuple[list[Message], str, list[int]]:
-        """The messages that fit into the context, their prompt as text, and its token ids."""
+    def _fit(self, messages: list[Message], begun: bool) -> tuple[list[Message], str, list[int]]:
+        """The messages that fit into the context, their prompt as text, and its token ids.
+
+        Args:
+            messages: The conversation.
+            begun: Whether the last message is an answer to be continued.
+        """
         while True:
-            text = self._template.render(messages)
+            text = self._template.render(
+                messages, continue_final_message=begun, variables=self._variables
+            )
             ids = self._tokenizer.encode(text, add_special_tokens=False)
             written = len(self._tokens)
             if text.startswith(self._text) and ids[:written] != self._tokens:

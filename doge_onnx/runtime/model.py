@@ -6,7 +6,6 @@ graph is run (`engine`), how tokens are chosen (`generation`) or how text is mad
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Unpack
@@ -27,12 +26,8 @@ from doge_onnx.runtime.generation.loop import generate_pieces
 from doge_onnx.runtime.generation.output import Completion, Piece
 from doge_onnx.runtime.generation.sequence import GeneratedSequence
 from doge_onnx.runtime.loader import open_runner
-from doge_onnx.runtime.text.chat_template import ChatTemplate
+from doge_onnx.runtime.prompt import Messages, Prompt, PromptReader, Rendering
 from doge_onnx.runtime.text.tokenizer import Tokenizer
-
-# Lists and tuples, not Sequence: a str is a sequence of str, too.
-Messages = list[dict[str, Any]] | list[dict[str, str]]
-Prompt = str | list[int] | tuple[int, ...] | NDArray[np.integer[Any]] | Messages
 
 # Percent of the context that a conversation leaves free for the next answer.
 _ANSWER_SHARE = 25
@@ -68,6 +63,7 @@ class Model:
         self._runner = runner
         self._defaults = defaults
         self._tokenizer = tokenizer
+        self._prompts = PromptReader(bundle, tokenizer)
         # With a window state, a text may have any length.
         self._bounded = bundle.manifest.state.kind != "window"
 
@@ -98,11 +94,7 @@ class Model:
         Raises:
             InputError: The bundle has no tokenizer.
         """
-        if self._tokenizer is None:
-            raise InputError(
-                f"{self._bundle.path} has no tokenizer.json; pass token ids instead of text"
-            )
-        return self._tokenizer
+        return self._prompts.tokenizer
 
     def forward(
         self,
@@ -156,6 +148,9 @@ class Model:
         self,
         prompt: Prompt,
         config: GenerationConfig | None = None,
+        *,
+        continue_final_message: bool | str = False,
+        template_variables: Mapping[str, Any] | None = None,
         **overrides: Unpack[GenerationOptions],
     ) -> Completion:
         """Continue a prompt.
@@ -163,23 +158,39 @@ class Model:
         Args:
             prompt: A text, a list of token ids, or a conversation, which is a list of messages such
                 as `[{"role": "user", "content": "Hello"}]` that the bundle's chat template turns
-                into a prompt.
+                into a prompt. A content may be a list of text parts; see `apply_chat_template`. An
+                empty text is the token that the tokenizer, or else the model's configuration, says
+                texts begin with.
             config: Options; None for those of the bundle's generation_config.json. Without any,
                 generation is greedy and goes on to the end of the context.
+            continue_final_message: Continue the final message of a conversation, such as an answer
+                that you begin, in place of a new answer; see `apply_chat_template`.
+            template_variables: Further variables of the chat template, such as
+                `{"enable_thinking": False}`; see `apply_chat_template`.
             overrides: Options of `GenerationConfig` that replace those of `config`.
 
         Raises:
-            InputError: The prompt is empty or longer than the context, has ids outside the
+            InputError: The prompt has no tokens or more than the context, has ids outside the
                 vocabulary, is text and there is no tokenizer, or is a conversation and there is no
                 chat template or the template refuses it; or an option is out of its range.
             BundleError: The chat template cannot be read, compiled or run.
         """
-        return Completion.join(list(self.stream(prompt, config, **overrides)))
+        pieces = self.stream(
+            prompt,
+            config,
+            continue_final_message=continue_final_message,
+            template_variables=template_variables,
+            **overrides,
+        )
+        return Completion.join(list(pieces))
 
     def generate_batch(
         self,
         prompts: Sequence[Prompt] | NDArray[np.integer[Any]],
         config: GenerationConfig | None = None,
+        *,
+        continue_final_message: bool | str = False,
+        template_variables: Mapping[str, Any] | None = None,
         **overrides: Unpack[GenerationOptions],
     ) -> list[Completion]:
         """Continue several prompts as one batch. Greedily, each gets the tokens it would get alone.
@@ -195,6 +206,8 @@ class Model:
         Args:
             prompts: See `generate`.
             config: See `generate`.
+            continue_final_message: See `generate`.
+            template_variables: See `generate`.
             overrides: See `generate`.
 
         Returns:
@@ -211,10 +224,12 @@ class Model:
             raise InputError(
                 f"prompts must be a list of them, not {type(prompts).__name__}; generate takes one"
             )
+        rendering = Rendering(continue_final_message, template_variables)
         sequences = []
         for number, prompt in enumerate(prompts):
             try:
-                sequences.append(self._sequence(prompt, options, number))
+                ids = self._prompts.token_ids(prompt, rendering)
+                sequences.append(self._sequence(ids, options, number))
             except InputError as error:
                 raise InputError(f"prompt {number}: {error}") from None
         pieces: list[list[Piece]] = [[] for _ in sequences]
@@ -226,6 +241,9 @@ class Model:
         self,
         prompt: Prompt,
         config: GenerationConfig | None = None,
+        *,
+        continue_final_message: bool | str = False,
+        template_variables: Mapping[str, Any] | None = None,
         **overrides: Unpack[GenerationOptions],
     ) -> Iterator[Piece]:
         """Continue a prompt piece by piece.
@@ -233,6 +251,8 @@ class Model:
         Args:
             prompt: See `generate`.
             config: See `generate`.
+            continue_final_message: See `generate`.
+            template_variables: See `generate`.
             overrides: See `generate`.
 
         Yields:
@@ -244,13 +264,17 @@ class Model:
             InputError: See `generate`; raised by this call, not by the first iteration.
             BundleError: See `generate`.
         """
-        sequence = self._sequence(prompt, self._options(config, overrides), 0)
+        options = self._options(config, overrides)
+        rendering = Rendering(continue_final_message, template_variables)
+        sequence = self._sequence(self._prompts.token_ids(prompt, rendering), options, 0)
         return (piece for _, piece in generate_pieces(self._runner, [sequence]))
 
     def chat(
         self,
         system: str | None = None,
         config: GenerationConfig | None = None,
+        *,
+        template_variables: Mapping[str, Any] | None = None,
         **overrides: Unpack[GenerationOptions],
     ) -> Chat:
         """Begin a conversation. Each message feeds only the tokens that are new.
@@ -259,6 +283,7 @@ class Model:
             system: Content of a system message that begins the conversation; None for no such
                 message.
             config: Options of all answers; see `generate`.
+            template_variables: See `generate`.
             overrides: See `generate`.
 
         Raises:
@@ -273,35 +298,48 @@ class Model:
             answer = min(answer, options.max_new_tokens)
         return Chat(
             self._runner,
-            self._chat_template,
+            self._prompts.template,
             self.tokenizer,
             lambda ids, turn: self._sequence(ids, options, turn),
             context_length - answer if self._bounded else None,
             system,
+            template_variables,
         )
 
-    def apply_chat_template(self, messages: Messages, add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(
+        self,
+        messages: Messages,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool | str = False,
+        template_variables: Mapping[str, Any] | None = None,
+    ) -> str:
         """Render a conversation as the prompt that `generate` would use, special tokens included.
 
+        The text is that of transformers. Where a template takes text only and a content is a list
+        of parts, the template gets the texts of the parts, joined without anything between them.
+
         Args:
-            messages: See `generate`.
-            add_generation_prompt: Append the beginning of an answer.
+            messages: Dicts with a "role" and a "content", which is text or a list of parts
+                `{"type": "text", "text": ...}`.
+            add_generation_prompt: Append the beginning of an answer. None for yes, unless the final
+                message is continued.
+            continue_final_message: End the text behind the content of the final message, so that
+                it can be continued; a str is the field to continue in place of the content. As in
+                transformers, space at its end is left out where the template leaves it out.
+            template_variables: Further variables of the template, such as
+                `{"enable_thinking": False}`. They may replace special tokens such as `bos_token`.
+                Those that the template does not use have no effect.
 
         Raises:
-            InputError: The bundle has no chat template, or the template refuses the messages.
+            InputError: The bundle has no chat template, or the template refuses the messages or
+                leaves out what is to be continued; a part is not text; a variable is not plain data
+                or is named as one that is given anyway; or a final message is to be continued and
+                an answer begun.
             BundleError: The chat template cannot be read, compiled or run.
         """
-        return self._chat_template.render(messages, add_generation_prompt)
-
-    @functools.cached_property
-    def _chat_template(self) -> ChatTemplate:
-        template = ChatTemplate.read(self._bundle)
-        if template is None:
-            raise InputError(
-                f"{self._bundle.path} has no chat template, so it takes text and no messages; "
-                "instruction-tuned models have one"
-            )
-        return template
+        return self._prompts.template.render(
+            messages, add_generation_prompt, continue_final_message, template_variables
+        )
 
     def _options(
         self, config: GenerationConfig | None, overrides: GenerationOptions
@@ -319,16 +357,15 @@ class Model:
         return self._defaults.resolve(given)
 
     def _sequence(
-        self, prompt: Prompt, options: GenerationConfig, number: int
+        self, ids: list[int], options: GenerationConfig, number: int
     ) -> GeneratedSequence:
         """Make the sequence of one prompt.
 
         Args:
-            prompt: See `generate`.
+            ids: Token ids of the prompt.
             options: Complete options; see `_options`.
             number: Number of the prompt in its batch.
         """
-        ids = self._prompt_ids(prompt)
         context_length = self.manifest.context_length
         room = context_length - len(ids)
         if room < 0 and self._bounded:
@@ -345,36 +382,3 @@ class Model:
         return GeneratedSequence(
             ids, wanted, options, self._defaults.eos_token_ids, self._tokenizer, number
         )
-
-    def _prompt_ids(self, prompt: Any) -> list[int]:
-        ids: Any
-        if isinstance(prompt, str):
-            ids = self.tokenizer.encode(prompt) if prompt else []
-        elif not isinstance(prompt, list | tuple | np.ndarray) or (
-            isinstance(prompt, np.ndarray) and prompt.ndim == 0
-        ):
-            raise InputError(
-                "a prompt must be text, a list of token ids or a list of messages, not "
-                f"{type(prompt).__name__}"
-            )
-        elif not isinstance(prompt, np.ndarray) and any(isinstance(m, Mapping) for m in prompt):
-            text = self._chat_template.render(prompt)
-            ids = self.tokenizer.encode(text, add_special_tokens=False)
-        else:
-            ids = prompt
-        if len(ids) == 0:
-            raise InputError("the prompt is empty; at least one token is needed")
-        if all(isinstance(entry, str | list | tuple | np.ndarray) for entry in ids):
-            raise InputError("this is a list of prompts; generate_batch takes those")
-        for token_id in ids:
-            if isinstance(token_id, bool) or not isinstance(token_id, int | np.integer):
-                raise InputError(f"token ids are whole numbers, not {type(token_id).__name__}")
-            if token_id >= self.manifest.vocab_size and self._tokenizer is not None:
-                token = self._tokenizer.token(int(token_id))
-                if token is not None:
-                    raise InputError(
-                        f"the prompt has the token {token!r} ({token_id}), which the tokenizer "
-                        f"knows and the model does not: it has {self.manifest.vocab_size} tokens"
-                    )
-        checked: list[int] = token_matrix([ids], self.manifest.vocab_size)[0].tolist()
-        return checked

@@ -1,6 +1,7 @@
 """Lets one thread at a time use a device, and runs captured steps on few threads.
 
-Knows threads and locks. Does not know what the functions do that it calls.
+Knows threads and locks, and turns failures of the device into errors of this package. Does not know
+what the functions do that it calls.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
+
+from doge_onnx.errors import DogeOnnxError
+from doge_onnx.runtime.engine.graph_session import ORT_ERRORS, run_error
 
 # One lock for the whole process: while CUDA captures, no thread may allocate or copy.
 PROCESS_LOCK = threading.RLock()
@@ -46,4 +50,10 @@ class DeviceExecutor:
 
 def _alone(function: Callable[..., _Result], *args: Any, **options: Any) -> _Result:
     with PROCESS_LOCK:
-        return function(*args, **options)
+        try:
+            return function(*args, **options)
+        except DogeOnnxError:
+            raise
+        # Of memory that is allocated, copied or read; a graph's own are no longer among them.
+        except ORT_ERRORS as error:
+            raise run_error("use the device", error) from error

@@ -26,6 +26,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from doge_onnx.bundle import Manifest
+from doge_onnx.errors import DogeOnnxError, NotEnoughMemoryError
+from doge_onnx.runtime.engine.graph_session import run_error
 from doge_onnx.runtime.engine.io_names import past_names, present_names
 from doge_onnx.runtime.engine.state import State
 
@@ -128,8 +130,22 @@ class Runner(ABC):
             Float32 logits of each sequence, `[1, V]` or `[S_b, V]`, or `[0, V]` of one without new
             tokens, in arrays that belong to the caller; and the state after these tokens. If the
             call raises, `state` is unchanged, unless the caller gave it up.
+
+        Raises:
+            NotEnoughMemoryError: The state, the logits or the run needs more memory than there is.
+            BundleError: ONNX Runtime cannot run the graph.
+            DeviceError: The device fails.
         """
-        return self.executor.run(self._forward, tokens, state, last_only, consume, max_tokens)
+        try:
+            return self.executor.run(self._forward, tokens, state, last_only, consume, max_tokens)
+        except NotEnoughMemoryError:
+            raise
+        except MemoryError as error:
+            raise self.no_memory(error) from error
+
+    def no_memory(self, error: MemoryError) -> DogeOnnxError:
+        """The error of this package for a lack of memory, which names the bundle."""
+        return run_error(f"run {self._session.graph}", error)
 
     @abstractmethod
     def _forward(

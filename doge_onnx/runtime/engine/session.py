@@ -11,9 +11,10 @@ from typing import Any
 import onnxruntime as ort
 
 from doge_onnx.bundle import MANIFEST_NAME, Bundle, Manifest
-from doge_onnx.errors import BundleError, CaptureError, DeviceError, InputError
+from doge_onnx.errors import BundleError, CaptureError, DeviceError, DogeOnnxError, InputError
 from doge_onnx.runtime.engine import device as devices
 from doge_onnx.runtime.engine.external_data import external_files
+from doge_onnx.runtime.engine.graph_session import GraphSession
 from doge_onnx.runtime.engine.io_names import (
     ATTENTION_MASK,
     INPUT_IDS,
@@ -118,14 +119,14 @@ def open_session(
     by_heads = state.dtype == "float32" and isinstance(heads, int) and 0 < threads <= heads
     try:
         with attention_by_heads(by_heads):
-            session = ort.InferenceSession(
-                str(graph),
+            session = GraphSession(
+                graph,
                 options,
                 providers=devices.providers(device, capture),
                 # With the fallback, ONNX Runtime would print to standard output and use the CPU.
                 enable_fallback=False,
             )
-    except MemoryError:
+    except (MemoryError, DogeOnnxError):
         raise
     # ONNX Runtime's exceptions have no other base class in common.
     except Exception as error:

@@ -12,6 +12,7 @@ from collections.abc import Generator, Sequence
 
 import numpy as np
 
+from doge_onnx.errors import NotEnoughMemoryError
 from doge_onnx.runtime.engine.runner import PositionLogits, Runner
 from doge_onnx.runtime.generation.output import Piece
 from doge_onnx.runtime.generation.prefix_cache import PrefixCache
@@ -81,7 +82,13 @@ def generate_pieces(
                 session.remove(ended)
             tokens = dict(zip(rows, chosen, strict=True))
             top = _top([batch[row] for row in session.rows])
-            scores = session.step([tokens[row] for row in session.rows], top)
+            try:
+                scores = session.step([tokens[row] for row in session.rows], top)
+            except NotEnoughMemoryError:
+                raise
+            # A state that grows needs more of it.
+            except MemoryError as error:
+                raise runner.no_memory(error) from error
             fed.append(chosen[0])
     if prefix_cache is not None:
         prefix_cache.put(fed, session.end())

@@ -19,6 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from doge_onnx import text_files
 from doge_onnx.bundle import Bundle
 from doge_onnx.errors import BundleError, InputError, MissingExtraError
 
@@ -28,6 +29,13 @@ if TYPE_CHECKING:
 _FILE_NAME = "chat_template.jinja"
 _CONFIG_NAME = "tokenizer_config.json"
 _TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+# Names for what a model thought before its answer; each template has one of them.
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+# Variables that a template gets in another way.
+_RESERVED = ("messages", "add_generation_prompt", "continue_final_message")
+# Marks where the final message ends; as in transformers, so that its space is trimmed with what is
+# before it.
+_MARK = "CONTINUE_FINAL_MESSAGE_TAG "
 # Most bits of a product or power in a template: more than any template needs.
 _MAX_BITS = 10_000
 # Most characters that a template may write: more than fit into any context.
@@ -64,8 +72,8 @@ class ChatTemplate:
             source = _default(config.get("chat_template"), path)
         else:
             try:
-                source = path.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
+                source = text_files.read(path)
+            except (OSError, ValueError) as error:
                 raise BundleError(f"cannot read {path}: {error}") from None
         if source is None:
             return None
@@ -81,31 +89,96 @@ class ChatTemplate:
         return cls(source, tokens, path)
 
     def render(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool | str = False,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """Render a conversation as text.
 
         Special tokens are spelled out in the text, including the one that begins a text if the
         template writes it. So a tokenizer has to parse them, and must not add others.
 
+        A content may be a list of parts, `{"type": "text", "text": ...}`, which the template gets
+        as it stands. Where the template cannot take it (it fails, or writes the list or nothing),
+        it gets the texts of the parts, joined without anything between them.
+
         Args:
-            messages: Dicts with a "role" and a "content", both text. The template may use further
-                fields.
-            add_generation_prompt: Append the beginning of an answer.
+            messages: Dicts with a "role" and a "content". The template may use further fields.
+            add_generation_prompt: Append the beginning of an answer. None for yes, unless the final
+                message is continued.
+            continue_final_message: End the text behind the content of the final message, so that
+                it can be continued; a str is the field to continue in place of the content.
+            variables: Further variables for the template, by name. They may replace special tokens.
+                Those that it does not use have no effect.
 
         Raises:
-            InputError: There are no messages, they have another form, or the template refuses them.
+            InputError: There are no messages, they have another form, or the template refuses them
+                or leaves out what is to be continued; a variable is not plain data or has the name
+                of one that is given anyway; or a final message is to be continued and an answer
+                begun.
             BundleError: The template is not valid Jinja, writes too much, or does something that
                 the sandbox forbids.
             MissingExtraError: Jinja is not installed.
         """
-        variables = {
+        if add_generation_prompt is None:
+            add_generation_prompt = not continue_final_message
+        elif add_generation_prompt and continue_final_message:
+            raise InputError(
+                "continue_final_message and add_generation_prompt exclude each other: the final "
+                "message is continued, or a new answer begins"
+            )
+        given = {
             **self._tokens,
-            "messages": _plain(messages),
             "tools": None,
             "documents": None,
-            "add_generation_prompt": add_generation_prompt,
+            **_plain_variables(variables or {}),
+            "add_generation_prompt": bool(add_generation_prompt),
         }
+        field = "content" if continue_final_message is True else continue_final_message
+        return self._continued(self._readable(_plain(messages), given), field, given)
+
+    def _readable(
+        self, messages: list[dict[str, Any]], variables: Mapping[str, Any]
+    ) -> list[dict[str, Any]]:
+        """The messages, with their parts joined if the template cannot take them."""
+        joined = [_joined(message) for message in messages]
+        if joined == messages:
+            return messages
+        try:
+            text = self._written({**variables, "messages": messages})
+        except (InputError, BundleError):
+            return joined
+        return messages if _shows(text, messages) else joined
+
+    def _continued(
+        self, messages: list[dict[str, Any]], field: str | bool, variables: Mapping[str, Any]
+    ) -> str:
+        """Render messages, up to the end of a field of the last one if `field` is its name."""
+        if not isinstance(field, str):
+            return self._written({**variables, "messages": messages})
+        fields = [name for name in _REASONING if messages[-1].get(name) == messages[-1].get(field)]
+        fields = fields if field in _REASONING else [field]
+        if messages[-1].get(field) is None or not any(name in self._source for name in fields):
+            raise InputError(
+                f"the final message cannot be continued: it has no {field!r}, or the chat template "
+                "does not use it"
+            )
+        last, final = _marked(messages[-1], fields)
+        text = self._written({**variables, "messages": [*messages[:-1], last]})
+        where = text.rfind(_MARK.strip())
+        if where < 0 or final.strip() not in text:
+            raise InputError(
+                f"{self._origin}: the chat template leaves out a part of the final message, which "
+                "so cannot be continued"
+            )
+        # A template that trims a content takes the space from the end of the mark, too.
+        kept = text.startswith(_MARK, where)
+        return text[:where] if kept else text[:where].rstrip()
+
+    def _written(self, variables: Mapping[str, Any]) -> str:
+        """What the template writes."""
         template = self._template
         import jinja2
 
@@ -203,20 +276,108 @@ def _plain(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping):
             raise InputError(f"message {number} is no dict with a role and a content: {message!r}")
-        for field in ("role", "content"):
-            value = message.get(field)
-            # An answer may have tool calls in place of a content.
-            calls = field == "content" and value is None and "tool_calls" in message
-            if not isinstance(value, str) and not calls:
-                raise InputError(f"message {number} needs a {field!r} that is text, not {value!r}")
-    try:
-        # As in transformers, a field that is None counts as missing.
-        plain: list[dict[str, Any]] = json.loads(
-            json.dumps([{k: v for k, v in m.items() if v is not None} for m in messages])
-        )
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"messages must hold nothing but text and numbers: {error}") from None
+        role, content = message.get("role"), message.get("content")
+        if not isinstance(role, str):
+            raise InputError(f"message {number} needs a 'role' that is text, not {role!r}")
+        if isinstance(content, list | tuple):
+            _check_parts(content, number)
+        # An answer may have tool calls in place of a content.
+        elif not isinstance(content, str) and not (content is None and "tool_calls" in message):
+            raise InputError(
+                f"message {number} needs a 'content' that is text or a list of parts, not "
+                f"{content!r}"
+            )
+    # As in transformers, a field that is None counts as missing.
+    plain: list[dict[str, Any]] = _as_json(
+        [{k: v for k, v in m.items() if v is not None} for m in messages], "messages"
+    )
+    return [_with_reasoning(message) for message in plain]
+
+
+def _check_parts(parts: Sequence[Any], number: int) -> None:
+    """Raise InputError if a part of the content of message `number` is no text."""
+    for part in parts:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind is None:
+            raise InputError(
+                f"message {number} needs a 'content' that is text or a list of parts such as "
+                f"{{'type': 'text', 'text': 'Hello'}}, and {part!r} is none"
+            )
+        if kind != "text":
+            raise InputError(f"message {number} has a part of the type {kind!r}; a Doge reads text")
+        if not isinstance(part.get("text"), str):
+            raise InputError(f"message {number} has a part without a 'text': {part!r}")
+
+
+def _plain_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a caller's variables that holds only JSON types.
+
+    Raises:
+        InputError: One has a reserved name, no name, or another type.
+    """
+    if not isinstance(variables, Mapping) or not all(isinstance(name, str) for name in variables):
+        raise InputError(f"template variables are a dict by name, not {variables!r}")
+    for name in _RESERVED:
+        if name in variables:
+            raise InputError(f"{name!r} is no free template variable: it has a parameter")
+    plain: dict[str, Any] = _as_json(variables, "template variables")
     return plain
+
+
+def _as_json(value: Any, what: str) -> Any:
+    try:
+        return json.loads(json.dumps(value, default=_mapping))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"{what} must hold nothing but text and numbers: {error}") from None
+
+
+def _mapping(value: Any) -> Any:
+    """A mapping that is no dict as one."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"{type(value).__name__} is neither")
+
+
+def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose reasoning is found under each name that templates have for it."""
+    reasoning = next((message[name] for name in _REASONING if name in message), None)
+    if reasoning is None:
+        return message
+    return {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
+def _joined(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose content is the text of its parts."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return message
+    return {**message, "content": "".join(part["text"] for part in content)}
+
+
+def _shows(text: str, messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a rendered text holds all parts of the contents, and no list as Python prints it."""
+    contents = [m["content"] for m in messages if isinstance(m.get("content"), list)]
+    return all(
+        str(content) not in text and all(part["text"].strip() in text for part in content)
+        for content in contents
+    )
+
+
+def _marked(message: dict[str, Any], fields: Sequence[str]) -> tuple[dict[str, Any], str]:
+    """A message with a mark at the end of some fields of equal value, and their text before it.
+
+    Raises:
+        InputError: They hold no text.
+    """
+    value = message[fields[0]]
+    if isinstance(value, list) and value and isinstance(value[-1], dict) and "text" in value[-1]:
+        text = value[-1]["text"]
+        marked: Any = [*value[:-1], {**value[-1], "text": text + _MARK}]
+    elif isinstance(value, str):
+        text, marked = value, value + _MARK
+    else:
+        raise InputError(f"the final message has no text in {fields[0]!r} to continue")
+    return {**message, **dict.fromkeys(fields, marked)}, text
 
 
 def _environment() -> jinja2.Environment:

@@ -14,6 +14,7 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
+from doge_onnx import text_files
 from doge_onnx.errors import BundleError, InputError
 
 # Decoders return this for bytes that are not, or not yet, a character.
@@ -38,7 +39,7 @@ class Tokenizer:
             BundleError: The file does not hold a tokenizer.
         """
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            self._tokenizer = tokenizers.Tokenizer.from_str(text_files.read(path))
         except Exception as error:  # the library raises nothing more specific
             raise BundleError(f"{path} does not hold a tokenizer: {error}") from None
         # The file may hold settings from training. A prompt is never truncated or padded.
