@@ -9,6 +9,7 @@ Example:
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from doge_onnx.api import bench, evaluate, export, load, push, verify
@@ -48,6 +49,10 @@ if TYPE_CHECKING:
 # whatever order things are imported. A type checker sees the function.
 
 __version__ = "0.1.0"
+
+# ONNX Runtime reads this while it is imported, and without it leaves an identifier of the machine
+# and a database in the home directory. Processes that are started from here inherit it.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 # Imported when it is first asked for, since it needs numpy and onnxruntime.
 _MODULES = {

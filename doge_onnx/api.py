@@ -8,11 +8,13 @@ of the extras.
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from doge_onnx.bundle import is_bundle
+from doge_onnx.bundle import Bundle, is_bundle
 from doge_onnx.errors import InputError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -43,24 +45,29 @@ def load(
     prefill_chunk: int | None = None,
     verbose: bool = False,
     cuda_graph: bool | None = None,
+    revision: str | None = None,
 ) -> Model:
     """Load a bundle and make it ready to run.
 
     Args:
-        bundle: The directory that `export` wrote.
+        bundle: The directory that `export` wrote, or the id of a bundle on the Hugging Face Hub,
+            such as "user/model", which is fetched into the Hub's cache.
         device: "cpu", "cuda" or "auto". "auto" is CUDA if it is installed and can run the bundle,
             and else the CPU.
-        threads: Threads that one operator may use; None for one for each physical core that this
-            process may use.
+        threads: Threads that one operator may use; None for the number in
+            OMP_NUM_THREADS, or else one for each physical core that this process may use.
         prefill_chunk: Most tokens of a prompt in one run of the graph; None for a number that suits
             the device. The result does not depend on it.
         verbose: Show the warnings of ONNX Runtime.
         cuda_graph: Whether CUDA captures decode steps once and replays them, which saves the time
             to launch their kernels. None for yes if the bundle allows it and a check of a few
             steps, captured and not, finds the same results.
+        revision: Branch, tag or commit of a bundle on the Hub; None for its main branch.
 
     Raises:
         BundleError: The bundle is incomplete, altered, too new, or cannot be run.
+        HubError: There is no such bundle on the Hub, or it cannot be fetched.
+        MissingExtraError: It is not a directory, and huggingface_hub is not installed.
         DeviceError: The device is missing, lacks a library, or cannot run the bundle or capture its
             steps.
         InputError: There is no device of that name, a number of threads or tokens is below 1, or
@@ -68,7 +75,8 @@ def load(
     """
     from doge_onnx.runtime import model
 
-    return model.load(bundle, device, threads, prefill_chunk, verbose, cuda_graph)
+    found = find_bundle(bundle, revision)
+    return model.load(found, device, threads, prefill_chunk, verbose, cuda_graph)
 
 
 def export(
@@ -165,16 +173,18 @@ def verify(
     *,
     device: str = "auto",
     revision: str | None = None,
+    reference_revision: str | None = None,
     adapter: str | Path | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> ParityReport:
     """Compare a bundle with its checkpoint, which transformers runs.
 
     Args:
-        bundle: The directory that `export` wrote.
+        bundle: See `load`. Its manifest gets the figures, unless it comes from the Hub.
         reference: A directory with the checkpoint, or its id on the Hugging Face Hub.
         device: "auto", "cpu" or "cuda"; see `load`.
-        revision: Branch, tag or commit on the Hub.
+        revision: Branch, tag or commit of a bundle on the Hub.
+        reference_revision: Branch, tag or commit of a reference on the Hub.
         adapter: The adapter that was merged into the checkpoint, if there was one; see `export`.
         progress: Called with a line of text when a long step begins.
 
@@ -185,10 +195,10 @@ def verify(
         from doge_onnx.export import verify as verifier
 
         return verifier.verify(
-            bundle,
+            find_bundle(bundle, revision),
             reference,
             device=device,
-            revision=revision,
+            reference_revision=reference_revision,
             adapter=adapter,
             progress=progress,
         )
@@ -204,6 +214,7 @@ def evaluate(
     seed: int | None = None,
     device: str = "auto",
     revision: str | None = None,
+    reference_revision: str | None = None,
     adapter: str | Path | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> QualityReport:
@@ -212,7 +223,7 @@ def evaluate(
     Only a checkpoint as reference needs the export extra.
 
     Args:
-        bundle: The directory that `export` wrote. It is not changed.
+        bundle: See `load`. It is not changed.
         reference: The model to compare with: another bundle, or a checkpoint, which is a directory
             or an id on the Hugging Face Hub. None for the perplexity alone.
         text: A file of UTF-8 text. With None the reference, or without one the bundle, writes the
@@ -222,7 +233,8 @@ def evaluate(
         max_tokens: Most tokens of the text; None for 8192.
         seed: Seed of a text that a model writes; None for a constant.
         device: Device of bundles: "auto", "cpu" or "cuda"; see `load`.
-        revision: Branch, tag or commit of a reference on the Hub.
+        revision: Branch, tag or commit of a bundle on the Hub.
+        reference_revision: Branch, tag or commit of a reference on the Hub.
         adapter: An adapter to merge into the reference, a checkpoint; see `export`.
         progress: Called with a line of text when a long step begins.
 
@@ -234,17 +246,15 @@ def evaluate(
 
     evaluator.check_options(window, max_tokens, seed)
     begin = progress or (lambda _: None)
-    local = reference is None or is_bundle(reference)
-    if revision is not None and local:
-        raise InputError("only a reference on the Hub has a revision")
-    if adapter is not None and local:
+    other_bundle = _reference_bundle(reference, reference_revision)
+    if adapter is not None and (reference is None or other_bundle is not None):
         raise InputError("only a checkpoint as reference takes an adapter")
-    scorer = evaluator.BundleScorer(bundle, device)
+    scorer = evaluator.BundleScorer(find_bundle(bundle, revision), device)
     other: Scorer | None = None
     if reference is not None:
         begin("loading the reference")
-        if local:
-            other = evaluator.BundleScorer(reference, device)
+        if other_bundle is not None:
+            other = evaluator.BundleScorer(other_bundle, device)
         else:
             length = window or evaluator.FILE_WINDOW
             if scorer.context_length is not None:
@@ -255,7 +265,7 @@ def evaluate(
                 other = quality.open_checkpoint(
                     reference,
                     length,
-                    revision=revision,
+                    revision=reference_revision,
                     adapter=adapter,
                     ignore=scorer.ignored_fields,
                     progress=progress,
@@ -281,21 +291,23 @@ def bench(
     threads: int | None = None,
     device: str = "auto",
     cuda_graph: bool | None = None,
+    revision: str | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> BenchReport:
     """Measure how fast a bundle runs on this machine, and how much memory it needs.
 
     Args:
-        bundle: The directory that `export` wrote.
+        bundle: See `load`.
         contexts: Lengths of the prompts, in tokens; None for 16, 512 and 1900. Lengths that do not
             fit into the context are left out.
         batches: Batch sizes, each of which is measured with all contexts; None for 1 and 8.
         tokens: Decode steps after each prompt, in each repetition; None for 16.
         repetitions: How often each figure is measured; None for 3.
-        threads: Threads that one operator may use; None for one for each physical core that this
-            process may use.
+        threads: Threads that one operator may use; None for the number in
+            OMP_NUM_THREADS, or else one for each physical core that this process may use.
         device: "auto", "cpu" or "cuda"; see `load`.
         cuda_graph: See `load`.
+        revision: Branch, tag or commit of a bundle on the Hub.
         progress: Called with a line of text when a step begins.
 
     Raises:
@@ -305,7 +317,7 @@ def bench(
     from doge_onnx.measure import bench as benchmark
 
     return benchmark.bench(
-        bundle,
+        find_bundle(bundle, revision),
         contexts=contexts,
         batches=batches,
         tokens=tokens,
@@ -333,7 +345,7 @@ def push(
     directory. Other files in the repository stay; files of the same name are replaced.
 
     Args:
-        bundle: The directory that `export` wrote.
+        bundle: See `load`.
         repo: The repository, such as "user/model"; it is created if it does not exist.
         private: Make a new repository private. An existing one must be private already.
         revision: The branch; it is created if it does not exist. None for the main branch.
@@ -351,7 +363,7 @@ def push(
         from doge_onnx import hub
 
         return hub.push(
-            bundle,
+            find_bundle(bundle),
             repo,
             private=private,
             revision=revision,
@@ -359,6 +371,64 @@ def push(
             dry_run=dry_run,
             progress=progress,
         )
+
+
+def find_bundle(
+    bundle: str | Path, revision: str | None = None, *, weights: bool = True
+) -> str | Path | Bundle:
+    """What `bundle` stands for: a place on this machine, or a bundle fetched from the Hub.
+
+    Args:
+        bundle: A directory, which comes first, or an id on the Hub with its owner.
+        revision: Branch, tag or commit on the Hub.
+        weights: Whether to fetch the graph and its weights, too.
+
+    Returns:
+        `bundle` itself, which nobody has looked at, or the bundle of the Hub, whose files were
+        checked.
+
+    Raises:
+        InputError: A place on this machine has no revision.
+        HubError: See `load`.
+        BundleError: See `load`.
+        MissingExtraError: See `load`.
+    """
+    if not _may_be_on_hub(bundle):
+        if revision is not None:
+            raise InputError(
+                f"{bundle} is not the id of a bundle on the Hub, and nothing else has a revision"
+            )
+        return bundle
+    try:
+        with _extra("hub"):
+            from doge_onnx import hub_bundles
+    except MissingExtraError as error:
+        raise MissingExtraError(f"{bundle} is not a directory; on the Hub, {error}") from error
+    return hub_bundles.fetch(str(bundle), revision, weights=weights)
+
+
+def _reference_bundle(
+    reference: str | Path | None, revision: str | None
+) -> str | Path | Bundle | None:
+    """A reference that is a bundle, here or on the Hub; None if it is not."""
+    on_hub = reference is not None and _may_be_on_hub(reference)
+    if reference is None or is_bundle(reference):
+        if revision is not None:
+            raise InputError("only a reference on the Hub has a revision")
+        return reference
+    if on_hub:
+        with contextlib.suppress(MissingExtraError), _extra("hub"):
+            from doge_onnx import hub_bundles
+
+            if hub_bundles.holds_bundle(str(reference), revision):
+                return hub_bundles.fetch(str(reference), revision)
+    return None
+
+
+def _may_be_on_hub(place: str | Path) -> bool:
+    """Whether a text is the id of a repository with its owner, and no place on this machine."""
+    named = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(place)) is not None
+    return named and not os.path.lexists(place)
 
 
 @contextlib.contextmanager

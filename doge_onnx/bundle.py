@@ -40,19 +40,30 @@ _HUB_GRAPHS = {
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle on disk: one whose files were all checked, or a draft of one."""
+    """A bundle on disk: one whose files were all checked, or a draft of one.
+
+    Attributes:
+        path: Its directory.
+        manifest: What the manifest says.
+        repo: Id on the Hub, if it was fetched from there; the directory is in the Hub's cache then.
+        commit: That of the Hub, likewise.
+    """
 
     path: Path
     manifest: Manifest
+    repo: str | None = None
+    commit: str | None = None
 
     @classmethod
-    def open(cls, path: str | Path) -> Bundle:
-        """Open a bundle and check every file against its checksum.
+    def open(cls, path: str | Path | Bundle) -> Bundle:
+        """Open a bundle and check every file against its checksum; one that is open stays so.
 
         Raises:
             BundleError: There is no bundle, or it is incomplete, altered or of another
                 format version.
         """
+        if isinstance(path, Bundle):
+            return path
         path = Path(path)
         if not path.is_dir():
             raise BundleError(f"{path} is not a directory; make a bundle with `doge-onnx export`")
@@ -60,7 +71,8 @@ class Bundle:
         if manifest.graph not in manifest.files:
             raise BundleError(f"{path / MANIFEST_NAME} lists no {manifest.graph}; export again")
         for name, entry in manifest.files.items():
-            _check_file(path, name, entry)
+            check_name(path / MANIFEST_NAME, name)
+            check_file(path, name, entry)
         return cls(path, manifest)
 
     @classmethod
@@ -73,6 +85,11 @@ class Bundle:
         """
         sizes = {name: {"size": path.stat().st_size} for name, path in _files(directory)}
         return cls(directory, replace(manifest, files=sizes))
+
+    @property
+    def name(self) -> str:
+        """What a user calls it: its id on the Hub, or its directory."""
+        return self.repo or str(self.path)
 
     @property
     def graph(self) -> Path:
@@ -148,8 +165,12 @@ def write_parity(bundle: Bundle, parity: dict[str, Any]) -> None:
     """Put the figures of a comparison into the manifest of a finished bundle.
 
     Raises:
-        BundleError: It cannot be written; the manifest is then as it was.
+        BundleError: It cannot be written, or is in the Hub's cache; the manifest is then as it was.
     """
+    if bundle.repo is not None:
+        raise BundleError(
+            f"{bundle.path} is in the Hub's cache, where files stay as they were fetched"
+        )
     path, manifest = bundle.path, replace(bundle.manifest, parity=parity)
     with _disk_errors(path):
         unfinished = path / f".{MANIFEST_NAME}.tmp"
@@ -250,12 +271,27 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _check_file(directory: Path, name: str, entry: Any) -> None:
-    # An absolute path, a drive, or "..", would let a manifest point outside its bundle.
+def check_name(origin: Path, name: str) -> None:
+    """Refuse a file that the manifest at `origin` names and that is not inside of its bundle.
+
+    Raises:
+        BundleError: It is an absolute path, has a drive, or leads outside.
+    """
     if any(part in ("", ".", "..") or set(part) & set("\\:\0") for part in name.split("/")):
-        raise BundleError(
-            f"{directory / MANIFEST_NAME} names {name!r}, which is no file of a bundle"
-        )
+        raise BundleError(f"{origin} names {name!r}, which is no file of a bundle")
+
+
+def check_file(directory: Path, name: str, entry: Any) -> None:
+    """Compare a file with what its manifest says of it.
+
+    Args:
+        directory: That of the bundle.
+        name: Of the file, checked by `check_name`.
+        entry: With "size" in bytes and "sha256", if it is valid.
+
+    Raises:
+        BundleError: The file is missing, differs or cannot be read.
+    """
     path = directory / name
     try:
         size = path.stat().st_size

@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import doge_onnx
-from doge_onnx import cli_chat, cli_input, cli_options, cli_output
+from doge_onnx import api, cli_chat, cli_input, cli_options, cli_output
 from doge_onnx.bundle import Bundle, read_manifest
 from doge_onnx.errors import DogeOnnxError, ParityError, QualityError
 from doge_onnx.runtime.generation.defaults import GENERATION_CONFIG_NAME, ignored_fields
@@ -167,7 +167,8 @@ def export(
 def verify(
     bundle: cli_options.Bundle,
     reference: cli_options.Reference,
-    revision: cli_options.Revision = None,
+    revision: cli_options.BundleRevision = None,
+    reference_revision: cli_options.ReferenceRevision = None,
     adapter: cli_options.Adapter = None,
     device: cli_options.Device = cli_options.Devices.auto,
 ) -> None:
@@ -185,6 +186,7 @@ def verify(
             reference,
             device=device.value,
             revision=revision,
+            reference_revision=reference_revision,
             adapter=adapter,
             progress=progress,
         )
@@ -199,7 +201,8 @@ def evaluate(
     bundle: cli_options.Bundle,
     reference: cli_options.EvalReference = None,
     text: cli_options.EvalText = None,
-    revision: cli_options.Revision = None,
+    revision: cli_options.BundleRevision = None,
+    reference_revision: cli_options.ReferenceRevision = None,
     adapter: cli_options.Adapter = None,
     max_tokens: cli_options.MaxTokens = None,
     window: cli_options.Window = None,
@@ -228,6 +231,7 @@ def evaluate(
             seed=seed,
             device=device.value,
             revision=revision,
+            reference_revision=reference_revision,
             adapter=adapter,
             progress=progress,
         )
@@ -252,6 +256,7 @@ def generate(
     options: dict[str, Any],
     json: cli_options.JsonCompletion = False,
     stats: cli_options.Stats = False,
+    revision: cli_options.BundleRevision = None,
     threads: cli_options.Threads = None,
     prefill_chunk: cli_options.PrefillChunk = None,
     device: cli_options.Device = cli_options.Devices.auto,
@@ -281,7 +286,7 @@ def generate(
     if answer_start is not None:
         text.append({"role": "assistant", "content": answer_start})
         options["continue_final_message"] = True
-    model = _load(bundle, device, threads, prefill_chunk, verbose, cuda_graph)
+    model = _load(bundle, revision, device, threads, prefill_chunk, verbose, cuda_graph)
     if json:
         cli_output.completion_json(model.generate(text, **options), stats)
         return
@@ -303,6 +308,7 @@ def chat(
     template_variable: cli_options.TemplateVariable = None,
     *,
     options: dict[str, Any],
+    revision: cli_options.BundleRevision = None,
     threads: cli_options.Threads = None,
     prefill_chunk: cli_options.PrefillChunk = None,
     device: cli_options.Device = cli_options.Devices.auto,
@@ -317,7 +323,7 @@ def chat(
     remembers the whole conversation up to the
     context length, and then forgets the oldest turns.
     """
-    model = _load(bundle, device, threads, prefill_chunk, verbose, cuda_graph)
+    model = _load(bundle, revision, device, threads, prefill_chunk, verbose, cuda_graph)
     conversation = model.chat(system, **options, **_variables(template_variable))
     for message in cli_input.messages():
         known = len(conversation.messages)
@@ -336,6 +342,7 @@ def bench(
     threads: cli_options.Threads = None,
     device: cli_options.Device = cli_options.Devices.auto,
     cuda_graph: cli_options.CudaGraph = None,
+    revision: cli_options.BundleRevision = None,
     json: cli_options.JsonBench = False,
 ) -> None:
     """Measure how fast a bundle runs on this machine.
@@ -357,6 +364,7 @@ def bench(
             threads=threads,
             device=device.value,
             cuda_graph=cuda_graph,
+            revision=revision,
             progress=progress,
         )
     if json:
@@ -368,15 +376,20 @@ def bench(
 @app.command()
 def info(
     bundle: cli_options.Bundle,
+    revision: cli_options.BundleRevision = None,
     json: cli_options.JsonManifest = False,
 ) -> None:
-    """Show what a bundle holds."""
-    opened = Bundle(Path(bundle), read_manifest(Path(bundle)))
+    """Show what a bundle holds.
+
+    Of a bundle on the Hub, the graph and its weights are not fetched.
+    """
+    found = api.find_bundle(bundle, revision, weights=False)
+    opened = found if isinstance(found, Bundle) else Bundle(Path(found), read_manifest(Path(found)))
     ignored = ignored_fields(opened.read_json(GENERATION_CONFIG_NAME))
     if json:
-        cli_output.manifest_json(opened.manifest, ignored)
+        cli_output.manifest_json(opened, ignored)
     else:
-        cli_output.manifest(opened.manifest, ignored)
+        cli_output.manifest(opened, ignored)
 
 
 @app.command()
@@ -410,6 +423,7 @@ def push(
 
 def _load(
     bundle: str,
+    revision: str | None,
     device: cli_options.Devices,
     threads: int | None,
     prefill_chunk: int | None,
@@ -423,6 +437,7 @@ def _load(
         prefill_chunk=prefill_chunk,
         verbose=verbose,
         cuda_graph=cuda_graph,
+        revision=revision,
     )
     if model.reason_for_cpu is not None:
         cli_output.note(f"(this runs on the CPU: {model.reason_for_cpu})")

@@ -211,7 +211,26 @@ class Counts(tuple[int, ...]):
 
 Bundle = Annotated[
     str,
-    typer.Argument(metavar="BUNDLE", help="Directory that `doge-onnx export` wrote."),
+    typer.Argument(
+        metavar="BUNDLE",
+        help="Directory that `doge-onnx export` wrote, or the id of a bundle on the Hugging Face "
+        "Hub such as user/model.",
+    ),
+]
+BundleRevision = Annotated[
+    str | None,
+    typer.Option(
+        "--revision",
+        metavar="REV",
+        help="Branch, tag or commit of a BUNDLE on the Hub. Default: its main branch.",
+    ),
+]
+ReferenceRevision = Annotated[
+    str | None,
+    typer.Option(
+        metavar="REV",
+        help="Branch, tag or commit of a reference on the Hub. Default: its main branch.",
+    ),
 ]
 Revision = Annotated[
     str | None,
@@ -341,7 +360,7 @@ EvalReference = Annotated[
     str | None,
     typer.Option(
         metavar="MODEL|BUNDLE",
-        help="What to compare with: another bundle, or a checkpoint (a directory or a Hub id).",
+        help="What to compare with: another bundle, or a checkpoint; a directory or a Hub id.",
     ),
 ]
 EvalText = Annotated[
@@ -439,7 +458,12 @@ Stats = Annotated[
 ]
 Threads = Annotated[
     int | None,
-    typer.Option(min=1, metavar="N", help="CPU threads to use. Default: one for each core."),
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="CPU threads to use. Default: the number in OMP_NUM_THREADS, or else one for each "
+        "core that this process may use.",
+    ),
 ]
 PrefillChunk = Annotated[
     int | None,

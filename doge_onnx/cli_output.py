@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from doge_onnx import text_files
-from doge_onnx.bundle import Manifest
+from doge_onnx.bundle import Bundle
 
 if TYPE_CHECKING:
     from rich.status import Status
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from doge_onnx.export.exporter import ExportReport
     from doge_onnx.export.verify import ParityReport
     from doge_onnx.hub import PushReport
+    from doge_onnx.manifest import Manifest
     from doge_onnx.measure.bench import BenchReport
     from doge_onnx.measure.evaluate import QualityReport
     from doge_onnx.measure.workload import Spread
@@ -218,14 +219,17 @@ def quality_json(report: QualityReport) -> None:
     json_text(json.dumps(report.as_dict(), ensure_ascii=False))
 
 
-def manifest(shown: Manifest, ignored: Sequence[str]) -> None:
+def manifest(bundle: Bundle, ignored: Sequence[str]) -> None:
     """Print a manifest for a person.
 
     Args:
-        shown: The manifest.
+        bundle: Whose manifest it is.
         ignored: Fields of generation_config.json that this package does not implement.
     """
+    shown = bundle.manifest
     state = shown.state
+    if bundle.repo is not None:
+        _print_section("Hub", {"repository": bundle.repo, "revision": bundle.commit})
     row = f"{state.num_heads} heads x {state.row_size} channels ({state.head_dim} + gates + rest)"
     _print_section(
         "Model",
@@ -271,9 +275,12 @@ def manifest(shown: Manifest, ignored: Sequence[str]) -> None:
     )
 
 
-def manifest_json(shown: Manifest, ignored: Sequence[str]) -> None:
+def manifest_json(bundle: Bundle, ignored: Sequence[str]) -> None:
     """Print a manifest as JSON; see `manifest`."""
-    fields = json.loads(shown.to_json()) | {"ignored_generation_options": list(ignored)}
+    fields = json.loads(bundle.manifest.to_json()) | {
+        "ignored_generation_options": list(ignored),
+        "hub": {"repository": bundle.repo, "revision": bundle.commit} if bundle.repo else None,
+    }
     json_text(json.dumps(fields, indent=2, ensure_ascii=False))
 
 

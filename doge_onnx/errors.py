@@ -49,7 +49,7 @@ class QualityError(DogeOnnxError):
 
 
 class HubError(DogeOnnxError):
-    """An upload that the Hugging Face Hub refuses, or that does not reach it."""
+    """An upload, or a download of a bundle, that the Hugging Face Hub refuses or that fails."""
 
 
 class MissingExtraError(DogeOnnxError):

@@ -2,7 +2,7 @@
 
 Knows which files of a directory belong to the bundle, and what the Hub's answers mean to a user.
 huggingface_hub transfers the files; beside it, this module needs only the standard library.
-`export.checkpoint` fetches checkpoints.
+`hub_bundles` fetches bundles, and `export.checkpoint` checkpoints.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class PushReport:
 
 
 def push(
-    bundle: str | Path,
+    bundle: str | Path | Bundle,
     repo: str,
     *,
     private: bool = False,

@@ -10,10 +10,13 @@ logits and the state with rows added. Prefill is a step with the whole prompt an
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
+# Without this, ONNX Runtime leaves files in your home directory.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import numpy as np
 import onnxruntime as ort
 from tokenizers import Tokenizer

@@ -150,12 +150,18 @@ class _Handler(BaseHTTPRequestHandler):
     def _file(self, name: str, revision: str, path: str) -> None:
         if self.hub.refuse_files:
             return self._refuse(*self.hub.refuse_files)
-        content = (self._files(name, revision) or {}).get(path)
+        if name not in self.hub.repositories:
+            return self._refuse(HTTPStatus.NOT_FOUND, "RepoNotFound")
+        files = self._files(name, revision)
+        if files is None:
+            return self._refuse(HTTPStatus.NOT_FOUND, "RevisionNotFound")
+        content = files.get(path)
         if content is None:
             return self._refuse(HTTPStatus.NOT_FOUND, "EntryNotFound")
         if self.command == "GET":
             self.hub.fetched.append(path)
-        headers = {"ETag": f'"{_etag(content)}"', "X-Repo-Commit": revision}
+        commit = revision if len(revision) == 40 else self.hub.commit(revision)
+        headers = {"ETag": f'"{_etag(content)}"', "X-Repo-Commit": commit}
         return self._send(HTTPStatus.OK, content, headers)
 
     def _files(self, name: str, revision: str) -> dict[str, bytes] | None:

@@ -414,7 +414,7 @@ def test_options_reach_the_library(canned, fake):
     given, _ = canned
     sizes = ["--contexts", "16,512", "--batches", "8"]
     counts = ["--tokens=5", "--repetitions=7", "--threads=2", "--device=cpu", "--cuda-graph"]
-    assert invoke(fake, *sizes, *counts).exit_code == 0
+    assert invoke(fake, *sizes, *counts, "--revision=v1").exit_code == 0
     del given["progress"]
     assert given == {
         "contexts": (16, 512),
@@ -424,6 +424,7 @@ def test_options_reach_the_library(canned, fake):
         "threads": 2,
         "device": "cpu",
         "cuda_graph": True,
+        "revision": "v1",
     }
     assert invoke(fake).exit_code == 0
     assert {given[name] for name in ("contexts", "batches", "tokens", "repetitions")} == {None}

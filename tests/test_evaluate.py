@@ -308,7 +308,9 @@ def test_references_that_do_not_fit(tiny_bundle, tmp_path):
         doge_onnx.evaluate(tiny_bundle, other)
     for reference in (None, tiny_bundle):
         with pytest.raises(InputError, match="only a reference on the Hub has a revision"):
-            doge_onnx.evaluate(tiny_bundle, reference, revision="main")
+            doge_onnx.evaluate(tiny_bundle, reference, reference_revision="main")
+    with pytest.raises(InputError, match="nothing else has a revision"):
+        doge_onnx.evaluate(tiny_bundle, revision="main")
 
 
 @pytest.mark.parametrize("option", ["window", "max_tokens", "seed"])

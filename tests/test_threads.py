@@ -13,7 +13,7 @@ import pytest
 import doge_onnx
 from doge_onnx.bundle import Bundle
 from doge_onnx.runtime.engine.session import open_session
-from doge_onnx.runtime.engine.threads import usable_cores
+from doge_onnx.runtime.engine.threads import preferred_threads, usable_cores
 
 
 def test_threads_reach_onnx_runtime(tmp_path):
@@ -22,38 +22,73 @@ def test_threads_reach_onnx_runtime(tmp_path):
     assert (options.intra_op_num_threads, options.inter_op_num_threads) == (1, 1)
 
 
-def test_without_a_number_there_is_a_thread_for_each_usable_core(tmp_path):
+def test_without_a_number_there_is_a_thread_for_each_usable_core(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     bundle = Bundle.open(fake_bundle.write(tmp_path / "b"))
     options = open_session(bundle).get_session_options()
     assert options.intra_op_num_threads == usable_cores()
 
 
+def some_system(root: Path, siblings: dict[int, str] | None = None, quota: str = "") -> Path:
+    """The files of a system: which processors share a core, and what cpu.max has."""
+    for processor, others in (siblings or {}).items():
+        topology = root / f"sys/devices/system/cpu/cpu{processor}/topology"
+        topology.mkdir(parents=True)
+        (topology / "thread_siblings_list").write_text(others + "\n")
+    (root / "proc" / "self").mkdir(parents=True)
+    (root / "proc/self/cgroup").write_text("0::/\n")
+    mount = "29 23 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n"
+    (root / "proc/self/mountinfo").write_text(mount)
+    (root / "sys/fs/cgroup").mkdir(parents=True)
+    (root / "sys/fs/cgroup/cpu.max").write_text(quota + "\n")
+    return root
+
+
 @pytest.mark.parametrize(
-    ("processors", "files", "expected"),
+    ("processors", "siblings", "quota", "expected"),
     [
-        ({0, 1, 2, 3}, {}, 4),
+        ({0, 1, 2, 3}, None, "", 4),
         # Of two cores with two processors each.
-        ({0, 1, 2, 3}, {"siblings": {0: "0,2", 1: "1,3", 2: "0,2", 3: "1,3"}}, 2),
-        ({0, 2}, {"siblings": {0: "0,2", 2: "0,2"}}, 1),
-        ({0, 1, 2, 3}, {"cpu.max": "max 100000"}, 4),
-        ({0, 1, 2, 3}, {"cpu.max": "250000 100000"}, 2),
-        ({0, 1, 2, 3}, {"cpu.max": "50000 100000"}, 1),
-        ({0, 1, 2, 3}, {"cpu.cfs_quota_us": "-1", "cpu.cfs_period_us": "100000"}, 4),
-        ({0, 1, 2, 3}, {"cpu.cfs_quota_us": "300000", "cpu.cfs_period_us": "100000"}, 3),
+        ({0, 1, 2, 3}, {0: "0,2", 1: "1,3", 2: "0,2", 3: "1,3"}, "", 2),
+        ({0, 2}, {0: "0,2", 2: "0,2"}, "", 1),
+        ({0, 1, 2, 3}, None, "max 100000", 4),
+        ({0, 1, 2, 3}, None, "800000 100000", 4),
+        ({0, 1, 2, 3}, None, "250000 100000", 2),
+        ({0, 1, 2, 3}, None, "50000 100000", 1),
     ],
 )
-def test_usable_cores(monkeypatch, processors, files, expected):
-    def read(path, encoding):
-        if path.name == "thread_siblings_list":
-            files_of_cores = files.get("siblings", {})
-            return files_of_cores.get(int(path.parent.parent.name.removeprefix("cpu")), "")
-        if path.name not in files:
-            raise FileNotFoundError(path)
-        return files[path.name] + "\n"
-
+def test_usable_cores(tmp_path, monkeypatch, processors, siblings, quota, expected):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: processors, raising=False)
-    monkeypatch.setattr(Path, "read_text", read)
-    assert usable_cores() == expected
+    assert usable_cores(some_system(tmp_path, siblings, quota)) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("3", 3),
+        (" 3 ", 3),
+        ("5,2", 5),
+        # More than there are, if somebody wants it.
+        ("64", 64),
+        ("0", None),
+        ("-1", None),
+        ("", None),
+        ("many", None),
+        ("1.5", None),
+        (",2", None),
+    ],
+)
+def test_openmps_variable_comes_before_the_cores(monkeypatch, value, expected):
+    monkeypatch.setenv("OMP_NUM_THREADS", value)
+    assert preferred_threads() == (usable_cores() if expected is None else expected)
+
+
+def test_a_number_of_the_caller_comes_before_openmps_variable(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    bundle = Bundle.open(fake_bundle.write(tmp_path / "b"))
+    for asked, expected in ((None, 3), (1, 1)):
+        options = open_session(bundle, threads=asked).get_session_options()
+        assert options.intra_op_num_threads == expected
 
 
 def test_where_the_system_does_not_say_onnx_runtime_chooses(monkeypatch):

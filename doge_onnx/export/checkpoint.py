@@ -11,20 +11,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from doge_onnx import text_files
@@ -34,6 +25,7 @@ from doge_onnx.export import tokenizer_conversion, tokenizer_files
 from doge_onnx.export.model_config import CONFIG_NAME, DEFAULT_WINDOW, DogeConfig
 from doge_onnx.export.tensor_files import Header, read_header, read_tensors
 from doge_onnx.export.tensor_names import canonical_name, unwrapped
+from doge_onnx.hub_errors import fetching
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -153,7 +145,7 @@ def _find(model: str | Path, revision: str | None) -> Source:
         return Source(path, path.resolve().name, None)
     if not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", str(model)) or path.is_file():
         raise CheckpointError(f"{model} is neither a directory nor the id of a model on the Hub")
-    with _hub_errors(str(model), revision):
+    with fetching(str(model), revision, CheckpointError):
         snapshot = snapshot_download(
             str(model),
             revision=revision,
@@ -170,51 +162,6 @@ def _is_dir(path: Path) -> bool:
     # The system does not accept the name, because of its length or its characters.
     except (OSError, ValueError):
         return False
-
-
-@contextmanager
-def _hub_errors(model: str, revision: str | None) -> Iterator[None]:
-    """Turn what the network or the Hub refuses into one-line errors."""
-    at = f" at revision {revision}" if revision else ""
-    try:
-        yield
-    except GatedRepoError:
-        raise CheckpointError(
-            f"{model} is gated: accept its terms on the Hub, then log in with `hf auth login`"
-        ) from None
-    except RepositoryNotFoundError:
-        raise CheckpointError(
-            f"{model} is neither a directory here nor a model on the Hub (a private one needs "
-            "`hf auth login`)"
-        ) from None
-    except RevisionNotFoundError:
-        raise CheckpointError(f"{model} has no revision {revision} on the Hub") from None
-    except LocalEntryNotFoundError as error:
-        # The Hub's client falls back to its cache after every kind of refusal.
-        if isinstance(error.__cause__, HfHubHTTPError):
-            raise _refusal(model + at, error.__cause__) from None
-        if constants.is_offline_mode():
-            why = "offline mode (HF_HUB_OFFLINE) is on"
-        else:
-            why = f"the Hub at {constants.ENDPOINT} cannot be reached"
-        raise CheckpointError(
-            f"{model}{at} is neither a directory here nor in the Hub's cache, and {why}; check the "
-            "connection or name a directory"
-        ) from None
-    except HFValidationError as error:
-        raise CheckpointError(f"{model} cannot be the id of a model: {error}") from None
-    except HfHubHTTPError as error:
-        raise _refusal(model + at, error) from None
-    # The Hub's client passes on the errors of its HTTP library, which are not OSErrors.
-    except Exception as error:
-        raise CheckpointError(
-            f"cannot fetch {model}{at} from the Hub: {type(error).__name__}: {error}"
-        ) from None
-
-
-def _refusal(what: str, error: HfHubHTTPError) -> CheckpointError:
-    reason = str(error).strip().splitlines()[0]
-    return CheckpointError(f"the Hub at {constants.ENDPOINT} refused {what}: {reason}")
 
 
 def read_source(

@@ -6,9 +6,6 @@ compared (`verify`, `quality`).
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -18,6 +15,7 @@ from doge_onnx.export.checkpoint import Checkpoint
 from doge_onnx.export.growing_state import GrowingState
 from doge_onnx.export.operators import STANDARD
 from doge_onnx.export.step import RecurrentStep
+from doge_onnx.export.torch_threads import thread_limit
 from doge_onnx.measure.evaluate import sample_text
 
 # Parameters up to which a step of a few tokens is quicker with one thread.
@@ -84,6 +82,7 @@ class EagerModel:
         logits, present = self._step((ids, mask), past)
         return logits, present
 
+    @thread_limit()
     def logits(self, ids: list[int]) -> NDArray[np.float32]:
         """Logits `[S, V]` of a text of S tokens."""
         logits, _ = self.advance(torch.tensor([ids]), None)
@@ -98,20 +97,7 @@ class EagerModel:
             return logits[:, 0].float().numpy(), past
 
         numbers = range(first_row, first_row + rows)
-        with _one_thread() if self._small else contextlib.nullcontext():
+        # The operators of such steps are so small that a second thread saves little. On a busy
+        # machine the two wait for each other, and a step takes ten times as long.
+        with thread_limit(1 if self._small else None):
             return sample_text(step, self._bos, self._never, self.vocab_size, seed, numbers, length)
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Let PyTorch use one thread, for steps of one token.
-
-    Their operators are so small that a second thread saves little. On a busy machine the two
-    threads wait for each other, and a step takes ten times as long.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -32,6 +32,7 @@ from doge_onnx.export.model_config import CONFIG_NAME, DogeConfig
 from doge_onnx.export.quantize import RECIPES, Recipe, check_choices, quantize, recipe_for
 from doge_onnx.export.step import RecurrentStep, State
 from doge_onnx.export.step_bytes import weights_read
+from doge_onnx.export.torch_threads import thread_limit
 from doge_onnx.export.verify import ParityReport, compare, parity_figures
 from doge_onnx.export.window_state import WindowState
 from doge_onnx.manifest import Manifest, StateLayout, WeightsRead
@@ -88,6 +89,7 @@ class ExportReport:
     unchecked: str | None = None
 
 
+@thread_limit()
 def export(
     model: str | Path,
     out: str | Path,

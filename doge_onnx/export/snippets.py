@@ -41,6 +41,10 @@ messages = '[{"role": "user", "content": "Hey how are you doing?"}]'
 prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
 """
 _GENAI = f"""\
+import os
+
+# Without this, ONNX Runtime and genai leave files in your home directory.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime_genai as og
 
 model = og.Model("{PLACE}")
@@ -69,7 +73,11 @@ tokenizer.chat_template = await readFile(`${bundle}/chat_template.jinja`, "utf8"
 # large model, and the prompt.
 _JAVASCRIPT = """\
 import { readFile } from "node:fs/promises";
-import { AutoTokenizer, LlamaForCausalLM, TextStreamer } from "@huggingface/transformers";
+
+// Without this, and before the import, ONNX Runtime leaves files in your home directory.
+process.env.ORT_DISABLE_TELEMETRY ??= "1";
+const transformers = await import("@huggingface/transformers");
+const { AutoTokenizer, LlamaForCausalLM, TextStreamer } = transformers;
 
 const bundle = "%s";
 const config = {

@@ -28,6 +28,7 @@ from doge_onnx.export.checkpoint import Checkpoint, Source
 from doge_onnx.export.eager import EagerModel, Past
 from doge_onnx.export.model_config import CONFIG_NAME, DogeConfig
 from doge_onnx.export.quiet import quiet_transformers
+from doge_onnx.export.torch_threads import thread_limit
 from doge_onnx.manifest import Manifest
 from doge_onnx.runtime.model import Model, load
 
@@ -112,12 +113,13 @@ class ParityReport:
         }
 
 
+@thread_limit()
 def verify(
-    bundle_path: str | Path,
+    bundle: str | Path | Bundle,
     reference: str | Path,
     *,
     device: str = "auto",
-    revision: str | None = None,
+    reference_revision: str | None = None,
     adapter: str | Path | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> ParityReport:
@@ -126,10 +128,10 @@ def verify(
     If the manifest cannot be written, the report says so.
 
     Args:
-        bundle_path: A bundle.
+        bundle: A bundle.
         reference: The checkpoint: a directory, or the id of a model on the Hub.
         device: Where the bundle runs: "auto", "cpu" or "cuda".
-        revision: Branch, tag or commit of a model on the Hub.
+        reference_revision: Branch, tag or commit of a reference on the Hub.
         adapter: The adapter that was merged into the checkpoint, if there was one.
         progress: Called with a few words whenever a step begins.
 
@@ -141,13 +143,13 @@ def verify(
         DeviceError: It cannot be run on the device.
         CheckpointError: The checkpoint cannot be read, or is not of the bundle's shape.
     """
-    opened = Bundle.open(bundle_path)
+    opened = Bundle.open(bundle)
     if opened.manifest.quantized:
         raise BundleError(
-            f"{bundle_path} is quantized, and so differs from its checkpoint; evaluate it with "
+            f"{opened.name} is quantized, and so differs from its checkpoint; evaluate it with "
             f"{reference} as the reference, which measures by how much"
         )
-    source = checkpoints.find(reference, revision, adapter)
+    source = checkpoints.find(reference, reference_revision, adapter)
     report = compare(opened, source, progress or (lambda _: None), device)
     try:
         write_parity(opened, parity_figures(report, source))

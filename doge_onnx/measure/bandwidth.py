@@ -14,7 +14,7 @@ import numpy as np
 from doge_onnx.measure.memory import available_memory
 from doge_onnx.runtime.cuda.device_memory import DeviceMemory
 from doge_onnx.runtime.cuda.executor import PROCESS_LOCK
-from doge_onnx.runtime.engine.threads import usable_cores
+from doge_onnx.runtime.engine.threads import preferred_threads
 
 # Larger than the caches of most processors, but small enough for most machines.
 MAX_ARRAY_BYTES = 512 * 2**20
@@ -61,4 +61,4 @@ def array_bytes() -> int:
 
 def default_threads() -> int:
     """Number of threads that a model uses if the caller gives none."""
-    return usable_cores() or os.cpu_count() or 1
+    return preferred_threads() or os.cpu_count() or 1

@@ -83,15 +83,15 @@ class BenchReport:
     """All figures of a measurement.
 
     Attributes:
-        bundle: Directory of the bundle.
+        bundle: Directory of the bundle, or its id on the Hub.
         precision: Precision of its weights.
         state: Kind and element type of its state.
         file_bytes: Bytes of graph and weights on the disk.
         machine: Processor, cores, system, and versions of the libraries.
         device: Where the model ran, "cpu" or "cuda".
         cuda_graph: Whether CUDA may have replayed decode steps; see `load`.
-        threads: The number asked for, or else one for each physical core that the process may use;
-            the bandwidth is measured with the same number.
+        threads: The number asked for, or else the default of `load`; the bandwidth is measured
+            with the same number.
         read_bytes_per_second: Bytes per second that this many threads read from memory, at best; on
             a GPU, the bytes that a copy in its memory reads and writes.
         tokens: Decode steps of each repetition.
@@ -129,7 +129,7 @@ class Samples(NamedTuple):
 
 
 def bench(
-    bundle: str | Path,
+    bundle: str | Path | Bundle,
     *,
     contexts: Sequence[int] | None = None,
     batches: Sequence[int] | None = None,
@@ -153,12 +153,12 @@ def bench(
     cells, left_out = choose_cells(manifest, contexts, batches, tokens)
     if not cells:
         raise InputError(
-            f"no context fits into the {manifest.context_length} tokens of {bundle} together "
+            f"no context fits into the {manifest.context_length} tokens of {opened.name} together "
             f"with the {tokens + 1} that are generated"
         )
     # Before the fresh processes, so that this process holds no model while they run.
     report("loading and warming up")
-    model = load(opened.path, device, threads, cuda_graph=cuda_graph)
+    model = load(opened, device, threads, cuda_graph=cuda_graph)
     ran_on, captured = model.device, model.cuda_graph
     samples, bandwidth = _measure_model(
         model, cells, tokens, repetitions, threads or default_threads(), report
@@ -177,7 +177,7 @@ def bench(
     files = {graph} | {graph.parent / name for name in external_files(graph)}
     file_bytes = sum(path.stat().st_size for path in files)
     return BenchReport(
-        bundle=str(bundle),
+        bundle=opened.name,
         precision=manifest.precision,
         state=f"{manifest.state.kind}, {manifest.state.dtype}",
         file_bytes=file_bytes,

@@ -70,11 +70,11 @@ class BundleScorer:
     """
 
     def __init__(self, bundle: str | Path | Bundle, device: str = "auto") -> None:
-        self._bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        self._bundle = Bundle.open(bundle)
         self._model = load(self._bundle, device)
         manifest = self._bundle.manifest
         self._never = Defaults.read(self._bundle).eos_token_ids
-        self.description = f"{self._bundle.path} ({manifest.precision})"
+        self.description = f"{self._bundle.name} ({manifest.precision})"
         self.vocab_size = manifest.vocab_size
         self.ignored_fields = manifest.ignored_fields
         self.context_length = None if manifest.state.kind == "window" else manifest.context_length

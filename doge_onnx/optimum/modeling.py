@@ -31,7 +31,7 @@ from doge_onnx.export.model_config import MODEL_TYPES
 from doge_onnx.optimum.command import export_options
 from doge_onnx.runtime.engine.input_checks import check_room
 from doge_onnx.runtime.engine.io_names import POSITION_IDS, past_names
-from doge_onnx.runtime.engine.threads import usable_cores
+from doge_onnx.runtime.engine.threads import preferred_threads
 
 Past = tuple[tuple[Tensor, Tensor], ...]
 _ERROR = 3
@@ -241,7 +241,7 @@ class ORTDogeForCausalLM(ORTModelForCausalLM):  # type: ignore[misc]
         if session_options is None:
             session_options = SessionOptions()
             session_options.log_severity_level = _ERROR
-            session_options.intra_op_num_threads = usable_cores()
+            session_options.intra_op_num_threads = preferred_threads()
         # `save_pretrained` writes no manifest.
         path = cached_file(
             str(model_id), MANIFEST_NAME, **hub, _raise_exceptions_for_missing_entries=False

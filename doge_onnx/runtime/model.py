@@ -42,7 +42,7 @@ def load(
     cuda_graph: bool | None = None,
 ) -> Model:
     """Load a bundle from its path, or one that is open already. See `doge_onnx.load`."""
-    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    opened = Bundle.open(bundle)
     defaults = Defaults.read(opened)
     path = opened.file("tokenizer.json")
     tokenizer = None if path is None else Tokenizer(path)

@@ -10,8 +10,11 @@ import { readFile } from "node:fs/promises";
 import path from "node:path";
 import readline from "node:readline/promises";
 import { parseArgs } from "node:util";
-import * as transformers from "@huggingface/transformers";
 import { generate, load } from "../javascript/doge.js";
+
+// Without this, and before the import, ONNX Runtime leaves files in the home directory.
+process.env.ORT_DISABLE_TELEMETRY ??= "1";
+const transformers = await import("@huggingface/transformers");
 
 const USAGE =
   "usage: node chat.js [--dtype fp32|fp16|q8|q4] [--max-new-tokens N] [--temperature T] BUNDLE [PROMPT]";

@@ -25,7 +25,7 @@ from doge_onnx.runtime.engine.io_names import (
     past_names,
     present_names,
 )
-from doge_onnx.runtime.engine.threads import attention_by_heads, usable_cores
+from doge_onnx.runtime.engine.threads import attention_by_heads, preferred_threads
 
 _WARNING, _ERROR, _FATAL = 2, 3, 4
 # Messages of ONNX Runtime for an operator that it does not know or has no kernel for.
@@ -62,7 +62,7 @@ def open_session(
     Args:
         bundle: An opened bundle.
         device: "cpu" or "cuda"; see `choose_device`.
-        threads: Threads that one operator may use; None for as many as `usable_cores` finds.
+        threads: Threads that one operator may use; None for `preferred_threads`.
         verbose: Show the warnings of ONNX Runtime.
         capture: Let CUDA capture runs that ask for it.
 
@@ -104,7 +104,7 @@ def open_session(
         # A graph that cannot be captured is run without a capture: no error for the user to see.
         options.log_severity_level = _FATAL
     if threads is None:
-        threads = usable_cores()
+        threads = preferred_threads()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     if bundle.manifest.ort_format:

@@ -1,58 +1,62 @@
 """Threads: how many to use, and how attention is divided among them.
 
-Knows cores, control groups and one environment variable of ONNX Runtime. Does not know sessions.
+Knows cores and the environment variables of OpenMP and ONNX Runtime. Does not know where a limit of
+processor time is written (`control_groups`), nor sessions.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
-import sys
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+
+from doge_onnx.runtime.engine.control_groups import processor_quota
 
 # ONNX Runtime reads this when it makes a session. There is no session option for it.
 _NO_FLASH_ATTENTION = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 _ENVIRONMENT_LOCK = threading.Lock()
 
 
-def usable_cores() -> int:
-    """Number of physical cores that this process may use; 0 lets ONNX Runtime decide.
+def preferred_threads() -> int:
+    """Threads of an operator if the caller names no number; 0 lets ONNX Runtime decide.
 
-    Two threads on one core share its multipliers, so the second gains nothing. Threads beyond a
-    container's quota are suspended in the middle of a step, while the others wait for them.
+    The number in `OMP_NUM_THREADS`, which other libraries read, too; of a list, which is for nested
+    loops, the first. Without one, see `usable_cores`.
+    """
+    words = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    asked = int(words) if re.fullmatch("[0-9]+", words) else 0
+    return asked or usable_cores()
+
+
+def usable_cores(root: Path = Path("/")) -> int:
+    """Number of physical cores that this process may use, at least 1; 0 if the system does not say.
+
+    Two threads on one core share its multipliers, so the second gains nothing. A quota of control
+    groups is rounded down: the threads of a step wait for each other, so once the quota of a period
+    is used up, all of them wait for the next period.
+
+    Args:
+        root: Where the system's files begin.
     """
     try:
         processors = os.sched_getaffinity(0)
     except AttributeError:  # not on Linux
         return 0
-    cores = {
-        _read(f"/sys/devices/system/cpu/cpu{p}/topology/thread_siblings_list") or str(p)
-        for p in processors
-    }
-    return max(1, min(len(cores), _quota()))
+    cores = {_core(root, processor) for processor in processors}
+    return max(1, math.floor(min(len(cores), processor_quota(root))))
 
 
-def _quota() -> int:
-    """Processors that the control group allows this process, rounded down.
-
-    `sys.maxsize` if it sets no limit. Read from `cpu.max` (cgroup v2), or else from
-    `cpu.cfs_quota_us` and `cpu.cfs_period_us` (v1).
-    """
-    words = _read("/sys/fs/cgroup/cpu.max").split() or [
-        _read(f"/sys/fs/cgroup/cpu/cpu.cfs_{name}_us") for name in ("quota", "period")
-    ]
-    if len(words) != 2 or not all(word.isdecimal() for word in words) or words[1] == "0":
-        return sys.maxsize
-    return int(words[0]) // int(words[1])
-
-
-def _read(path: str) -> str:
+def _core(root: Path, processor: int) -> str:
+    """The processors of a processor's core; its own number if that cannot be read."""
+    topology = root / f"sys/devices/system/cpu/cpu{processor}/topology"
     try:
-        return Path(path).read_text(encoding="ascii").strip()
+        return (topology / "thread_siblings_list").read_text(encoding="ascii").strip()
     except OSError:
-        return ""
+        return str(processor)
 
 
 @contextlib.contextmanager
