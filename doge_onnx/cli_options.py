@@ -238,6 +238,14 @@ Revision = Annotated[
         metavar="REV", help="Branch, tag or commit of a model on the Hub. Default: its main branch."
     ),
 ]
+Adapter = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DIR",
+        help="LoRA adapter in the format of PEFT that is merged into the checkpoint, in float32: a "
+        "directory, or an id on the Hub.",
+    ),
+]
 Model = Annotated[
     str,
     typer.Argument(

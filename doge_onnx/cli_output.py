@@ -236,6 +236,7 @@ def manifest(bundle: Bundle, ignored: Sequence[str]) -> None:
         {
             "source": shown.source.get("model"),
             "revision": shown.source.get("revision"),
+            **({"adapter": adapter} if (adapter := shown.source.get("adapter")) else {}),
             "parameters": shown.parameters,
             "vocabulary": f"{shown.vocab_size:,} tokens",
             "context": _context(shown),
