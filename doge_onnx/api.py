@@ -57,7 +57,8 @@ def load(
         threads: Threads that one operator may use; None for the number in
             OMP_NUM_THREADS, or else one for each physical core that this process may use.
         prefill_chunk: Most tokens of a prompt in one run of the graph; None for a number that suits
-            the device. The result does not depend on it.
+            the device. From 3 on, the logits depend on it no more than on a batch, see
+            `Model.generate_batch`: mostly not at all.
         verbose: Show the warnings of ONNX Runtime.
         cuda_graph: Whether CUDA captures decode steps once and replays them, which saves the time
             to launch their kernels. None for yes if the bundle allows it and a check of a few
