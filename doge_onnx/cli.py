@@ -116,6 +116,7 @@ def export(
     model: cli_options.Model,
     out: cli_options.Out,
     revision: cli_options.Revision = None,
+    adapter: cli_options.Adapter = None,
     precision: cli_options.Precision = None,
     kv_cache: cli_options.KVCache = None,
     context_length: cli_options.ContextLength = None,
@@ -153,6 +154,7 @@ def export(
             verify=verify,
             max_kl=max_kl,
             revision=revision,
+            adapter=adapter,
             ignore_config_fields=ignore_config_field or (),
             force=force,
             progress=progress,
@@ -166,6 +168,7 @@ def verify(
     reference: cli_options.Reference,
     revision: cli_options.BundleRevision = None,
     reference_revision: cli_options.ReferenceRevision = None,
+    adapter: cli_options.Adapter = None,
     device: cli_options.Device = cli_options.Devices.auto,
 ) -> None:
     """Compare a bundle with its checkpoint.
@@ -183,6 +186,7 @@ def verify(
             device=device.value,
             revision=revision,
             reference_revision=reference_revision,
+            adapter=adapter,
             progress=progress,
         )
     cli_output.parity(report)
@@ -198,6 +202,7 @@ def evaluate(
     text: cli_options.EvalText = None,
     revision: cli_options.BundleRevision = None,
     reference_revision: cli_options.ReferenceRevision = None,
+    adapter: cli_options.Adapter = None,
     max_tokens: cli_options.MaxTokens = None,
     window: cli_options.Window = None,
     seed: cli_options.EvalSeed = None,
@@ -226,6 +231,7 @@ def evaluate(
             device=device.value,
             revision=revision,
             reference_revision=reference_revision,
+            adapter=adapter,
             progress=progress,
         )
     if json:

@@ -242,6 +242,14 @@ Revision = Annotated[
         metavar="REV", help="Branch, tag or commit of a model on the Hub. Default: its main branch."
     ),
 ]
+Adapter = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DIR",
+        help="LoRA adapter in the format of PEFT that is merged into the checkpoint, in float32: a "
+        "directory, or an id on the Hub.",
+    ),
+]
 Model = Annotated[
     str,
     typer.Argument(
@@ -474,8 +482,9 @@ PrefillChunk = Annotated[
     typer.Option(
         min=1,
         metavar="N",
-        help="Prompt tokens that go through the model at once: fewer need less memory. The text "
-        "does not depend on it. Default: a number that is fast.",
+        help="Prompt tokens that go through the model at once: fewer need less memory. With fp32 "
+        "and int8 weights, the text does not depend on it from 3 on. Default: a number that is "
+        "fast.",
     ),
 ]
 Device = Annotated[

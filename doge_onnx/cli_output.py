@@ -237,6 +237,7 @@ def manifest(bundle: Bundle, ends: TextEnds) -> None:
         {
             "source": shown.source.get("model"),
             "revision": shown.source.get("revision"),
+            **({"adapter": adapter} if (adapter := shown.source.get("adapter")) else {}),
             "parameters": shown.parameters,
             "vocabulary": f"{shown.vocab_size:,} tokens",
             "context": _context(shown),

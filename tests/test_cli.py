@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 
+import fake_bundle
 import pytest
 from commands import assert_one_line_error, invoke, start
 from conftest import TINY_CHECKPOINT
@@ -167,7 +168,7 @@ def test_export_ended_by_a_signal_cleans_up(number, code, last, tmp_path):
         # From this step on there is something to clean up.
         for line in process.stderr:
             if line == "  tracing the graph\n":
-                assert [path.suffix for path in tmp_path.iterdir()] == [".part"]
+                assert len(list(tmp_path.glob(".out.*.part"))) == 1
                 process.send_signal(number)
                 break
         rest = process.stderr.read()
@@ -285,3 +286,12 @@ def test_export_names_once_what_a_checkpoint_asks_for_and_nobody_does(tmp_path):
     line = "asks for num_beams, penalty_alpha, which this package does not do"
     assert result.stderr.count(f"generation_config.json {line}") == 1
     assert result.stderr.count("no sense and no difference: top_k: -1") == 1
+
+
+def test_info_shows_what_an_export_noted(tmp_path):
+    path = fake_bundle.write(tmp_path / "b", notes=("one thing", "another"))
+    shown = invoke("info", path).stdout
+    assert "Notes\n" in shown
+    assert "1  one thing\n" in shown
+    assert "2  another\n" in shown
+    assert json.loads(invoke("info", path, "--json").stdout)["notes"] == ["one thing", "another"]

@@ -11,7 +11,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -22,11 +22,14 @@ import torch
 import torch._dynamo
 from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
+from torch import nn
 from torch.export import Dim
 
+from doge_onnx.export import traced_once
 from doge_onnx.export.growing_state import GrowingState
 from doge_onnx.export.lowering import MICROSOFT, Target
 from doge_onnx.export.step import RecurrentStep
+from doge_onnx.export.window_state import WindowState
 
 # ONNX Runtime and most other engines read this version of the file format.
 IR_VERSION = 10
@@ -90,19 +93,10 @@ def trace(step: RecurrentStep, target: Target) -> ir.Model:
         args.append(torch.zeros(1, dtype=torch.int64))
         axes.append({})
         names.append("logits_to_keep")
-    with _quiet(), _interruptible():
-        program = torch.onnx.export(
-            step.eval(),
-            tuple(args),
-            dynamo=True,
-            opset_version=target.opset,
-            dynamic_shapes=tuple(axes),
-            custom_translation_table=target.lowerings,
-            input_names=names,
-            output_names=["logits", *(f"present.{i}.{part}" for i, part in pairs)],
-        )
-    assert program is not None
-    model = program.model
+    outputs = ["logits", *(f"present.{i}.{part}" for i, part in pairs)]
+    model = _trace(step.eval(), args, axes, names, outputs, target)
+    if isinstance(step.state, WindowState):
+        traced_once.insert(model, _trace_attention(step.state, target))
     if isinstance(step.state, GrowingState):
         for output in model.graph.outputs[1:]:
             _rename_axis(output, 2, TOTAL_LENGTH)
@@ -111,12 +105,54 @@ def trace(step: RecurrentStep, target: Target) -> ir.Model:
     if PAST_LENGTHS in inputs:
         _make_default(model, PAST_LENGTHS, np.full(1, NO_LENGTH))
     _drop_training_statistics(model)
-    _fix_shapes(model)
+    _fix_shapes(model, "input_ids")
     if isinstance(step.state, GrowingState) and step.state.frequencies is not None:
         _compute_rotations(model, step.state.frequencies.numpy())
     _drop_traces(model)
     model.ir_version = IR_VERSION
     return model
+
+
+def _trace_attention(state: WindowState, target: Target) -> ir.Model:
+    """Trace the attention of a layer; see `traced_once`."""
+    heads = state.heads
+    batch, length, rows = Dim("batch_size"), Dim("sequence_length"), Dim("past_sequence_length")
+    past = torch.zeros(_BATCH, heads.num_keys, _PAST, heads.row)
+    queries, keys = (
+        torch.zeros(_BATCH, _LENGTH, count * heads.row)
+        for count in (heads.num_queries, heads.num_keys)
+    )
+    tokens = torch.zeros(_BATCH, _LENGTH, dtype=torch.int64)
+    args = [queries, keys, keys.clone(), past, past.clone(), tokens, state.lift.clone()]
+    new, old = {0: batch, 1: length}, {0: batch, 2: rows}
+    axes = [new, new, new, old, old, new, {}]
+    module = traced_once.WindowAttention(state)
+    model = _trace(module, args, axes, module.inputs, module.outputs, target)
+    _fix_shapes(model, module.inputs[0])
+    return model
+
+
+def _trace(
+    module: nn.Module,
+    args: Sequence[object],
+    axes: Sequence[object],
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    target: Target,
+) -> ir.Model:
+    with _quiet(), _interruptible():
+        program = torch.onnx.export(
+            module,
+            tuple(args),
+            dynamo=True,
+            opset_version=target.opset,
+            dynamic_shapes=tuple(axes),
+            custom_translation_table=target.lowerings | traced_once.LOWERING,
+            input_names=inputs,
+            output_names=outputs,
+        )
+    assert program is not None
+    return program.model
 
 
 def _rename_axis(value: ir.Value, axis: int, name: str) -> None:
@@ -146,16 +182,20 @@ def _drop_training_statistics(model: ir.Model) -> None:
                     output.name = ""
 
 
-def _fix_shapes(model: ir.Model) -> None:
+def _fix_shapes(model: ir.Model, tokens: str) -> None:
     """Let reshapes copy the sizes of batch and sequence, instead of computing a shape.
 
     The tracer computes every shape as [batch, sequence, ...], with nodes that look both sizes up. A
     constant 0 in a shape means "the size of the same axis of the input", so it does the same
     without nodes if the input begins with these two axes.
+
+    Args:
+        model: Is changed.
+        tokens: Name of an input whose first axes are the two.
     """
-    ids = next(value for value in model.graph.inputs if value.name == "input_ids")
+    ids = next(value for value in model.graph.inputs if value.name == tokens)
     assert ids.shape is not None
-    batch, length = ids.shape
+    batch, length = ids.shape[:2]
     zeros: dict[tuple[int, ...], ir.Value] = {}
     for node in list(model.graph):
         if node.op_type != "Reshape":

@@ -64,7 +64,7 @@ class GrowingState(nn.Module):
         if activations in GATE_RANGES:
             half = GATE_RANGES[activations]
             self.closed = half.closed
-            limits = torch.full((2, self.heads.num_rotated * self.heads.gates), half.most)
+            limits = torch.full((2, self.heads.num_rotated, self.heads.gates), half.most)
             limits[0, self.heads.is_key()] = half.closed
             self.limits = nn.Buffer(limits)
         if dtype in ("float32", "int8"):

@@ -239,6 +239,10 @@ def _lower_all_gates(
     return op.Reshape(op.Transpose(gates, perm=[0, 1, 3, 2]), [0, heads * count, -1])
 
 
+def _lower_log_sum_exp(x: Any) -> Any:
+    return op.ReduceLogSumExp(x, [-1], keepdims=0)
+
+
 def _lower_project_to_vocabulary(x: Any, embedding: Any) -> Any:
     return _fused_matmul(x, embedding, transB=1)
 
@@ -399,6 +403,7 @@ TARGETS = {
             torch.ops.doge_onnx.rotary_embedding.default: _lower_rotary_embedding,
             torch.ops.doge_onnx.causal_attention.default: _lower_causal_attention,
             torch.ops.doge_onnx.all_gates.default: _lower_all_gates,
+            torch.ops.doge_onnx.log_sum_exp.default: _lower_log_sum_exp,
             torch.ops.doge_onnx.project_to_vocabulary.default: _lower_project_to_vocabulary,
             torch.ops.doge_onnx.keep_last.default: _lower_keep_last,
             torch.ops.doge_onnx.new_columns.default: _lower_new_columns,

@@ -186,6 +186,23 @@ def _to_int8(x: Tensor, scale: Tensor) -> Tensor:
     return (x / scale).round().clamp(-128, 127).to(torch.int8)
 
 
+def _log_sum_exp(x: Tensor) -> Tensor:
+    """log(e^a + e^b) of pairs (a, b), with the same bits wherever the pair is in a tensor.
+
+    ONNX Runtime's Softplus and Log compute four elements at once, and the remaining elements with
+    another formula. So a token's gates would depend on its place in a step: the logits of a row
+    would depend on its batch, and equal tokens would not be equal for a window. Here no pair
+    depends on another.
+
+    Args:
+        x: `[..., 2]`, of which the first element is 0.
+
+    Returns:
+        `[...]`, which is softplus of the second element.
+    """
+    return -torch.log_softmax(x, dim=-1)[..., 0]
+
+
 def _split_heads(x: Tensor, num_heads: int) -> Tensor:
     """`[B, S, N * W]` to `[B, N, S, W]`."""
     heads: Tensor = x.unflatten(-1, (num_heads, -1))
@@ -326,6 +343,7 @@ class Operators:
     rotary_embedding: Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
     causal_attention: Callable[..., tuple[Tensor, Tensor, Tensor]]
     all_gates: Callable[[Tensor, Tensor, Tensor | None, Tensor, int, int, int], Tensor]
+    log_sum_exp: Callable[[Tensor], Tensor]
     project_to_vocabulary: Callable[[Tensor, Tensor], Tensor]
     keep_last: Callable[[Tensor, Tensor], Tensor]
     new_columns: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
@@ -339,6 +357,7 @@ STANDARD = Operators(
     rotary_embedding=_rotary_embedding,
     causal_attention=_causal_attention,
     all_gates=_all_gates,
+    log_sum_exp=_log_sum_exp,
     project_to_vocabulary=_project_to_vocabulary,
     keep_last=_keep_last,
     new_columns=_new_columns,
@@ -347,8 +366,14 @@ STANDARD = Operators(
 )
 
 
-def _opaque(name: str, body: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a custom operator that computes `body`; `fake` returns tensors of the right shapes."""
+def opaque(name: str, body: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a custom operator that the tracer does not look into.
+
+    Args:
+        name: Of the operator, in `torch.ops.doge_onnx`.
+        body: What it computes.
+        fake: Takes the same arguments, and returns tensors of the right shapes.
+    """
     operator = torch.library.custom_op(f"doge_onnx::{name}", body, mutates_args=())
     operator.register_fake(fake)
     return operator
@@ -363,32 +388,33 @@ def _attention_shapes(
 
 
 FUSED = Operators(
-    rms_norm=_opaque("rms_norm", _rms_norm, lambda x, *_: torch.empty_like(x)),
-    skip_rms_norm=_opaque(
+    rms_norm=opaque("rms_norm", _rms_norm, lambda x, *_: torch.empty_like(x)),
+    skip_rms_norm=opaque(
         "skip_rms_norm",
         _skip_rms_norm,
         lambda x, *_: (torch.empty_like(x), torch.empty_like(x)),
     ),
-    rotary_embedding=_opaque(
+    rotary_embedding=opaque(
         "rotary_embedding", _rotary_embedding, lambda x, *_: torch.empty_like(x)
     ),
-    causal_attention=_opaque("causal_attention", _causal_attention, _attention_shapes),
+    causal_attention=opaque("causal_attention", _causal_attention, _attention_shapes),
     # The length is `total`, because the past may have spare rows.
-    all_gates=_opaque(
+    all_gates=opaque(
         "all_gates",
         _all_gates,
         lambda past_key, key, columns, total_length, total, first, count: key.new_empty(
             key.shape[0], past_key.shape[1] * count, total
         ),
     ),
-    project_to_vocabulary=_opaque(
+    log_sum_exp=opaque("log_sum_exp", _log_sum_exp, lambda x: x.new_empty(x.shape[:-1])),
+    project_to_vocabulary=opaque(
         "project_to_vocabulary",
         _project_to_vocabulary,
         lambda x, embedding: x.new_empty(*x.shape[:-1], embedding.shape[0]),
     ),
     # The traced length is that of the default, 0 for all. The graph reads the tensor.
-    keep_last=_opaque("keep_last", _keep_last, lambda x, _: torch.empty_like(x)),
-    new_columns=_opaque(
+    keep_last=opaque("keep_last", _keep_last, lambda x, _: torch.empty_like(x)),
+    new_columns=opaque(
         "new_columns",
         _new_columns,
         lambda mask, ids, *_: (
@@ -399,12 +425,12 @@ FUSED = Operators(
             mask.new_empty((), dtype=torch.int32),
         ),
     ),
-    quantized_linear=_opaque(
+    quantized_linear=opaque(
         "quantized_linear",
         _quantized_linear,
         lambda x, codes, *_: x.new_empty(*x.shape[:-1], codes.shape[0]),
     ),
-    quantized_rows=_opaque(
+    quantized_rows=opaque(
         "quantized_rows",
         _quantized_rows,
         lambda codes, scales, indices, bits: scales.new_empty(

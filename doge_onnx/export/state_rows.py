@@ -93,9 +93,9 @@ class Heads:
         return cls(config.num_attention_heads, num_keys, config.head_dim, gates, channels, row)
 
     def is_key(self) -> Tensor:
-        """Bool `[num_rotated * gates]`: True for gates of keys, False for constants of queries."""
+        """Bool `[num_rotated, gates]`: True for gates of keys, False for constants of queries."""
         is_key = torch.arange(self.num_rotated) >= self.num_queries
-        return is_key.repeat_interleave(self.gates)
+        return is_key.unsqueeze(-1).repeat(1, self.gates)
 
 
 class Tokens(NamedTuple):
@@ -107,7 +107,7 @@ class Tokens(NamedTuple):
         sin: Rotary table, `[T, dim / 2]`.
         rest: `[B, S, num_rotated, rest]`, the channels of queries and keys after the gates.
         positions: int64 `[B, S]`, the number of tokens before each one, without padding.
-        gate_limit: `[B, S, num_rotated * gates]`, upper bound of the gates, which closes the keys
+        gate_limit: `[B, S, num_rotated, gates]`, upper bound of the gates, which closes the keys
             of padding. None if `rest` closes them.
         columns: int64 `[B, S]`, the column of each token; None if all sequences end with the mask.
         lengths: int32 `[B]`, P + S - 1 of each sequence; None for a window state.
@@ -139,9 +139,8 @@ class HalfRows(nn.Module):
 
     def __init__(self, heads: Heads) -> None:
         super().__init__()
-        is_key = heads.is_key().view(heads.num_rotated, heads.gates)
         # The constants of queries are 2, so that each of the two channels gets a one.
-        self.share = nn.Buffer(torch.where(is_key, 1.0, 0.5))
+        self.share = nn.Buffer(torch.where(heads.is_key(), 1.0, 0.5))
 
     def split(self, gates: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Split gates into two channels.
@@ -179,7 +178,7 @@ class Int8Rows(nn.Module):
         super().__init__()
         self.heads = heads
         self.closed = closed
-        self.is_key = nn.Buffer(heads.is_key().view(heads.num_rotated, heads.gates))
+        self.is_key = nn.Buffer(heads.is_key())
         self._set_gate_step(2.0**-10)
         self.key_scale: Tensor | None
         self.value_scale: Tensor | None

@@ -196,14 +196,14 @@ class Attention(nn.Module):
         self.heads = state.heads
         # A method and not a submodule: all layers share the state, and its tables are the step's.
         self.attend = state.attend
-        # Only a window state depends on the last bit of a gate.
-        self.softplus = F.softplus if state.window is None else steady_softplus
         self.int8_rows: Int8Rows | None = None
         self.half_rows: HalfRows | None = None
         if isinstance(state, GrowingState) and state.dtype == "int8":
             self.int8_rows = Int8Rows(self.heads, state.closed)
         elif isinstance(state, GrowingState) and state.dtype != "float32":
             self.half_rows = HalfRows(self.heads)
+        # Half precision is for CUDA, where Softplus treats all elements alike.
+        self.pairs = not isinstance(state, GrowingState) or state.activations == "float32"
         # A state whose heads are the query heads holds a copy of the keys for each of them.
         self.copies = self.heads.num_keys // config.num_key_value_heads
 
@@ -251,12 +251,13 @@ class Attention(nn.Module):
         qk = qk.view(batch, length, rotated, dim)
         if self.qk_norm is not None:
             qk = self.ops.rms_norm(qk, self.qk_norm, self.eps)
-        gates = self.A * self.softplus(self.gate(h.to(self.A.dtype)))
+        steps = self.gate(h.to(self.A.dtype)).view(batch, length, rotated, self.heads.gates, -1)
+        steps = self.ops.log_sum_exp(steps) if self.pairs else F.softplus(steps.squeeze(-1))
+        gates = self.A * steps
         if self.exp_gates:
             gates = torch.exp(gates)
         if tokens.gate_limit is not None:
             gates = torch.minimum(gates, tokens.gate_limit)
-        gates = gates.view(batch, length, rotated, self.heads.gates)
         rows = self.int8_rows or self.half_rows
         parts = [gates] if rows is None else rows.split(gates, qk.dtype)
         qk = torch.cat([qk, *parts, tokens.rest], dim=-1).view(batch, length, rotated * row)
@@ -270,7 +271,8 @@ class Attention(nn.Module):
     ) -> tuple[_LinearWeights, nn.Parameter]:
         """W_dt W_v as one linear map from `h`, and A, for all query and key heads.
 
-        The product is computed in float64 and rounded once, like any weight.
+        The product is computed in float64 and rounded once, like any weight. With `pairs`, each
+        output has a 0 before it: log(e^0 + e^x) is softplus(x).
         """
         weights = checkpoint.tensors
         gate_weight, gate_bias = _take_linear(weights, prefix + "dt_proj")
@@ -284,13 +286,18 @@ class Attention(nn.Module):
         projection = _map_linear(
             (weight.float(), gate_bias), lambda tensor: F.pad(tensor, (query_channels, 0))
         )
+        if self.pairs:
+            projection = _map_linear(
+                projection, lambda x: torch.stack([torch.zeros_like(x), x], dim=-1).flatten(-2)
+            )
         # A query reads one gate channel of its group: exp(-200 · softplus(0)) is 0 in float32.
         own = torch.arange(self.heads.num_queries).unsqueeze(-1) % self.heads.gates
         # With two channels per gate, a 2 is split into a one for each of them.
         read = 1.0 if self.int8_rows is None and self.half_rows is None else 2.0
         read, none = (math.log2(read), -200.0) if self.exp_gates else (read / math.log(2), 0.0)
         constants = torch.where(torch.arange(self.heads.gates) == own, read, none)
-        return projection, _weight(torch.cat([constants.flatten(), weights.pop(prefix + "A")]))
+        A = torch.cat([constants.flatten(), weights.pop(prefix + "A")])
+        return projection, _weight(A.view(self.heads.num_rotated, self.heads.gates))
 
     def _copy_heads(self, tensor: Tensor) -> Tensor:
         heads: Tensor = tensor.unflatten(-1, (-1, self.heads.dim))
@@ -359,17 +366,6 @@ class CDMoE(nn.Module):
         routed = (neurons.unsqueeze(-2) @ self.up(experts)).squeeze(-2)
         output: Tensor = self.shared(h) + routed
         return output
-
-
-def steady_softplus(x: Tensor) -> Tensor:
-    """log(1 + e^x), with the same bits wherever x is in a tensor.
-
-    ONNX Runtime's Softplus and Log compute four elements at once, and the remaining elements with
-    another formula. Equal tokens would then get unequal gates, and the wrong one would lose its
-    place in the window. In LogSoftmax, no row depends on another.
-    """
-    pair = torch.stack([torch.zeros_like(x), x], dim=-1)
-    return -torch.log_softmax(pair, dim=-1)[..., 0]
 
 
 def activate(name: str, x: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""The window state: at most as many rows as the window has keys, and how attention reads it.
+"""The window state: at most as many rows as the window has keys.
 
-Knows which keys keep a row, the positions of tokens and which keys a query attends to. Does not
-know how queries, keys and values are computed (`step`) or how the channels of a row are laid out
-(`state_rows`).
+Knows the positions of tokens and what a row holds after the gate. Does not know how queries, keys
+and values are computed (`step`), which keys keep a row (`window_attention`) or how the channels of
+a row are laid out (`state_rows`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from doge_onnx.export.checkpoint import Checkpoint
 from doge_onnx.export.rope import inverse_wavelengths
 from doge_onnx.export.state_rows import CLOSED_GATE, Heads, Int8Rows, Tokens
+from doge_onnx.export.window_attention import window_attention
 from doge_onnx.manifest import ClosedRow
 
 # Upper bound of gates that are not closed: the largest float32, which limits nothing.
@@ -64,6 +65,11 @@ class WindowState(nn.Module):
         """The values that close a row and so mark it as free."""
         return ClosedRow((self.heads.dim,), CLOSED_GATE)
 
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """The numbers that `window_attention` takes after its tensors."""
+        return self.heads.num_queries, self.heads.num_keys, self.heads.dim, self.window
+
     def tokens(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tokens:
         """Positions and padding of a step's tokens.
 
@@ -81,8 +87,8 @@ class WindowState(nn.Module):
         )
         angles = position_ids.unsqueeze(-1).float() * frequencies
         half = self.heads.dim // 2
-        stamps = (position_ids + 1).unsqueeze(-1).float() * self.is_key
-        rest = torch.nn.functional.pad(stamps.unsqueeze(-1), (0, self.heads.rest - 1))
+        stamps = (position_ids + 1)[..., None, None].float() * self.is_key
+        rest = torch.nn.functional.pad(stamps, (0, self.heads.rest - 1))
         return Tokens(
             rows=torch.arange(batch * length).view(batch, length),
             cos=angles.cos().view(batch * length, half),
@@ -102,91 +108,16 @@ class WindowState(nn.Module):
         past_value: Tensor,
         int8_rows: Int8Rows | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Decide which keys keep a row, then attend.
-
-        Pairs the new key of the largest gate with the row of the smallest gate, the next largest
-        with the next smallest, and so on; the larger of each pair gets the row. The keys that stay
-        and the keys that lose their row (or never get one) are all keys there are. A key without a
-        row may still be among the W largest that an earlier token of this step sees. So these keys
-        take part in the attention of this step, and of no other.
+        """Decide which keys keep a row, then attend: `window_attention`.
 
         Arguments and results are those of `GrowingState.attend`, with R rows instead of P and
         P + S. Rows are never int8.
         """
-        batch, length, _ = q.shape
-        heads, dim = self.heads, self.heads.dim
-        k, v = (x.unflatten(-1, (heads.num_keys, heads.row)).transpose(1, 2) for x in (k, v))
-        # Past and present may be one buffer. Then only the inputs of the new rows are certain to be
-        # read before the rows are overwritten, so nothing else may read the past.
-        old_rank, slots = torch.topk(self._rank(past_key), length, largest=False)
-        new_rank, order = torch.topk(self._rank(k), length)
-        enters = new_rank > old_rank
-        old_key, old_value = (_rows(past, slots) for past in (past_key, past_value))
-        new_key, new_value = (_rows(new, order) for new in (k, v))
-        wins = enters.unsqueeze(-1)
-        key = _overwrite(past_key, slots, torch.where(wins, new_key, old_key))
-        value = _overwrite(past_value, slots, torch.where(wins, new_value, old_value))
-        lost_key = torch.where(wins, old_key, new_key)
-        lost_value = torch.where(wins, old_value, new_value)
-        lost_rank = torch.where(enters, old_rank, new_rank)
-
-        now = (tokens.positions + 1).float().view(batch, 1, length, 1)
-        sees = key[..., dim + 1].unsqueeze(2) <= now
-        sees_lost = lost_key[..., dim + 1].unsqueeze(2) <= now
-        # Number of visible keys with a higher rank than each key without a row: all visible rows,
-        # and the visible keys of higher rank without a row. A closed row counts, too, but a row can
-        # only be closed if every key without a row is closed as well.
-        above = (lost_rank.unsqueeze(-1) > lost_rank.unsqueeze(-2)).float()
-        before = sees.float().sum(-1, keepdim=True) + sees_lost.float() @ above
-        keeps_lost = sees_lost & (before < self.window)
-
-        group = heads.num_queries // heads.num_keys
-        q = q.view(batch, length, heads.num_keys, group, heads.row).permute(0, 2, 3, 1, 4)
-        queries = q.reshape(batch, heads.num_keys, group * length, heads.row)
-        rows = past_key.shape[2]
-        scores = torch.cat(
-            [
-                _mask(queries @ key.transpose(-1, -2), sees, group),
-                _mask(queries @ lost_key.transpose(-1, -2), keeps_lost, group),
-            ],
-            dim=-1,
+        out, key, value = window_attention(
+            q, k, v, past_key, past_value, tokens.positions, self.lift, *self.sizes
         )
-        weights = torch.softmax(scores, dim=-1)
-        out = weights[..., :rows] @ value + weights[..., rows:] @ lost_value
-        out = out.view(batch, heads.num_keys, group, length, heads.row).permute(0, 3, 1, 2, 4)
-        return out.reshape(batch, length, heads.num_queries * heads.row), key, value
-
-    def _rank(self, key: Tensor) -> Tensor:
-        """Numbers that order keys `[B, H, R, row]` by gate, then by position: float64 `[B, H, R]`.
-
-        A gate has 24 bits of mantissa, so float64 has room for the position in the bits below. With
-        stamp < 2^24, what it adds stays below the distance to the next gate.
-        The summand orders gates that underflowed to 0 as well. It is far below the smallest other
-        gate after the factor `lift`, which is needed because torch's exporter takes tiny numbers
-        for 0.
-        """
-        gate, stamp = key[..., self.heads.dim].double(), key[..., self.heads.dim + 1].double()
-        rank = gate * self.lift + 32.0
-        return rank + rank.abs() * (stamp * 2.0**-52)
+        return out, key, value
 
 
 def _gate_limit(mask: Tensor, is_key: Tensor) -> Tensor:
-    return torch.where((mask == 0).unsqueeze(-1) & is_key, CLOSED_GATE, _OPEN)
-
-
-def _rows(state: Tensor, index: Tensor) -> Tensor:
-    """The rows `index` `[B, H, S]` of a state `[B, H, R, row]`: `[B, H, S, row]`."""
-    return state.gather(2, index.unsqueeze(-1).expand(*index.shape, state.shape[-1]))
-
-
-def _overwrite(state: Tensor, index: Tensor, rows: Tensor) -> Tensor:
-    """A state `[B, H, R, row]` with the rows `index` `[B, H, S]` replaced."""
-    return state.scatter(2, index.unsqueeze(-1).expand(rows.shape), rows)
-
-
-def _mask(scores: Tensor, keeps: Tensor, group: int) -> Tensor:
-    """Close the scores `[B, H, G * S, K]` where `keeps` `[B, H, S, K]` is false."""
-    batch, heads, length, keys = keeps.shape
-    grouped = scores.view(batch, heads, group, length, keys)
-    closed = torch.where(keeps.unsqueeze(2), grouped, CLOSED_GATE)
-    return closed.view(batch, heads, group * length, keys)
+    return torch.where((mask == 0)[..., None, None] & is_key, CLOSED_GATE, _OPEN)

@@ -105,7 +105,8 @@ class Model:
     ) -> tuple[NDArray[np.float32], State]:
         """Feed tokens to the model, for prefill and decode alike.
 
-        The logits do not depend on how a text is divided into calls.
+        However a text is divided into calls, the logits are the same but for rounding, and mostly
+        to the last bit: docs/limits.md says when.
 
         Args:
             input_ids: Token ids `[B, S]`, integers.
@@ -193,13 +194,15 @@ class Model:
         template_variables: Mapping[str, Any] | None = None,
         **overrides: Unpack[GenerationOptions],
     ) -> list[Completion]:
-        """Continue several prompts as one batch. Greedily, each gets the tokens it would get alone.
+        """Continue several prompts as one batch. Each gets what it would get alone.
 
-        Weights in int8 or int4 are an exception: their products round activations to 8 bits, so the
-        last bit of a sum, which may depend on how many sequences are summed together, can become
-        half a percent of a logit. Then two tokens that are nearly as likely may change places.
+        On a CPU, with a growing state of the target "ort" and weights in fp32 or int8, it gets the
+        same logits to the last bit. With int4 weights, in fp16, with other states and targets and
+        on a GPU, rounding depends on the batch: two tokens that are nearly as likely may then
+        change places, in int4 more often than in the others; docs/limits.md has figures.
 
-        Each prompt draws its own random numbers, and the first prompt the same ones as alone.
+        Each prompt draws its own random numbers, from the seed and its index: the first prompt
+        those that it draws alone, and every prompt the same ones whatever the others are.
         All prompts share the caller's logits processors and sampler, which should therefore keep
         nothing from one call to the next.
 

@@ -19,7 +19,7 @@ from doge_onnx.manifest import Manifest
 from doge_onnx.runtime.cuda.device_memory import DeviceMemory, DeviceTensor, DeviceTopK
 from doge_onnx.runtime.cuda.executor import DeviceExecutor
 from doge_onnx.runtime.cuda.graph_replay import StaticStepPool
-from doge_onnx.runtime.engine.binding import last_position
+from doge_onnx.runtime.engine.binding import last_positions
 from doge_onnx.runtime.engine.copying_runner import CopyingRunner
 from doge_onnx.runtime.engine.device import CPU, ORDINARY_RUN
 from doge_onnx.runtime.engine.growing_runner import InPlaceRunner, InPlaceSession, mask_columns
@@ -110,27 +110,26 @@ class CudaBinding:
         mask = self._ones.reshaped(self._batch, columns)
         self._memory.bind_input(self._binding, ATTENTION_MASK, mask)
 
-    def run(self, last_only: bool) -> NDArray[np.float32]:
+    def run(self, keep: int) -> NDArray[np.float32]:
         """Run the graph for the bound tokens; see `Binding.run`."""
-        logits: NDArray[np.float32] = self._memory.read(self.run_on_device(last_only))
-        return last_position(logits) if last_only else logits
+        logits: NDArray[np.float32] = self._memory.read(self.run_on_device(keep))
+        return last_positions(logits, keep)
 
-    def run_on_device(self, last_only: bool = True) -> DeviceTensor:
+    def run_on_device(self, keep: int = 1) -> DeviceTensor:
         """Run the graph; returns logits on the device, which the next run overwrites.
 
         Args:
-            last_only: Compute logits for the last position only, if the graph can.
+            keep: Number of last positions to compute logits for, if the graph can; 0 for all.
 
         Returns:
-            float32 `[B, 1, V]` or `[B, S, V]`.
+            float32 `[B, keep or S, V]`.
         """
         batch, positions = self._positions
         if self._keeps:
-            keep = 1 if last_only else 0
             if keep != self._kept:
                 self.put(LOGITS_TO_KEEP, np.array([keep], np.int64))
                 self._kept = keep
-            positions = 1 if last_only else positions
+            positions = keep or positions
         shape = (batch, positions, self._vocab_size)
         if self._logits is None or self._logits.shape != shape:
             self._logits = self._memory.empty(shape, "float32")
@@ -240,7 +239,7 @@ class CudaGrowingRunner(InPlaceRunner[DeviceTensor]):
         def with_growing_mask(ids: NDArray[np.int64], past: int) -> NDArray[np.float32]:
             binding.put(INPUT_IDS, ids)
             binding.put(ATTENTION_MASK, np.ones((1, past + 1), np.int64))
-            return binding.run(last_only=True)
+            return binding.run(keep=1)
 
         problem = steps.find_problem(self._zeros(1, capacity), with_growing_mask, self._activations)
         if problem is None:

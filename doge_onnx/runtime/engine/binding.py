@@ -33,14 +33,14 @@ class Binding(Protocol):
     def put(self, name: str, array: NDArray[np.int64]) -> None:
         """Set an input for the next runs to a copy of `array`."""
 
-    def run(self, last_only: bool) -> NDArray[np.float32]:
+    def run(self, keep: int) -> NDArray[np.float32]:
         """Run the graph.
 
         Args:
-            last_only: Compute logits for the last position only.
+            keep: Number of last positions to compute logits for; 0 for all.
 
         Returns:
-            Float32 logits `[B, 1, V]` or `[B, S, V]`, in an array that belongs to the caller.
+            Float32 logits `[B, keep or S, V]`, in an array that belongs to the caller.
         """
 
 
@@ -98,20 +98,20 @@ class InPlaceBinding:
             self.bind(name, array.copy())
 
     def bind_logits(self, logits: NDArray[np.float32]) -> None:
-        """Bind the output for logits to an array `[B, 1, V]` or `[B, S, V]`."""
+        """Bind the output for logits to an array `[B, S, V]`, S being the positions they are of."""
         self._binding.bind_output(LOGITS, *_DEVICE, np.float32, logits.shape, logits.ctypes.data)
         self._logits = logits
 
-    def run(self, last_only: bool) -> NDArray[np.float32]:
+    def run(self, keep: int) -> NDArray[np.float32]:
         """Run the graph for the bound tokens `[B, S]`; see `Binding.run`."""
         batch, positions = self._inputs[INPUT_IDS].shape
         if self._keep is not None:
-            self._keep[0] = 1 if last_only else 0
-            positions = 1 if last_only else positions
+            self._keep[0] = keep
+            positions = keep or positions
         logits = np.empty((batch, positions, self._vocab_size), np.float32)
         self.bind_logits(logits)
         self.run_as_bound()
-        return last_position(logits) if last_only else logits
+        return last_positions(logits, keep)
 
     def run_as_bound(self) -> None:
         """Run the graph; the logits go to the array that `bind_logits` bound last."""
@@ -135,6 +135,6 @@ class BindingCache:
         return binding
 
 
-def last_position(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Logits `[B, 1, V]` of the last position, copied so that those of the others can be freed."""
-    return logits if logits.shape[1] == 1 else logits[:, -1:].copy()
+def last_positions(logits: NDArray[np.float32], keep: int) -> NDArray[np.float32]:
+    """Logits of the last `keep` positions, or all for 0, copied so that others can be freed."""
+    return logits if keep in (0, logits.shape[1]) else logits[:, -keep:].copy()

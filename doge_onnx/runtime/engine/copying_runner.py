@@ -13,7 +13,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from doge_onnx.bundle import Manifest
-from doge_onnx.runtime.engine.binding import last_position
+from doge_onnx.runtime.engine.binding import last_positions
 from doge_onnx.runtime.engine.io_names import ATTENTION_MASK, INPUT_IDS, LOGITS
 from doge_onnx.runtime.engine.padded_runner import PaddedRunner, PaddedState
 from doge_onnx.runtime.engine.runner import DEFAULT_CHUNK
@@ -61,7 +61,7 @@ class CopyingRunner(PaddedRunner):
             past = state.buffer.tensors
             mask = np.concatenate([state.mask, mask], axis=1)
         logits, present = self._run_graph({INPUT_IDS: input_ids, ATTENTION_MASK: mask}, past)
-        return last_position(logits) if last_only else logits, MaskedState(present, mask, self)
+        return last_positions(logits, int(last_only)), MaskedState(present, mask, self)
 
     def _empty(self, batch: int) -> ort.OrtValue:
         """A state tensor without rows."""

@@ -7,6 +7,7 @@ rows in host memory only; `cuda.runner` has the runner for a GPU.
 
 from __future__ import annotations
 
+import itertools
 from abc import abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Generic, Protocol, TypeVar
@@ -26,6 +27,8 @@ from doge_onnx.runtime.engine.state import Buffer, State, buffer_capacity
 _MASK_COLUMNS = 256
 # A run of the graph costs about as much as this many tokens more in another run.
 _RUN_COST = 16
+# Most that the lengths of sequences may differ which share a run.
+_SPREAD = 16
 
 
 class RowTensor(Protocol):
@@ -161,7 +164,10 @@ class InPlaceRunner(Runner, Generic[Row]):
 
         The attention kernel can run several sequences with one new token each, after pasts of any
         lengths, or several sequences with more new tokens at their start, in which shorter ones are
-        padded on the right. A sequence joins a group if its padding costs less than another run.
+        padded on the right. A sequence joins a group if its padding costs less than another run,
+        and if their lengths are so near that few logits are computed in vain. One of a single token
+        does not join longer ones: attention sums up in another order then, and each sequence gets
+        what it gets alone, to the last bit.
         """
         counts = [len(ids) for ids in tokens]
         if max(counts) == min(counts) == 1:
@@ -174,7 +180,10 @@ class InPlaceRunner(Runner, Generic[Row]):
             while end < len(counts) and not lengths[start : end + 1].any() and longest > 0:
                 wider, more = max(longest, counts[end]), total + counts[end]
                 size, added = wider * (end + 1 - start), end - start
-                if size > self._chunk or size - more > _RUN_COST * added or counts[end] == 0:
+                if size > self._chunk or size - more > _RUN_COST * added:
+                    break
+                shortest = min(counts[start : end + 1])
+                if shortest < min(wider, 2) or wider - shortest > _SPREAD:
                     break
                 longest, total, end = wider, more, end + 1
             yield slice(start, end)
@@ -185,10 +194,13 @@ class InPlaceRunner(Runner, Generic[Row]):
     ) -> NDArray[np.float32]:
         """Feed one sequence, chunk by chunk; returns logits `[1, V]` or `[S, V]`."""
         parts = [np.empty((0, self.vocab_size), np.float32)]
-        for start in range(0, len(ids), self._chunk):
-            chunk = ids[np.newaxis, start : start + self._chunk]
+        starts = list(range(0, len(ids), self._chunk))
+        if len(starts) > 1 and len(ids) - starts[-1] == 1:
+            # For a single token, attention sums up in another order than for several.
+            starts[-1] -= 1
+        for start, end in itertools.pairwise([*starts, len(ids)]):
             lengths = np.array([past + start])
-            parts.append(self._run(binding, chunk, lengths, last_only)[0])
+            parts.append(self._run(binding, ids[np.newaxis, start:end], lengths, int(last_only))[0])
         return parts[-1] if last_only or len(parts) < 3 else np.concatenate(parts)
 
     def _several(
@@ -198,32 +210,37 @@ class InPlaceRunner(Runner, Generic[Row]):
         past: NDArray[np.int64],
         last_only: bool,
     ) -> list[NDArray[np.float32]]:
-        """Feed several sequences in one run, or in two; returns the logits of each sequence."""
+        """Feed several sequences in one run; returns the logits of each sequence."""
         counts = np.array([len(ids) for ids in group])
-        if (counts == counts[0]).all():
-            return list(self._run(binding, np.stack(group), past, last_only))
+        longest = counts.max()
         # Shorter sequences are padded on the right. No token reads the rows of padding, and the
         # rows of later tokens overwrite them.
-        ids = np.zeros((len(group), counts.max()), np.int64)
+        ids = np.zeros((len(group), longest), np.int64)
         for row, new in zip(ids, group, strict=True):
             row[: len(new)] = new
         if not last_only:
-            logits = self._run(binding, ids, past, last_only=False)
+            logits = self._run(binding, ids, past, keep=0)
             return [rows[:count].copy() for rows, count in zip(logits, counts, strict=True)]
-        # The last tokens are in different columns, and logits of all columns would take too much
-        # memory. So the last token of each sequence is fed in a second run.
-        self._run(binding, np.ascontiguousarray(ids[:, :-1]), past, last_only=True)
-        last = np.array([new[-1:] for new in group])
-        return list(self._run(binding, last, past + counts - 1, last_only=True))
+        # The columns in which the sequences end.
+        keep = int(longest - counts.min()) + 1
+        logits = self._run(binding, ids, past, keep)
+        if keep == 1:
+            return list(logits)
+        ends = counts - longest + keep
+        return [rows[end - 1 : end].copy() for rows, end in zip(logits, ends, strict=True)]
 
     def _run(
         self,
         binding: Binding,
         ids: NDArray[np.int64],
         lengths: NDArray[np.int64],
-        last_only: bool,
+        keep: int,
     ) -> NDArray[np.float32]:
-        """Run the graph once: feed `ids` `[B, S]` after the first `lengths` `[B]` rows."""
+        """Run the graph once: feed `ids` `[B, S]` after the first `lengths` `[B]` rows.
+
+        Returns:
+            Logits of the last `keep` positions, or of all for 0; see `Binding.run`.
+        """
         batch, new = ids.shape
         columns = int(lengths.max()) + new
         # At the start, a mask with as many columns as new tokens tells the kernel that there is no
@@ -233,7 +250,7 @@ class InPlaceRunner(Runner, Generic[Row]):
         binding.put(INPUT_IDS, ids)
         binding.put(PAST_LENGTHS, lengths)
         binding.put(ATTENTION_MASK, np.ones((batch, columns), np.int64))
-        return binding.run(last_only)
+        return binding.run(keep)
 
     def grow(self, buffer: Buffer[Row], batch: int) -> Buffer[Row]:
         """A larger buffer with the first `batch` sequences of a full one, all for the caller."""

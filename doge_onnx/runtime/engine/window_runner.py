@@ -68,7 +68,7 @@ class WindowRunner(PaddedRunner):
         binding.put(INPUT_IDS, input_ids)
         binding.put(ATTENTION_MASK, mask)
         binding.put(POSITION_IDS, np.maximum(counts - 1, 0))
-        return binding.run(last_only), PaddedState(buffer, counts[:, -1], self, columns)
+        return binding.run(int(last_only)), PaddedState(buffer, counts[:, -1], self, columns)
 
     def _writable(
         self, state: PaddedState | None, batch: int, columns: int, consume: bool, capacity: int

@@ -26,8 +26,8 @@ def generate_pieces(
 ) -> Generator[tuple[int, Piece], None, None]:
     """Feed all prompts, then generate until all sequences have ended.
 
-    Each sequence gets the tokens that it would get alone, but for the rounding of quantized weights
-    (`Model.generate_batch`).
+    Each sequence gets the tokens that it would get alone, but for rounding; see
+    `Model.generate_batch`.
 
     Args:
         runner: Runs the model.

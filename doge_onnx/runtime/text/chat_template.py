@@ -454,3 +454,12 @@ def _raise_exception(message: str) -> None:
 
 def _strftime_now(form: str) -> str:
     return datetime.now().strftime(form)
+
+
+def parse(source: str) -> jinja2.nodes.Template:
+    """The syntax tree of a template, which is not run.
+
+    Raises:
+        jinja2.TemplateSyntaxError: It is no valid Jinja.
+    """
+    return _environment().parse(source)
