@@ -97,6 +97,7 @@ def export(
     verify: bool = True,
     max_kl: float | None = None,
     revision: str | None = None,
+    adapter: str | Path | None = None,
     ignore_config_fields: Collection[str] = (),
     force: bool = False,
     progress: Callable[[str], None] | None = None,
@@ -129,6 +130,8 @@ def export(
         max_kl: Most that quantization may lose: mean KL divergence in nats per token. None for no
             limit.
         revision: Branch, tag or commit on the Hub.
+        adapter: A LoRA adapter in the format of PEFT, a directory or its id on the Hub. It is
+            merged into the checkpoint, in float32, before anything is rounded.
         ignore_config_fields: Names of fields of config.json to export without, such as "my_field"
             or "rope_parameters.my_field". A field that is not understood is refused otherwise, as
             it may change what the model computes.
@@ -158,6 +161,7 @@ def export(
             verify=verify,
             max_kl=max_kl,
             revision=revision,
+            adapter=adapter,
             ignore_config_fields=ignore_config_fields,
             force=force,
             progress=progress,
@@ -171,6 +175,7 @@ def verify(
     device: str = "auto",
     revision: str | None = None,
     reference_revision: str | None = None,
+    adapter: str | Path | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> ParityReport:
     """Compare a bundle with its checkpoint, which transformers runs.
@@ -181,6 +186,7 @@ def verify(
         device: "auto", "cpu" or "cuda"; see `load`.
         revision: Branch, tag or commit of a bundle on the Hub.
         reference_revision: Branch, tag or commit of a reference on the Hub.
+        adapter: The adapter that was merged into the checkpoint, if there was one; see `export`.
         progress: Called with a line of text when a long step begins.
 
     Raises:
@@ -194,6 +200,7 @@ def verify(
             reference,
             device=device,
             reference_revision=reference_revision,
+            adapter=adapter,
             progress=progress,
         )
 
@@ -209,6 +216,7 @@ def evaluate(
     device: str = "auto",
     revision: str | None = None,
     reference_revision: str | None = None,
+    adapter: str | Path | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> QualityReport:
     """Measure how well a bundle predicts a text, and how much it differs from a reference.
@@ -228,6 +236,7 @@ def evaluate(
         device: Device of bundles: "auto", "cpu" or "cuda"; see `load`.
         revision: Branch, tag or commit of a bundle on the Hub.
         reference_revision: Branch, tag or commit of a reference on the Hub.
+        adapter: An adapter to merge into the reference, a checkpoint; see `export`.
         progress: Called with a line of text when a long step begins.
 
     Raises:
@@ -239,6 +248,8 @@ def evaluate(
     evaluator.check_options(window, max_tokens, seed)
     begin = progress or (lambda _: None)
     other_bundle = _reference_bundle(reference, reference_revision)
+    if adapter is not None and (reference is None or other_bundle is not None):
+        raise InputError("only a checkpoint as reference takes an adapter")
     scorer = evaluator.BundleScorer(find_bundle(bundle, revision), device)
     other: Scorer | None = None
     if reference is not None:
@@ -256,6 +267,7 @@ def evaluate(
                     reference,
                     length,
                     revision=reference_revision,
+                    adapter=adapter,
                     ignore=scorer.ignored_fields,
                     progress=progress,
                 )

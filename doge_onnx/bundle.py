@@ -2,7 +2,7 @@
 
 Knows which files belong to a bundle and how to write the directory so that no reader ever sees
 half of one. Does not know what is inside the graph, nor what the manifest says (`manifest`).
-Imports only the standard library, because export and runtime share it.
+Imports only the standard library and `scratch`, because export and runtime share it.
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ import errno
 import gc
 import hashlib
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from doge_onnx import text_files
+from doge_onnx import scratch, text_files
 from doge_onnx.errors import BundleError
 from doge_onnx.manifest import Manifest as Manifest
 
@@ -174,12 +173,12 @@ def write_parity(bundle: Bundle, parity: dict[str, Any]) -> None:
         )
     path, manifest = bundle.path, replace(bundle.manifest, parity=parity)
     with _disk_errors(path):
-        scratch = path / f".{MANIFEST_NAME}.tmp"
+        unfinished = path / f".{MANIFEST_NAME}.tmp"
         try:
-            scratch.write_text(manifest.to_json(), encoding="utf-8", newline="\n")
-            scratch.replace(path / MANIFEST_NAME)
+            unfinished.write_text(manifest.to_json(), encoding="utf-8", newline="\n")
+            unfinished.replace(path / MANIFEST_NAME)
         finally:
-            scratch.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
 
 
 def check_destination(out: Path, force: bool) -> None:
@@ -187,7 +186,7 @@ def check_destination(out: Path, force: bool) -> None:
 
     Raises:
         BundleError: `out` exists and `force` is not set, or it is not something that a
-            bundle may replace, or its parent is not a directory.
+            bundle may replace, or something above it is not a directory.
     """
     try:
         str(out.absolute()).encode()
@@ -195,8 +194,9 @@ def check_destination(out: Path, force: bool) -> None:
     # The name is not UTF-8, which ONNX cannot write, or the system does not accept it.
     except (OSError, ValueError) as error:
         raise BundleError(f"{str(out)!r} cannot be the name of a bundle: {error}") from None
-    if not out.parent.is_dir():
-        raise BundleError(f"{out.parent} is not a directory; create it first")
+    above = next((each for each in out.parents if each.exists() or each.is_symlink()), out.parent)
+    if not above.is_dir():
+        raise BundleError(f"{above} is not a directory; choose another place")
     if not exists:
         return
     if not force:
@@ -216,23 +216,25 @@ def writing(out: Path, force: bool = False) -> Iterator[Path]:
     """Yield a scratch directory beside `out` that becomes `out` if the block succeeds.
 
     If an error or Ctrl-C ends the block, `out` stays as it was and the scratch directory is
-    deleted. The block writes the manifest last, with `seal`.
+    deleted; so are the directories above `out` that had to be made. What killed processes left
+    beside `out` is removed. The block writes the manifest last, with `seal`.
 
     Raises:
         BundleError: See `check_destination`; or the disk is full or not writable.
     """
     check_destination(out, force)
-    with _disk_errors(out):
-        scratch = _beside(out, "part")
-        try:
-            scratch.mkdir()
-            yield scratch
+    with _disk_errors(out), scratch.parents(out):
+        scratch.remove_abandoned(out, scratch.UNFINISHED)
+        with scratch.beside(out) as directory:
+            yield directory
             # Sessions in reference cycles still map their files, and Windows renames no directory
             # with such a file.
             gc.collect()
-            _replace_directory(scratch, out)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            # Another process may have written it in the meantime.
+            check_destination(out, force)
+            scratch.replace(directory, out)
+        # Only now: it may be the bundle that a killed process was about to replace.
+        scratch.remove_abandoned(out, scratch.REPLACED)
 
 
 def seal(directory: Path, manifest: Manifest) -> Manifest:
@@ -301,27 +303,6 @@ def check_file(directory: Path, name: str, entry: Any) -> None:
         raise BundleError(f"the bundle {directory} lacks {name}; export again") from None
     except OSError as error:
         raise BundleError(f"cannot read {path}: {error}") from None
-
-
-def _replace_directory(scratch: Path, out: Path) -> None:
-    """Rename `scratch` to `out`; an older `out` is deleted only once the new one is in place."""
-    if not out.exists():
-        scratch.rename(out)
-        return
-    retired = _beside(out, "old")
-    try:
-        out.rename(retired)
-        scratch.rename(out)
-    except BaseException:
-        if retired.exists() and not out.exists():
-            retired.rename(out)
-        raise
-    shutil.rmtree(retired, ignore_errors=True)
-
-
-def _beside(out: Path, suffix: str) -> Path:
-    """A name that is free, on the same disk as `out`."""
-    return out.parent / f".{out.name}.{secrets.token_hex(4)}.{suffix}"
 
 
 @contextlib.contextmanager

@@ -17,10 +17,9 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import doge_onnx
-from doge_onnx import api, cli_chat, cli_input, cli_options, cli_output
+from doge_onnx import api, cli_chat, cli_input, cli_options, cli_output, cli_values
 from doge_onnx.bundle import Bundle, read_manifest
 from doge_onnx.errors import DogeOnnxError, ParityError, QualityError
-from doge_onnx.runtime.generation.defaults import GENERATION_CONFIG_NAME, ignored_fields
 
 # Exit codes. 2, for wrong usage, is typer's.
 _FAILED, _DIFFERS, _INTERRUPTED, _PIPE_CLOSED = 1, 3, 130, 141
@@ -117,6 +116,7 @@ def export(
     model: cli_options.Model,
     out: cli_options.Out,
     revision: cli_options.Revision = None,
+    adapter: cli_options.Adapter = None,
     precision: cli_options.Precision = None,
     kv_cache: cli_options.KVCache = None,
     context_length: cli_options.ContextLength = None,
@@ -154,6 +154,7 @@ def export(
             verify=verify,
             max_kl=max_kl,
             revision=revision,
+            adapter=adapter,
             ignore_config_fields=ignore_config_field or (),
             force=force,
             progress=progress,
@@ -167,6 +168,7 @@ def verify(
     reference: cli_options.Reference,
     revision: cli_options.BundleRevision = None,
     reference_revision: cli_options.ReferenceRevision = None,
+    adapter: cli_options.Adapter = None,
     device: cli_options.Device = cli_options.Devices.auto,
 ) -> None:
     """Compare a bundle with its checkpoint.
@@ -184,6 +186,7 @@ def verify(
             device=device.value,
             revision=revision,
             reference_revision=reference_revision,
+            adapter=adapter,
             progress=progress,
         )
     cli_output.parity(report)
@@ -199,6 +202,7 @@ def evaluate(
     text: cli_options.EvalText = None,
     revision: cli_options.BundleRevision = None,
     reference_revision: cli_options.ReferenceRevision = None,
+    adapter: cli_options.Adapter = None,
     max_tokens: cli_options.MaxTokens = None,
     window: cli_options.Window = None,
     seed: cli_options.EvalSeed = None,
@@ -227,6 +231,7 @@ def evaluate(
             device=device.value,
             revision=revision,
             reference_revision=reference_revision,
+            adapter=adapter,
             progress=progress,
         )
     if json:
@@ -248,6 +253,7 @@ def generate(
     template_variable: cli_options.TemplateVariable = None,
     *,
     options: dict[str, Any],
+    stop_escape: cli_options.StopEscape = False,
     json: cli_options.JsonCompletion = False,
     stats: cli_options.Stats = False,
     revision: cli_options.BundleRevision = None,
@@ -272,6 +278,8 @@ def generate(
     ):
         if value and not chat:
             raise typer.BadParameter("it needs --chat", param_hint=cli_options.flag(name))
+    if stop_escape:
+        options = cli_values.with_escapes(options)
     text: Any = _prompt(prompt)
     if chat:
         before = [] if system is None else [{"role": "system", "content": system}]
@@ -281,6 +289,7 @@ def generate(
         text.append({"role": "assistant", "content": answer_start})
         options["continue_final_message"] = True
     model = _load(bundle, revision, device, threads, prefill_chunk, verbose, cuda_graph)
+    options = cli_values.with_token_ids(options, model)
     if json:
         cli_output.completion_json(model.generate(text, **options), stats)
         return
@@ -302,6 +311,7 @@ def chat(
     template_variable: cli_options.TemplateVariable = None,
     *,
     options: dict[str, Any],
+    stop_escape: cli_options.StopEscape = False,
     revision: cli_options.BundleRevision = None,
     threads: cli_options.Threads = None,
     prefill_chunk: cli_options.PrefillChunk = None,
@@ -317,7 +327,10 @@ def chat(
     remembers the whole conversation up to the
     context length, and then forgets the oldest turns.
     """
+    if stop_escape:
+        options = cli_values.with_escapes(options)
     model = _load(bundle, revision, device, threads, prefill_chunk, verbose, cuda_graph)
+    options = cli_values.with_token_ids(options, model)
     conversation = model.chat(system, **options, **_variables(template_variable))
     for message in cli_input.messages():
         known = len(conversation.messages)
@@ -377,13 +390,15 @@ def info(
 
     Of a bundle on the Hub, the graph and its weights are not fetched.
     """
+    from doge_onnx.runtime.text_ends import TextEnds
+
     found = api.find_bundle(bundle, revision, weights=False)
     opened = found if isinstance(found, Bundle) else Bundle(Path(found), read_manifest(Path(found)))
-    ignored = ignored_fields(opened.read_json(GENERATION_CONFIG_NAME))
+    ends = TextEnds.read(opened)
     if json:
-        cli_output.manifest_json(opened, ignored)
+        cli_output.manifest_json(opened, ends)
     else:
-        cli_output.manifest(opened, ignored)
+        cli_output.manifest(opened, ends)
 
 
 @app.command()

@@ -18,8 +18,11 @@ from typing import Annotated, Any
 import typer
 
 from doge_onnx import cli_input
-from doge_onnx.runtime.generation.config import GenerationConfig, Option
+from doge_onnx.runtime.generation.config import GenerationConfig
+from doge_onnx.runtime.generation.option import Option
 
+# Options whose values are token ids, which the command line also takes as the text of a token.
+NAMED_TOKENS = {"stop_token_ids": "--stop-token", "suppress_tokens": "--suppress-token"}
 # Options that add to the report beside the text, which only the JSON output has.
 REPORTED = ("logprobs", "top_logprobs")
 
@@ -146,7 +149,7 @@ def _generation_parameters(without: Collection[str]) -> Iterator[inspect.Paramet
 
 def flag(name: str) -> str:
     """The flag of an option of the library: `top_k` becomes `--top-k`."""
-    return f"--{name.replace('_', '-')}"
+    return NAMED_TOKENS.get(name, f"--{name.replace('_', '-')}")
 
 
 def _help(name: str, option: Option) -> str:
@@ -165,7 +168,8 @@ def _checker(name: str, option: Option) -> Callable[[Any], Any]:
 
     def check(given: Any) -> Any:
         value = _value(name, given)
-        if value is not None and not option.valid(value):
+        # Texts of tokens become ids when there is a tokenizer.
+        if value is not None and name not in NAMED_TOKENS and not option.valid(value):
             raise typer.BadParameter(f"it must be {option.words}, not {value!r}")
         return given
 
@@ -236,6 +240,14 @@ Revision = Annotated[
     str | None,
     typer.Option(
         metavar="REV", help="Branch, tag or commit of a model on the Hub. Default: its main branch."
+    ),
+]
+Adapter = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DIR",
+        help="LoRA adapter in the format of PEFT that is merged into the checkpoint, in float32: a "
+        "directory, or an id on the Hub.",
     ),
 ]
 Model = Annotated[
@@ -402,6 +414,14 @@ Prompt = Annotated[
         metavar="PROMPT",
         help="Text to continue. '-', or no PROMPT when something is piped in, reads standard "
         "input, without the newline at its end. A text that begins with '-' goes behind '--'.",
+    ),
+]
+StopEscape = Annotated[
+    bool,
+    typer.Option(
+        "--stop-escape",
+        help="In --stop, let \\n be a newline, \\r a carriage return, \\t a tab, \\\\ a backslash "
+        "and \\uXXXX the character of that number.",
     ),
 ]
 AsChat = Annotated[

@@ -11,7 +11,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from doge_onnx.measure.evaluate import QualityReport
     from doge_onnx.measure.workload import Spread
     from doge_onnx.runtime.generation.output import Completion, Timings
+    from doge_onnx.runtime.text_ends import EndToken, TextEnds
 
 # With NO_COLOR, rich leaves colours out but not bold and dim, which are codes for a terminal, too.
 _CODES: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"
@@ -219,12 +220,12 @@ def quality_json(report: QualityReport) -> None:
     json_text(json.dumps(report.as_dict(), ensure_ascii=False))
 
 
-def manifest(bundle: Bundle, ignored: Sequence[str]) -> None:
-    """Print a manifest for a person.
+def manifest(bundle: Bundle, ends: TextEnds) -> None:
+    """Print a bundle's manifest for a person, and what ends a text.
 
     Args:
         bundle: Whose manifest it is.
-        ignored: Fields of generation_config.json that this package does not implement.
+        ends: Of the same bundle.
     """
     shown = bundle.manifest
     state = shown.state
@@ -236,6 +237,7 @@ def manifest(bundle: Bundle, ignored: Sequence[str]) -> None:
         {
             "source": shown.source.get("model"),
             "revision": shown.source.get("revision"),
+            **({"adapter": adapter} if (adapter := shown.source.get("adapter")) else {}),
             "parameters": shown.parameters,
             "vocabulary": f"{shown.vocab_size:,} tokens",
             "context": _context(shown),
@@ -261,8 +263,7 @@ def manifest(bundle: Bundle, ignored: Sequence[str]) -> None:
         _print_section("Quality", _spaced(shown.quality))
     if shown.notes:
         _print_section("Notes", {str(n): text for n, text in enumerate(shown.notes, start=1)})
-    if ignored:
-        _print_section("Generation", {"asked for, not done": ", ".join(ignored)})
+    _print_section("Generation", dict(_generation(ends)))
     _print_section("Made with", shown.versions)
     sizes = {
         name: entry.get("size") if isinstance(entry, dict) else None
@@ -274,10 +275,30 @@ def manifest(bundle: Bundle, ignored: Sequence[str]) -> None:
     )
 
 
-def manifest_json(bundle: Bundle, ignored: Sequence[str]) -> None:
+def _generation(ends: TextEnds) -> Iterator[tuple[str, str]]:
+    yield "ends a text", ", ".join(map(_token, ends.tokens)) or "no token"
+    if ends.other is not None:
+        yield "does not, but the tokenizer says so", _token(ends.other)
+    if ends.stop:
+        yield "ends before", ", ".join(map(repr, ends.stop))
+    if ends.defaults.ignored:
+        yield "asked for, not done", ", ".join(ends.defaults.ignored)
+    if ends.defaults.without_effect:
+        yield "without effect", ", ".join(ends.defaults.without_effect)
+
+
+def _token(token: EndToken) -> str:
+    return str(token.id) if token.text is None else f"{token.id} {token.text}"
+
+
+def manifest_json(bundle: Bundle, ends: TextEnds) -> None:
     """Print a manifest as JSON; see `manifest`."""
     fields = json.loads(bundle.manifest.to_json()) | {
-        "ignored_generation_options": list(ignored),
+        "end_tokens": [asdict(token) for token in ends.tokens],
+        "stop_strings": list(ends.stop),
+        "other_end_token": None if ends.other is None else asdict(ends.other),
+        "ignored_generation_options": list(ends.defaults.ignored),
+        "generation_options_without_effect": list(ends.defaults.without_effect),
         "hub": {"repository": bundle.repo, "revision": bundle.commit} if bundle.repo else None,
     }
     json_text(json.dumps(fields, indent=2, ensure_ascii=False))

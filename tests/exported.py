@@ -25,7 +25,7 @@ CONTEXT = 60
 SECOND = {**SHAPES["everything at once"], "num_hidden_layers": 3, **rope("linear", 2.0)}
 TOKENIZER_FILES = {
     "tokenizer.json": b'{"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}} ',
-    "tokenizer_config.json": b'{ "x": 1 }',
+    "tokenizer_config.json": b'{ "tokenizer_class": "PreTrainedTokenizerFast" }',
     "special_tokens_map.json": b"{}",
     "chat_template.jinja": b"{{ messages }}\n",
 }

@@ -27,6 +27,7 @@ from doge_onnx.measure.bench import Samples
 from doge_onnx.measure.workload import Cell, Spread, generate_plain, random_prompts
 from doge_onnx.runtime.cuda.device_memory import DeviceMemory
 from doge_onnx.runtime.engine.external_data import external_files
+from doge_onnx.runtime.generation.config import option_names
 from doge_onnx.runtime.generation.output import Timings
 
 ROW_BYTES = 2 * LAYERS * HEADS * ROW * 4
@@ -138,17 +139,40 @@ def test_prompts_are_random_but_always_the_same():
 
 
 def test_neither_an_end_of_text_nor_recommended_options_change_a_run(tmp_path):
-    recommended = {
-        "eos_token_id": list(range(VOCAB)),
-        "do_sample": True,
-        "repetition_penalty": 1.5,
-        "no_repeat_ngram_size": 1,
-        "max_new_tokens": 2,
-    }
-    model = doge_onnx.load(fake_bundle.write(tmp_path / "b", generation=recommended))
-    assert len(model.generate([3, 4], max_new_tokens=9).token_ids) == 1
     plain = fake_bundle.write(tmp_path / "plain", generation={"eos_token_id": []})
     expected = doge_onnx.load(plain).generate([3, 4], max_new_tokens=9, temperature=0).token_ids
+    recommended = {
+        "do_sample": True,
+        "temperature": 2.0,
+        "top_k": 5,
+        "top_p": 0.5,
+        "min_p": 0.1,
+        "typical_p": 0.5,
+        "top_h": 0.5,
+        "epsilon_cutoff": 0.1,
+        "eta_cutoff": 0.1,
+        "repetition_penalty": 3.0,
+        "encoder_repetition_penalty": 3.0,
+        "no_repeat_ngram_size": 1,
+        "encoder_no_repeat_ngram_size": 1,
+        "bad_words_ids": [expected[2:3]],
+        "suppress_tokens": expected[1:2],
+        "begin_suppress_tokens": expected[:1],
+        "sequence_bias": [[expected[4:5], -50.0]],
+        "forced_bos_token_id": 7,
+        "forced_eos_token_id": 8,
+        "exponential_decay_length_penalty": [0, 9.0],
+        "remove_invalid_values": True,
+        "max_length": 5,
+        "max_new_tokens": 3,
+        "min_length": 5,
+        "min_new_tokens": 9,
+        "max_time": 1e-9,
+        "stop_strings": ["t", " ", "e"],
+        "eos_token_id": list(range(VOCAB)),
+    }
+    assert set(option_names("recommended")) - {"stop"} <= recommended.keys()
+    model = doge_onnx.load(fake_bundle.write(tmp_path / "b", generation=recommended))
     assert generate_plain(model, [[3, 4]], 9)[0].token_ids == expected
     assert len(expected) == 9
 

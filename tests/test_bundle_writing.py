@@ -62,10 +62,31 @@ def test_force_never_replaces_anything_else(tmp_path):
     assert tree(tmp_path) == before
 
 
-def test_the_parent_must_be_there(tmp_path):
-    with pytest.raises(BundleError, match=r"missing is not a directory; create it first"):
-        write(tmp_path / "missing" / "bundle")
-    assert tree(tmp_path) == {}
+def test_missing_directories_above_are_made(tmp_path):
+    assert Bundle.open(write(tmp_path / "deep" / "deeper" / "bundle"))
+    assert [entry.name for entry in (tmp_path / "deep" / "deeper").iterdir()] == ["bundle"]
+
+
+def test_directories_that_were_made_go_again_and_others_stay(tmp_path):
+    (tmp_path / "there").mkdir()
+
+    def fail(out: Path) -> None:
+        with bundle.writing(out):
+            raise Stop
+
+    with pytest.raises(Stop):
+        fail(tmp_path / "there" / "deep" / "deeper" / "bundle")
+    assert tree(tmp_path) == {"there": b"directory"}
+
+
+@pytest.mark.parametrize("name", ["file", "file/deep", "dangling", "dangling/deep"])
+def test_what_is_above_must_be_directories(tmp_path, name):
+    (tmp_path / "file").write_text("content")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    before = tree(tmp_path)
+    with pytest.raises(BundleError, match=r"(file|dangling) is not a directory"):
+        write(tmp_path / name / "bundle")
+    assert tree(tmp_path) == before
 
 
 def test_a_bundle_can_be_written_to_a_name_without_a_directory(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 
+import fake_bundle
 import pytest
 from commands import assert_one_line_error, invoke, start
 from conftest import TINY_CHECKPOINT
@@ -81,9 +82,9 @@ def test_help_imports_nothing_slow():
         ["generate", "bundle", "x", "--max-new-tokens", "many"],
         ["generate", "bundle", "x", "--temperature", "-0.1"],
         ["generate", "bundle", "x", "--temperature", "nan"],
-        ["generate", "bundle", "x", "--top-k", "0"],
+        ["generate", "bundle", "x", "--top-k", "-1"],
         ["generate", "bundle", "x", "--top-p", "1.1"],
-        ["generate", "bundle", "x", "--top-p", "0"],
+        ["generate", "bundle", "x", "--top-p", "-1"],
         ["generate", "bundle", "x", "--min-p", "-0.1"],
         ["generate", "bundle", "x", "--repetition-penalty", "-1"],
         ["generate", "bundle", "x", "--seed", "-1"],
@@ -167,7 +168,7 @@ def test_export_ended_by_a_signal_cleans_up(number, code, last, tmp_path):
         # From this step on there is something to clean up.
         for line in process.stderr:
             if line == "  tracing the graph\n":
-                assert [path.suffix for path in tmp_path.iterdir()] == [".part"]
+                assert len(list(tmp_path.glob(".out.*.part"))) == 1
                 process.send_signal(number)
                 break
         rest = process.stderr.read()
@@ -237,24 +238,60 @@ def test_info_gives_the_manifest_to_a_program(tiny_bundle):
     result = invoke("info", tiny_bundle, "--json")
     assert (result.exit_code, result.stderr) == (0, "")
     written = (tiny_bundle / MANIFEST_NAME).read_text(encoding="utf-8")
-    assert json.loads(result.stdout) == json.loads(written) | {"ignored_generation_options": []}
+    assert json.loads(result.stdout) == json.loads(written) | {
+        "end_tokens": [{"id": 1, "text": "<|end_of_text|>"}],
+        "stop_strings": [],
+        "other_end_token": None,
+        "ignored_generation_options": [],
+        "generation_options_without_effect": [],
+        "hub": None,
+    }
+
+
+def test_info_shows_what_ends_a_text(bundle_copy):
+    # Nothing ends with a token that the model lacks.
+    asked = {"eos_token_id": [0, 19, 5000], "stop_strings": ["\n\n", "User:"], "top_k": -1}
+    (bundle_copy / "generation_config.json").write_text(json.dumps(asked), encoding="utf-8")
+    shown = [" ".join(line.split()) for line in invoke("info", bundle_copy).stdout.splitlines()]
+    assert "ends a text 0 <|begin_of_text|>, 19 ." in shown
+    assert "does not, but the tokenizer says so 1 <|end_of_text|>" in shown
+    assert r"ends before '\n\n', 'User:'" in shown
+    assert "without effect top_k: -1" in shown
+    result = json.loads(invoke("info", bundle_copy, "--json").stdout)
+    assert result["end_tokens"] == [
+        {"id": 0, "text": "<|begin_of_text|>"},
+        {"id": 19, "text": "."},
+    ]
+    assert result["other_end_token"] == {"id": 1, "text": "<|end_of_text|>"}
+    assert result["stop_strings"] == ["\n\n", "User:"]
+    assert result["generation_options_without_effect"] == ["top_k: -1"]
 
 
 def test_info_names_what_a_bundle_asks_for_and_nobody_does(bundle_copy):
-    asked = {"do_sample": True, "top_k": 5, "typical_p": 0.9, "num_beams": 4}
+    asked = {"do_sample": True, "top_k": 5, "penalty_alpha": 0.6, "num_beams": 4}
     (bundle_copy / "generation_config.json").write_text(json.dumps(asked), encoding="utf-8")
     shown = invoke("info", bundle_copy).stdout
-    assert "asked for, not done  num_beams, typical_p\n" in shown
+    assert "asked for, not done  num_beams, penalty_alpha\n" in shown
     result = json.loads(invoke("info", bundle_copy, "--json").stdout)
-    assert result["ignored_generation_options"] == ["num_beams", "typical_p"]
+    assert result["ignored_generation_options"] == ["num_beams", "penalty_alpha"]
 
 
 @pytest.mark.slow
 def test_export_names_once_what_a_checkpoint_asks_for_and_nobody_does(tmp_path):
     model = shutil.copytree(TINY_CHECKPOINT, tmp_path / "model")
-    asked = {"top_k": 5, "typical_p": 0.9, "num_beams": 4}
+    asked = {"top_k": -1, "penalty_alpha": 0.6, "num_beams": 4}
     (model / "generation_config.json").write_text(json.dumps(asked), encoding="utf-8")
     result = invoke("export", model, tmp_path / "out", "--no-verify")
     assert result.exit_code == 0, result.output
-    line = "generation_config.json asks for num_beams, typical_p, which this package does not do"
-    assert result.stderr.count(line) == 1
+    line = "asks for num_beams, penalty_alpha, which this package does not do"
+    assert result.stderr.count(f"generation_config.json {line}") == 1
+    assert result.stderr.count("no sense and no difference: top_k: -1") == 1
+
+
+def test_info_shows_what_an_export_noted(tmp_path):
+    path = fake_bundle.write(tmp_path / "b", notes=("one thing", "another"))
+    shown = invoke("info", path).stdout
+    assert "Notes\n" in shown
+    assert "1  one thing\n" in shown
+    assert "2  another\n" in shown
+    assert json.loads(invoke("info", path, "--json").stdout)["notes"] == ["one thing", "another"]

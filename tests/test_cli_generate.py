@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import fields
 from pathlib import Path
 from subprocess import PIPE
@@ -27,11 +28,14 @@ def test_generate_prints_the_text_alone(tiny_bundle):
 def test_generate_passes_every_option_on(tiny_bundle, monkeypatch, way, more):
     options = {
         "max_new_tokens": 3,
+        "max_length": 900,
+        "max_time": 60.0,
         "min_new_tokens": 1,
         "temperature": 0.9,
         "top_k": 50,
         "top_p": 0.95,
         "min_p": 0.01,
+        "typical_p": 0.99,
         "repetition_penalty": 1.2,
         "presence_penalty": -0.5,
         "frequency_penalty": 0.5,
@@ -53,18 +57,20 @@ def test_generate_passes_every_option_on(tiny_bundle, monkeypatch, way, more):
     monkeypatch.setattr(Model, way, recording_run)
     given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     given += ["--stop=one", "--stop=two", "--logit-bias=5=-1.5", "--logit-bias=6=2", "--ignore-eos"]
+    given += ["--stop-token=5", "--stop-token=<|pad|>", "--suppress-token= the"]
     given += ["--threads=1", "--prefill-chunk=4"]
     given += ["--device=cpu", "--no-cuda-graph", "--verbose"]
     result = invoke("generate", tiny_bundle, PROMPT, *given, *more)
     assert result.exit_code == 0, result.output
     loading = {"device": "cpu", "threads": 1, "prefill_chunk": 4, "verbose": True}
-    loading["cuda_graph"] = False
+    loading |= {"cuda_graph": False, "revision": None}
     several = {"stop": ["one", "two"], "logit_bias": {5: -1.5, 6: 2.0}, "ignore_eos": True}
+    several |= {"stop_token_ids": [5, 2], "suppress_tokens": [268]}
     assert calls == [
         ((str(tiny_bundle),), loading),
         ((PROMPT,), options | several | ({"logprobs": True, "top_logprobs": 2} if more else {})),
     ]
-    shown = {entry.name for entry in fields(GenerationConfig)} - {"processors", "sampler"}
+    shown = {e.name for e in fields(GenerationConfig) if e.metadata["option"].kind is not None}
     assert shown == options.keys() | several.keys() | {"logprobs", "top_logprobs"}
 
 
@@ -91,6 +97,41 @@ def test_generate_gives_a_program_what_the_library_returns(tiny_bundle):
     assert [first["token_id"] for first, _ in top] == expected.token_ids
     assert [first["logprob"] for first, _ in top] == pytest.approx(expected.logprobs, abs=1e-3)
     assert result == shown
+
+
+@pytest.mark.parametrize(
+    ("written", "stop"),
+    [
+        (r"\n", "\n"),
+        (r"a\tb\r\n", "a\tb\r\n"),
+        (r"\\n", r"\n"),
+        (r"\u00e9\ud83d\ude00", "\u00e9\U0001f600"),
+        ("\u00e9", "\u00e9"),
+    ],
+)
+def test_escapes_in_stop_strings_are_taken_on_request(tiny_bundle, monkeypatch, written, stop):
+    calls = []
+    monkeypatch.setattr(Model, "stream", lambda self, text, **options: calls.append(options) or [])
+    invoke("generate", tiny_bundle, PROMPT, "--stop", written)
+    invoke("generate", tiny_bundle, PROMPT, "--stop", written, "--stop-escape")
+    assert calls == [{"stop": [written]}, {"stop": [stop]}]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--stop", "\\q", "--stop-escape"], r"\\q is no escape; there are \\n, \\r, \\t"),
+        (["--stop", "a\\", "--stop-escape"], "is no escape"),
+        (["--stop", "\\ud83d", "--stop-escape"], "has one half of a pair of escapes"),
+        (["--stop-escape"], "it needs --stop"),
+        (["--stop-token", "two tokens"], "'two tokens' is neither a token id nor the text of one"),
+        (["--suppress-token", ""], "'' is neither a token id nor the text of one token"),
+    ],
+)
+def test_what_names_no_text_or_token_is_wrong_usage(tiny_bundle, given, message):
+    result = invoke("generate", tiny_bundle, PROMPT, *given)
+    assert result.exit_code == 2
+    assert re.search(message, " ".join(result.stderr.split()))
 
 
 def test_stats_go_where_the_text_is_not(tiny_bundle):

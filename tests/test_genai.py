@@ -137,6 +137,8 @@ def chat_bundle(tmp_path_factory):
         "top_k": 20,
         "top_p": 0.9,
         "repetition_penalty": 1.2,
+        "min_length": 9,
+        "max_length": 1000,
         # The full stop, too.
         "eos_token_id": [19, 1],
         "bos_token_id": 0,
@@ -328,7 +330,8 @@ def test_the_configuration_is_that_of_the_checkpoint(chat_bundle, tiny_bundle, g
         "top_k": 20,
         "top_p": 0.9,
         "repetition_penalty": 1.2,
-        "max_length": 2048,
+        "min_length": 9,
+        "max_length": 1000,
         "past_present_share_buffer": True,
         "bos": 0,
         "eos": [1, 19],
@@ -340,6 +343,21 @@ def test_the_configuration_is_that_of_the_checkpoint(chat_bundle, tiny_bundle, g
     # Its own default of top_k is 50.
     assert (plain["do_sample"], plain["top_k"], plain["top_p"]) == (False, 0, 1)
     assert (plain["bos"], plain["eos"], plain["pad"]) == (0, [1], 2)
+
+
+def test_what_its_configuration_takes_over_has_the_same_effect(chat_bundle, genai):
+    model = doge_onnx.load(chat_bundle)
+    ids = model.tokenizer.encode(PROMPT)
+    texts = []
+    longer = {"min_length": len(ids) + 20}
+    for options in ({}, longer, {**longer, "no_repeat_ngram_size": 2}):
+        options = {"max_length": len(ids) + 30, "repetition_penalty": 1.0, **options}
+        ours = model.generate(ids, temperature=0, **options).token_ids
+        theirs = genai.of(chat_bundle)("generate", prompts=[ids], do_sample=False, **options)
+        # It drops the full stop that ends a text.
+        assert theirs[0] == ours or [*theirs[0], 19] == ours
+        texts.append(ours)
+    assert len({tuple(text) for text in texts}) == 3
 
 
 def test_sampling_as_the_checkpoint_recommends(chat_bundle, genai):

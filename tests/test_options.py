@@ -12,19 +12,17 @@ from dataclasses import FrozenInstanceError, fields
 import fake_bundle
 import numpy as np
 import pytest
-import transformers
 from fake_bundle import VOCAB, reference
 
 import doge_onnx
-from doge_onnx.bundle import Bundle
-from doge_onnx.errors import BundleError, InputError
+from doge_onnx.errors import InputError
 from doge_onnx.runtime.generation import sampling
 from doge_onnx.runtime.generation.config import (
     GenerationConfig,
     GenerationOptions,
     option_names,
 )
-from doge_onnx.runtime.generation.defaults import Defaults, ignored_fields
+from doge_onnx.runtime.generation.defaults import Defaults
 from doge_onnx.runtime.generation.processors import LogitsProcessor
 from doge_onnx.runtime.generation.sampling import Sampler
 
@@ -55,9 +53,9 @@ def _log_softmax(logits):
         ("temperature", float("inf")),
         ("temperature", "hot"),
         ("temperature", 10**400),
-        ("top_k", 0),
+        ("top_k", -1),
         ("top_k", 2.0),
-        ("top_p", 0),
+        ("top_p", -0.1),
         ("top_p", 1.1),
         ("min_p", -0.1),
         ("min_p", 1.1),
@@ -69,6 +67,27 @@ def _log_softmax(logits):
         ("frequency_penalty", 1e31),
         ("frequency_penalty", True),
         ("no_repeat_ngram_size", -1),
+        ("max_length", 0),
+        ("max_time", -1),
+        ("typical_p", 0),
+        ("top_h", 1.1),
+        ("epsilon_cutoff", 1),
+        ("bad_words_ids", [5]),
+        ("bad_words_ids", [[]]),
+        ("suppress_tokens", 5),
+        ("suppress_tokens", [-1]),
+        ("begin_suppress_tokens", ["a"]),
+        ("sequence_bias", {5: 1.0}),
+        ("sequence_bias", {(): 1.0}),
+        ("sequence_bias", [[[5], float("inf")]]),
+        ("sequence_bias", [[[5]]]),
+        ("forced_eos_token_id", -1),
+        ("forced_bos_token_id", True),
+        ("exponential_decay_length_penalty", [5]),
+        ("exponential_decay_length_penalty", [5, 0]),
+        ("remove_invalid_values", 1),
+        ("stop_token_ids", "<s>"),
+        ("stop_token_ids", [1.5]),
         ("logit_bias", [1, 2]),
         ("logit_bias", {-1: 1.0}),
         ("logit_bias", {"a": 1.0}),
@@ -98,18 +117,20 @@ def test_options_out_of_range_are_refused_by_name(name, value):
 
 
 @pytest.mark.parametrize("name", option_names("filters"))
-def test_an_option_that_filters_asks_for_sampling_and_is_carried_out(tmp_path, name):
+def test_an_option_that_filters_asks_for_sampling_and_is_carried_out(name):
     assert name in sampling.FILTERS
-    options = _resolve(_defaults(tmp_path, {}), **{name: 1})
-    assert (options.temperature, getattr(options, name)) == (1.0, 1)
+    value = 1 if name == "top_k" else 0.5
+    options = Defaults().resolve(GenerationConfig(**{name: value}))
+    assert (options.temperature, getattr(options, name)) == (1.0, value)
 
 
 @pytest.mark.parametrize("name", ["temperature", *option_names("filters")])
 def test_a_sampler_replaces_other_options(name):
+    value = 1 if name == "top_k" else 0.5
     with pytest.raises(InputError, match=f"sampler replaces {name}"):
-        GenerationConfig(sampler=np.argmax, **{name: 1})
+        GenerationConfig(sampler=np.argmax, **{name: value})
     with pytest.raises(InputError, match=f"sampler replaces {name}"):
-        GenerationConfig(**{name: 1}).merged(sampler=np.argmax)
+        GenerationConfig(**{name: value}).merged(sampler=np.argmax)
 
 
 def test_numbers_of_numpy_are_numbers():
@@ -153,131 +174,6 @@ def test_the_keyword_arguments_are_the_fields():
     assert typing.get_type_hints(GenerationOptions, localns=names) == hints
     assert list(hints) == [entry.name for entry in fields(GenerationConfig)]
     assert GenerationOptions.__required_keys__ == frozenset()
-
-
-# --- what the bundle recommends -----------------------------------------------------------
-
-
-def _defaults(tmp_path, generation):
-    return Defaults.read(Bundle.open(fake_bundle.write(tmp_path / "b", generation=generation)))
-
-
-def _resolve(defaults, **given):
-    return defaults.resolve(GenerationConfig(**given))
-
-
-def test_without_recommendations_generation_is_greedy(tmp_path):
-    defaults = _defaults(tmp_path, None)
-    assert defaults.eos_token_ids == {1}
-    assert _resolve(defaults) == GenerationConfig(temperature=0)
-    assert _resolve(defaults, seed=1).temperature == 0
-    assert _resolve(defaults, top_p=0.9).temperature == 1
-    assert _resolve(defaults, top_p=0.9, temperature=0).temperature == 0
-
-
-def test_recommendations_of_the_bundle_are_followed(tmp_path):
-    recommended = {
-        "temperature": 0.7,
-        "top_k": 40,
-        "top_p": 0.9,
-        "min_p": 0.01,
-        "repetition_penalty": 1.1,
-        "no_repeat_ngram_size": 4,
-        "min_new_tokens": 2,
-        "max_new_tokens": 5,
-    }
-    defaults = _defaults(tmp_path, recommended | {"do_sample": True, "eos_token_id": [2, 3]})
-    assert defaults.eos_token_ids == {2, 3}
-    assert defaults.ignored == ()
-    assert _resolve(defaults).given() == recommended
-    given = {"temperature": 0, "top_k": 3, "max_new_tokens": 9, "seed": 1}
-    assert _resolve(defaults, **given).given() == recommended | given
-
-
-def test_sampling_that_is_not_recommended_is_not_done(tmp_path):
-    defaults = _defaults(tmp_path, {"do_sample": False, "temperature": 0.7, "top_k": 0})
-    assert _resolve(defaults).temperature == 0
-    assert _resolve(defaults, min_p=0.1).temperature == 0.7
-    assert _resolve(defaults, temperature=0.3).top_k is None
-
-
-def test_a_sampler_of_the_caller_replaces_what_is_recommended(tmp_path):
-    recommended = {"do_sample": True, "temperature": 0.7, "top_k": 4, "max_new_tokens": 5}
-    options = _resolve(_defaults(tmp_path, recommended), sampler=np.argmax)
-    assert options.given() == {"max_new_tokens": 5, "sampler": np.argmax}
-
-
-@pytest.mark.parametrize(
-    ("generation", "message"),
-    [
-        ({"top_p": 7}, r"generation_config\.json: top_p must be"),
-        ({"temperature": 10**400}, r"generation_config\.json: temperature must be"),
-        ({"do_sample": "true"}, r"generation_config\.json: do_sample must be true or false"),
-        ({"do_sample": 1}, r"generation_config\.json: do_sample must be true or false"),
-        ({"min_new_tokens": "x"}, r"generation_config\.json: min_new_tokens must be"),
-        ({"eos_token_id": "x"}, "eos_tok"),
-        ({"eos_token_id": [True]}, "eos_tok"),
-    ],
-)
-def test_recommendations_that_make_no_sense_are_refused(tmp_path, generation, message):
-    with pytest.raises(BundleError, match=message):
-        _defaults(tmp_path, generation)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("num_beams", 4),
-        ("typical_p", 0.9),
-        ("bad_words_ids", [[5]]),
-        ("suppress_tokens", [5]),
-        ("begin_suppress_tokens", [5]),
-        ("forced_bos_token_id", 0),
-        ("forced_eos_token_id", 1),
-        ("exponential_decay_length_penalty", [5, 1.1]),
-        ("stop_strings", ["x"]),
-        ("max_length", 100),
-        ("min_length", 5),
-        ("penalty_alpha", 0.6),
-        ("diversity_penalty", 0.5),
-        ("guidance_scale", 1.5),
-        ("epsilon_cutoff", 3e-4),
-        ("eta_cutoff", 3e-4),
-        ("watermarking_config", {"greenlist_ratio": 0.25}),
-        ("sequence_bias", [[[5], 1.0]]),
-        ("dola_layers", "low"),
-        ("max_time", 5.0),
-        ("an_option_of_the_future", 0),
-    ],
-)
-def test_what_is_asked_for_and_not_done_is_named(tmp_path, name, value):
-    assert ignored_fields({name: value, "temperature": 0.5}) == (name,)
-    assert _defaults(tmp_path, {"zzz": 1, name: value}).ignored == tuple(sorted([name, "zzz"]))
-    assert ignored_fields({name: None}) == ignored_fields({name: False}) == ()
-
-
-def test_what_changes_nothing_is_not_named():
-    written = transformers.GenerationConfig(
-        use_cache=True,
-        cache_implementation="static",
-        pad_token_id=0,
-        bos_token_id=0,
-        output_scores=True,
-        return_dict_in_generate=True,
-    ).to_dict()
-    assert ignored_fields(written | {"_from_model_config": True}) == ()
-    filled_in_by_older_releases = {
-        "max_length": 20,
-        "min_length": 0,
-        "num_beams": 1,
-        "num_beam_groups": 1,
-        "typical_p": 1.0,
-        "diversity_penalty": 0.0,
-        "length_penalty": 1.0,
-        "encoder_no_repeat_ngram_size": 0,
-        "num_return_sequences": 1,
-    }
-    assert ignored_fields(filled_in_by_older_releases) == ()
 
 
 # --- what each option does ----------------------------------------------------------------

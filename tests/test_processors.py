@@ -87,29 +87,14 @@ def test_presence_and_frequency_count_what_was_generated(tokens, prompt, presenc
     np.testing.assert_allclose(result, expected, atol=1e-4)
 
 
-@settings(max_examples=60, deadline=None)
-@given(tokens=st.lists(st.integers(0, 5), min_size=2, max_size=20), seed=st.integers(0, 99))
-def test_all_together_are_in_the_order_of_transformers(tokens, seed):
-    options = GenerationConfig(
-        logit_bias={1: 4.0, 3: -2.0},
-        repetition_penalty=1.5,
-        no_repeat_ngram_size=2,
-        min_new_tokens=8,
-        processors=[lambda tokens, logits: logits * 2],
-    )
-    logits = _logits(seed)
-    expected = torch.from_numpy(logits.copy())[None]
-    for theirs in (
-        hf.SequenceBiasLogitsProcessor([[[1], 4.0], [[3], -2.0]]),
-        hf.RepetitionPenaltyLogitsProcessor(1.5),
-        hf.NoRepeatNGramLogitsProcessor(2),
-        hf.MinNewTokensLengthLogitsProcessor(2, 8, [0]),
-    ):
-        expected = theirs(torch.tensor(tokens)[None], expected)
-    result = logits.copy()
-    for process in processors.make_processors(options, 2, {0}):
-        result = process(np.array(tokens), result)
-    np.testing.assert_allclose(result, 2 * expected[0].numpy(), rtol=1e-6)
+def test_those_of_the_caller_are_the_last():
+    def own(tokens, logits):
+        return logits
+
+    options = GenerationConfig(suppress_tokens=[1], repetition_penalty=2, processors=[own])
+    made = processors.make_processors(options, [1, 2], 9, {0})
+    assert len(made) == 3
+    assert made[-1] is own
 
 
 @pytest.mark.parametrize(
@@ -119,11 +104,21 @@ def test_all_together_are_in_the_order_of_transformers(tokens, seed):
         {"temperature": 0.5, "top_k": 3, "seed": 1, "stop": "x", "max_new_tokens": 3},
         {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0},
         {"no_repeat_ngram_size": 0, "min_new_tokens": 0, "logit_bias": {}, "processors": []},
+        {
+            "sequence_bias": [],
+            "bad_words_ids": [],
+            "suppress_tokens": [],
+            "forced_eos_token_id": [],
+        },
+        {"min_length": 3, "remove_invalid_values": False, "encoder_repetition_penalty": 1},
+        # For prompts of one token.
+        {"forced_bos_token_id": 2},
     ],
 )
 def test_options_that_change_no_logits_make_no_processor(options):
-    assert processors.make_processors(GenerationConfig(**options), 1, {1}) == ()
+    assert processors.make_processors(GenerationConfig(**options), [4, 5, 6], 9, {1}) == ()
 
 
 def test_where_nothing_ends_a_text_nothing_is_ruled_out():
-    assert processors.make_processors(GenerationConfig(min_new_tokens=3), 1, ()) == ()
+    options = GenerationConfig(min_new_tokens=3, exponential_decay_length_penalty=(1, 2.0))
+    assert processors.make_processors(options, [1], 9, ()) == ()

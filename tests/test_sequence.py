@@ -29,6 +29,11 @@ def _logits(*tokens: int) -> np.ndarray:
         ({"temperature": 0.0, "top_k": 5}, 1),
         ({"temperature": 1.0, "top_k": 5}, 5),
         ({"temperature": 1.0, "top_k": 5, "top_p": 0.5}, 5),
+        ({"temperature": 1.0, "top_k": 5, "typical_p": 0.5}, 5),
+        ({"temperature": 1.0, "top_k": 0}, None),
+        # It comes before top_k, and looks at no more.
+        ({"temperature": 1.0, "top_k": 5, "top_h": 0.5}, 100),
+        ({"temperature": 1.0, "typical_p": 0.5}, None),
         ({"temperature": 1.0}, None),
         ({"temperature": 1.0, "top_p": 0.5}, None),
         ({"temperature": 0.0, "logprobs": True}, None),
@@ -44,11 +49,14 @@ def test_how_many_of_the_largest_logits_it_looks_at(options, candidates):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_largest_logits_are_enough(seed):
+@pytest.mark.parametrize(
+    "filters", [{"top_k": 7, "top_p": 0.9}, {"top_k": 7, "typical_p": 0.8}, {"top_h": 0.9}]
+)
+def test_the_largest_logits_are_enough(seed, filters):
     logits = np.random.default_rng(seed).normal(size=VOCAB).astype(np.float32)
-    options = GenerationConfig(temperature=2.0, top_k=7, top_p=0.9, seed=seed)
+    options = GenerationConfig(temperature=2.0, seed=seed, **filters)
     whole, part = (GeneratedSequence([3], 9, options, number=2) for _ in range(2))
-    ids = np.sort(np.argsort(logits)[-7:])
+    ids = np.sort(np.argsort(logits)[-part.candidates :])
     for _ in range(9):
         assert whole.choose(logits) == part.choose(TopLogits(ids, logits[ids]))
 

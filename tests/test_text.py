@@ -1,4 +1,4 @@
-"""Text that grows token by token, and stop strings in it."""
+"""The tokenizer, and text that grows token by token."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
 from doge_onnx.errors import BundleError, InputError
-from doge_onnx.runtime.text.tokenizer import StopFinder, TextStream, Tokenizer
+from doge_onnx.runtime.text.tokenizer import TextStream, Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -172,46 +172,6 @@ def test_truncation_and_padding_of_the_file_do_not_touch_a_prompt(tmp_path):
 def test_a_lone_surrogate_is_refused(byte_level):
     with pytest.raises(InputError, match="surrogate at position 1"):
         byte_level.encode("a\ud800")
-
-
-def _stopped(stops, pieces) -> tuple[str, bool]:
-    finder = StopFinder(stops)
-    text = "".join(finder.push(piece) for piece in pieces)
-    return text + finder.flush(), finder.found
-
-
-def _expected(stops, text) -> tuple[str, bool]:
-    """By definition: read character by character until a stop string is complete."""
-    for end in range(1, len(text) + 1):
-        ended = [stop for stop in stops if text[:end].endswith(stop)]
-        if ended:
-            return text[: end - len(max(ended, key=len))], True
-    return text, False
-
-
-@settings(max_examples=300)
-@given(
-    text=st.text("ab", max_size=12),
-    stops=st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
-    data=st.data(),
-)
-def test_stop_strings_are_found_however_the_text_is_cut(text, stops, data):
-    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=5)))
-    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-    assert _stopped(stops, pieces) == _expected(stops, text)
-
-
-def test_only_what_may_become_a_stop_string_is_held_back():
-    finder = StopFinder(["STOP"])
-    assert [finder.push(p) for p in ("abS", "T", "x", "yST", "OP more")] == [
-        "ab",
-        "",
-        "STx",
-        "y",
-        "",
-    ]
-    assert finder.found
-    assert finder.push("after") == "" == finder.flush()
 
 
 def test_a_tokenizer_gives_text_back(byte_level):

@@ -26,6 +26,7 @@ from doge_onnx.runtime.engine import state
 from doge_onnx.runtime.generation import config as options
 from doge_onnx.runtime.generation import output as completion
 from doge_onnx.runtime.generation import processors, sampling
+from doge_onnx.runtime.generation.option import Option
 from doge_onnx.runtime.text import tokenizer
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -78,6 +79,7 @@ TYPES = {
 INTERNAL = {
     "Completion.join",
     "GenerationConfig.given",
+    "GenerationConfig.token_ids",
     "Manifest.from_json",
     "Spread.of",
     "State.belongs_to",
@@ -189,7 +191,7 @@ def _options() -> str:
     """The options of generation as the attributes of their class."""
     items = []
     for field in dataclasses.fields(options.GenerationConfig):
-        option: options.Option = field.metadata["option"]
+        option: Option = field.metadata["option"]
         items.append(
             f"- `{field.name}` (`{field.type}`): {option.help} {_capitalized(option.words)}. "
             f"Default: {option.default}.\n"

@@ -11,50 +11,39 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from doge_onnx import text_files
 from doge_onnx.errors import CheckpointError
+from doge_onnx.export import adapter as adapters
+from doge_onnx.export import tokenizer_conversion, tokenizer_files
 from doge_onnx.export.model_config import CONFIG_NAME, DEFAULT_WINDOW, DogeConfig
+from doge_onnx.export.tensor_files import Header, read_header, read_tensors
+from doge_onnx.export.tensor_names import canonical_name, unwrapped
 from doge_onnx.hub_errors import fetching
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 # Read for its license; a bundle has a card of its own.
 CARD_NAME = "README.md"
-# What a bundle takes over from its checkpoint, unchanged.
-SIDE_FILES = (
+# What is fetched from the Hub beside the weights.
+_SIDE_FILES = (
     CONFIG_NAME,
     "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
+    *tokenizer_files.NAMES,
+    *tokenizer_conversion.OLDER_FILES,
+    adapters.CONFIG_NAME,
+    CARD_NAME,
 )
 
-_DTYPES = ("BF16", "F16", "F32")
+# Parts of names that only a model with an adapter has.
+_UNMERGED = re.compile(r"\.(base_layer|lora_[A-Za-z]\w*|modules_to_save|original_module)(\.|$)")
 _PICKLES = ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt")
-
-# The remote-code layout's names, as (pattern, canonical name).
-_OLDER_NAMES = (
-    (r"^word_embed\.", "embed_tokens."),
-    (r"^final_layernorm\.", "norm."),
-    (r"\.pre_layernorm\.", ".input_layernorm."),
-    (r"\.post_layernorm\.", ".post_attention_layernorm."),
-    (r"\.pre_residual\.weight$", ".input_residual"),
-    (r"\.post_residual\.weight$", ".post_attention_residual"),
-    (r"\.feed_forward\.", ".mlp."),
-)
-# Tensors that have no effect: a buffer that some checkpoints saved, and a router bias that the
-# authors' own conversion to the native layout drops as well.
-_IGNORED_NAMES = re.compile(r"rotary_emb\.|\.mlp\.router_gate\.bias$")
 
 
 @dataclass(frozen=True)
@@ -65,11 +54,13 @@ class Source:
         directory: The files.
         model: The Hub id, or the directory's own name.
         revision: The Hub's commit, or None for a local directory.
+        adapter: The adapter that is merged into it, or None for none.
     """
 
     directory: Path
     model: str
     revision: str | None
+    adapter: Source | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +75,8 @@ class Checkpoint:
             checkpoints, the query heads.
         qk_norm: Whether queries and keys are normalised; in older checkpoints they are not.
         native_names: Whether the tensors have their transformers-native names.
+        as_saved: Whether transformers finds the same tensors in the checkpoint: nothing wraps
+            their names, and no adapter was merged.
     """
 
     config: DogeConfig
@@ -91,6 +84,7 @@ class Checkpoint:
     gate_heads: int
     qk_norm: bool
     native_names: bool
+    as_saved: bool = True
 
     @property
     def is_native(self) -> bool:
@@ -109,16 +103,39 @@ class Checkpoint:
         return sum(tensor.numel() for tensor in self.tensors.values())
 
 
-def find(model: str | Path, revision: str | None = None) -> Source:
+def find(
+    model: str | Path, revision: str | None = None, adapter: str | Path | None = None
+) -> Source:
     """Find a checkpoint: a local directory, or else a model of the Hub, fetched if need be.
 
     Of the Hub's files only the config, the tokenizer, the model card and safetensors are
     fetched, into the Hub's own cache.
 
+    Args:
+        model: The directory, or the id.
+        revision: Branch, tag or commit of a model on the Hub.
+        adapter: An adapter that is merged into it, found in the same way.
+
     Raises:
-        CheckpointError: There is no such directory or model, or the Hub cannot be reached
-            or refuses.
+        CheckpointError: There is no such directory or model, or it is an adapter itself, or the
+            Hub cannot be reached or refuses.
     """
+    source = _find(model, revision)
+    if adapters.is_adapter(source.directory) and adapter is None:
+        if (source.directory / CONFIG_NAME).is_file():
+            raise CheckpointError(
+                f"{model} holds an adapter beside its weights ({adapters.CONFIG_NAME}): name it as "
+                "the adapter to merge it, or move it away"
+            )
+        base = adapters.base_of(source.directory) or "its base model"
+        raise CheckpointError(
+            f"{model} is an adapter, not a whole model: export {base}, and name {model} as its "
+            "adapter"
+        )
+    return source if adapter is None else replace(source, adapter=_find(adapter, None))
+
+
+def _find(model: str | Path, revision: str | None) -> Source:
     if not str(model):
         raise CheckpointError("no model is named: give a directory or the id of one on the Hub")
     path = Path(model)
@@ -132,7 +149,7 @@ def find(model: str | Path, revision: str | None = None) -> Source:
         snapshot = snapshot_download(
             str(model),
             revision=revision,
-            allow_patterns=[*SIDE_FILES, "*.safetensors", INDEX_NAME, CARD_NAME],
+            allow_patterns=[*_SIDE_FILES, "*.safetensors", INDEX_NAME],
             # Intermediate training states sit in subdirectories, with weights of their own.
             ignore_patterns=["*/*"],
         )
@@ -147,32 +164,46 @@ def _is_dir(path: Path) -> bool:
         return False
 
 
+def read_source(
+    source: Source,
+    progress: Callable[[str], None] = lambda _: None,
+    ignore: Collection[str] = (),
+) -> Checkpoint:
+    """Read what `find` found, with its adapter merged; see `read`."""
+    adapter = None if source.adapter is None else source.adapter.directory
+    return read(source.directory, progress, ignore, adapter)
+
+
 def read(
     directory: Path,
     progress: Callable[[str], None] = lambda _: None,
     ignore: Collection[str] = (),
+    adapter: Path | None = None,
 ) -> Checkpoint:
     """Read a checkpoint's config and all its tensors, checked for name, shape and content.
 
     Args:
         directory: The checkpoint.
-        progress: Called with a few words when a file is read.
+        progress: Called with a few words when a step begins.
         ignore: Fields of the config to do without; see `DogeConfig.from_file`.
+        adapter: Directory of an adapter to merge into it.
 
     Raises:
         ConfigError: The config makes no sense, or is not a Doge model's.
         CheckpointError: There are no safetensors, or a file is missing, truncated or
-            corrupted, or a tensor is missing, unknown, of the wrong shape or not finite.
+            corrupted, or a tensor is missing, unknown, of the wrong shape or not finite; or the
+            adapter cannot be read or does not fit.
     """
     config = DogeConfig.from_file(directory / CONFIG_NAME, ignore)
-    headers: dict[str, _Header] = {}
+    headers: dict[str, Header] = {}
     for path in _weight_files(directory):
-        for name, header in _read_header(path).items():
+        for name, header in read_header(path).items():
             if name in headers:
                 raise CheckpointError(f"{path}: tensor {name} is in {headers[name].path.name} too")
             headers[name] = header
     _refuse_retrieval_moe(headers)
-    entries: dict[str, _Header] = {}
+    _refuse_unmerged_adapter(headers)
+    entries: dict[str, Header] = {}
     for name, header in headers.items():
         canonical = canonical_name(name)
         if canonical is None:
@@ -197,16 +228,17 @@ def read(
         by_file.setdefault(header.path, []).append(canonical)
     for path, names in by_file.items():
         progress(f"reading {path.name}")
-        tensors.update(_read_tensors(path, {name: entries[name].name for name in names}))
+        tensors.update(read_tensors(path, {name: entries[name].name for name in names}))
     if head is not None:
-        copy = _read_tensors(head.path, {"lm_head.weight": head.name})["lm_head.weight"]
+        copy = read_tensors(head.path, {"lm_head.weight": head.name})["lm_head.weight"]
         if not torch.equal(copy, tensors["embed_tokens.weight"]):
             raise CheckpointError(
                 f"{head.path}: tensor {head.name} differs from the embedding, but the config says "
                 "that they are tied (tie_word_embeddings)"
             )
-    native_names = all(
-        header.name.removeprefix("model.") == name for name, header in entries.items()
+    native_names = all(unwrapped(header.name) == name for name, header in entries.items())
+    as_saved = adapter is None and all(
+        unwrapped(name) == name.removeprefix("model.") for name in headers
     )
     if not config.generation.exp_gates and not (
         native_names and qk_norm and gate_heads == config.num_key_value_heads
@@ -215,18 +247,13 @@ def read(
             f"{directory} has tensors of older Doges, but the window_size in {CONFIG_NAME} is that "
             "of a newer one, which has other gates: it is not known what this model computes"
         )
+    if adapter is not None:
+        progress("merging the adapter")
+        adapters.merge(adapter, tensors, config.tie_word_embeddings)
     if native_names and config.keep_window_size is None:
         # dynamic_mask_ratio was left over from the older layout; transformers ignores it.
         config = replace(config, keep_window_size=DEFAULT_WINDOW)
-    return Checkpoint(config, tensors, gate_heads, qk_norm, native_names)
-
-
-def canonical_name(name: str) -> str | None:
-    """The transformers-native name of a tensor without "model.", or None if it is not needed."""
-    name = name.removeprefix("model.")
-    for pattern, replacement in _OLDER_NAMES:
-        name = re.sub(pattern, replacement, name)
-    return None if _IGNORED_NAMES.search(name) else name
+    return Checkpoint(config, tensors, gate_heads, qk_norm, native_names, as_saved)
 
 
 def _expected_shapes(
@@ -272,15 +299,6 @@ def _expected_shapes(
             yield prefix + "self_attn.k_norm.weight", [dim]
 
 
-@dataclass(frozen=True)
-class _Header:
-    """One tensor's entry in a safetensors file."""
-
-    path: Path
-    name: str
-    shape: tuple[int, ...]
-
-
 def _weight_files(directory: Path) -> list[Path]:
     if (directory / WEIGHTS_NAME).exists():
         return [directory / WEIGHTS_NAME]
@@ -308,32 +326,7 @@ def _weight_files(directory: Path) -> list[Path]:
     return [directory / name for name in sorted(names)]
 
 
-@contextmanager
-def _open_safetensors(path: Path) -> Iterator[safe_open]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is truncated or corrupted: {error}") from None
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from None
-
-
-def _read_header(path: Path) -> dict[str, _Header]:
-    headers = {}
-    with _open_safetensors(path) as file:
-        for name in file.keys():  # noqa: SIM118 - not a mapping, it only looks like one
-            entry = file.get_slice(name)
-            if entry.get_dtype() not in _DTYPES:
-                raise CheckpointError(
-                    f"{path}: tensor {name} has element type {entry.get_dtype()}; supported are "
-                    f"{', '.join(_DTYPES)}"
-                )
-            headers[name] = _Header(path, name, tuple(entry.get_shape()))
-    return headers
-
-
-def _refuse_retrieval_moe(headers: dict[str, _Header]) -> None:
+def _refuse_retrieval_moe(headers: dict[str, Header]) -> None:
     for name, header in headers.items():
         if re.search(r"\.(feed_forward|mlp)\.(queries|queries_proj|keys)(\.|$)", name):
             raise CheckpointError(
@@ -342,8 +335,17 @@ def _refuse_retrieval_moe(headers: dict[str, _Header]) -> None:
             )
 
 
+def _refuse_unmerged_adapter(headers: dict[str, Header]) -> None:
+    for name, header in headers.items():
+        if _UNMERGED.search(name):
+            raise CheckpointError(
+                f"{header.path}: tensor {name} is of a model with an adapter that was not merged; "
+                "save the adapter on its own and name it beside its base, or merge it with PEFT"
+            )
+
+
 def _check_shapes(
-    entries: dict[str, _Header], expected: Iterator[tuple[str, list[int]]], directory: Path
+    entries: dict[str, Header], expected: Iterator[tuple[str, list[int]]], directory: Path
 ) -> None:
     known = set()
     for name, shape in expected:
@@ -362,15 +364,3 @@ def _check_shapes(
             f"{unknown[0].path}: tensor {unknown[0].name} has no place in the model that "
             f"{CONFIG_NAME} describes"
         )
-
-
-def _read_tensors(path: Path, names: dict[str, str]) -> dict[str, Tensor]:
-    """Read the tensors of one file as float32; `names` maps canonical names to the file's."""
-    tensors = {}
-    with _open_safetensors(path) as file:
-        for canonical, name in names.items():
-            tensor = file.get_tensor(name).to(torch.float32)
-            if not torch.isfinite(tensor).all():
-                raise CheckpointError(f"{path}: tensor {name} holds values that are not finite")
-            tensors[canonical] = tensor
-    return tensors

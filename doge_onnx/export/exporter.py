@@ -107,6 +107,7 @@ def export(
     verify: bool = True,
     max_kl: float | None = None,
     revision: str | None = None,
+    adapter: str | Path | None = None,
     ignore_config_fields: Collection[str] = (),
     force: bool = False,
     progress: Callable[[str], None] | None = None,
@@ -136,6 +137,8 @@ def export(
             something is quantized, measure how much quality is lost.
         max_kl: Most that quantization may lose, in nats per token; None for no limit.
         revision: Branch, tag or commit of a model on the Hub.
+        adapter: A LoRA adapter in the format of PEFT, which is merged into the checkpoint: a
+            directory, or the id of one on the Hub.
         ignore_config_fields: Fields of config.json to do without: those that are not understood,
             and that the caller knows not to matter.
         force: Replace a bundle that exists at `out`.
@@ -163,14 +166,12 @@ def export(
         raise DeviceError(f"a loss in bf16 can be measured on CUDA only, and {missing}")
     graph = bundle.graph_name(layout, precision)
     bundle.check_destination(out, force)
-    source = checkpoints.find(model, revision)
-    notes: list[str] = []
-    sidecar.check(source, notes.append)
+    source = checkpoints.find(model, revision, adapter)
+    side_files = sidecar.read(source, ignore_config_fields)
+    notes = list(side_files.notes)
     taken_over = metadata.inherited(source, notes.append)
-    checkpoint = checkpoints.read(source.directory, report, ignore_config_fields)
+    checkpoint = checkpoints.read_source(source, report, ignore_config_fields)
     _check_ignored(ignore_config_fields, checkpoint.config)
-    notes += checkpoint.config.notes
-    notes += sidecar.unknown_tokens(source, checkpoint.config.vocab_size)
     if activations == "float16":
         half.check_weights(checkpoint)
     length = _context_length(context_length, checkpoint.config)
@@ -187,10 +188,10 @@ def export(
         ort_format.check_size(size)
     # The conversion needs the graph in both formats at once.
     copies = 2 if format == "ort" else 1
-    bundle.check_free_space(out.parent, copies * size + _SMALL_FILES_BYTES)
     parity, lost, unchecked = None, None, None
     parameters = checkpoint.parameters
     with bundle.writing(out, force) as directory:
+        bundle.check_free_space(directory.parent, copies * size + _SMALL_FILES_BYTES)
         # The step moves the tensors, so that memory never holds a large model twice. But a
         # quantized model is compared with its checkpoint, which then has to stay.
         own = checkpoint.shared() if quantized else checkpoint
@@ -227,18 +228,18 @@ def export(
             weights_read=read,
             state=_state_layout(built, checkpoint.config, chosen),
             graph=path.relative_to(directory).as_posix(),
-            source={"model": source.model, "revision": source.revision},
+            source=_origin(source),
             versions=_versions(),
             ignored_fields=checkpoint.config.ignored,
             notes=tuple(notes),
         )
-        sidecar.write(source, checkpoint.config, manifest, directory)
+        sidecar.write(side_files, source, checkpoint.config, manifest, directory)
         draft = Bundle.draft(directory, manifest)
         try:
             if verify and quantized:
                 lost = quality.measure(draft, checkpoint, progress=report)
             elif verify:
-                parity = compare(draft, source.directory, report)
+                parity = compare(draft, source, report)
         except DeviceError as error:
             if max_kl is not None:
                 raise
@@ -440,6 +441,14 @@ def _write_graph(
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise BundleError(f"the exported graph is not valid ONNX: {error}") from error
     return read
+
+
+def _origin(source: checkpoints.Source) -> dict[str, str | None]:
+    """What a manifest says of the checkpoint that a bundle was made from."""
+    origin = {"model": source.model, "revision": source.revision}
+    if source.adapter is not None:
+        origin |= {"adapter": source.adapter.model, "adapter_revision": source.adapter.revision}
+    return origin
 
 
 def _versions() -> dict[str, str]:

@@ -69,8 +69,7 @@ def genai_config(
             },
         },
         "search": {
-            **_search(config, generation, origin),
-            "max_length": manifest.context_length,
+            **_search(config, manifest, generation, origin),
             "past_present_share_buffer": state.in_place,
         },
     }
@@ -106,15 +105,37 @@ def _token_ids(config: DogeConfig, generation: dict[str, Any], origin: Path) -> 
     return ids
 
 
-def _search(config: DogeConfig, generation: dict[str, Any], origin: Path) -> dict[str, Any]:
-    """The sampling options that onnxruntime-genai has; its own defaults differ from the model's."""
+def _search(
+    config: DogeConfig, manifest: Manifest, generation: dict[str, Any], origin: Path
+) -> dict[str, Any]:
+    """The options of generation that onnxruntime-genai has and follows.
+
+    Its own defaults differ from the model's. What has no effect there is left out: limits of new
+    tokens, lists of tokens and all filters but top-k and top-p.
+    """
     defaults = Defaults.parse(generation, {}, origin)
-    options = defaults.recommended.given()
-    return {
+    options = defaults.recommended
+    search = {
         "do_sample": defaults.sample,
-        "temperature": options.get("temperature", 1.0),
+        "temperature": 1.0 if options.temperature is None else options.temperature,
         # 0 is no limit; a number above the size of the vocabulary is refused.
-        "top_k": min(options.get("top_k") or 0, config.vocab_size),
-        "top_p": options.get("top_p", 1.0),
-        "repetition_penalty": options.get("repetition_penalty", 1.0),
+        "top_k": min(options.top_k or 0, config.vocab_size),
+        "top_p": 1.0 if options.top_p is None else options.top_p,
+        "repetition_penalty": 1.0
+        if options.repetition_penalty is None
+        else options.repetition_penalty,
+        "max_length": manifest.context_length,
     }
+    if options.max_length is not None and options.max_new_tokens is None:
+        search["max_length"] = min(manifest.context_length, options.max_length)
+    if options.min_length and options.min_new_tokens is None:
+        search["min_length"] = options.min_length
+    if options.no_repeat_ngram_size:
+        search["no_repeat_ngram_size"] = options.no_repeat_ngram_size
+    beams = generation.get("num_beams")
+    if isinstance(beams, int) and beams > 1:
+        search["num_beams"] = beams
+        for name, kind in (("length_penalty", int | float), ("early_stopping", bool)):
+            if isinstance(generation.get(name), kind):
+                search[name] = generation[name]
+    return search

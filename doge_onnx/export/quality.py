@@ -33,6 +33,7 @@ def open_checkpoint(
     context_length: int,
     *,
     revision: str | None = None,
+    adapter: str | Path | None = None,
     ignore: Collection[str] = (),
     progress: Callable[[str], None] | None = None,
 ) -> EagerModel:
@@ -42,6 +43,7 @@ def open_checkpoint(
         reference: A directory, or the id of a model on the Hub.
         context_length: Most tokens that a text may have.
         revision: Branch, tag or commit of a model on the Hub.
+        adapter: An adapter to merge into it.
         ignore: Fields of its config to do without; see `DogeConfig.from_file`.
         progress: Called with a few words whenever a step begins.
 
@@ -49,8 +51,8 @@ def open_checkpoint(
         ConfigError: The config makes no sense, or is not a Doge model's.
         CheckpointError: The checkpoint cannot be found, fetched or read.
     """
-    source = checkpoints.find(reference, revision)
-    checkpoint = checkpoints.read(source.directory, progress or (lambda _: None), ignore)
+    source = checkpoints.find(reference, revision, adapter)
+    checkpoint = checkpoints.read_source(source, progress or (lambda _: None), ignore)
     return EagerModel(checkpoint, context_length, name=source.model)
 
 

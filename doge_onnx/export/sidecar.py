@@ -1,72 +1,103 @@
 """The files of a bundle beside its graph: copies from the checkpoint, and genai_config.json.
 
-Knows which files are copied and checks them. `genai` knows the content of genai_config.json, and
-`card` writes the model card.
+Knows which files are taken over, and what of them is checked. `genai` knows the content of
+genai_config.json, and `card` writes the model card.
 """
 
 from __future__ import annotations
 
-import codecs
 import json
-from collections.abc import Callable
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tokenizers
-
-from doge_onnx import text_files
 from doge_onnx.errors import BundleError, CheckpointError
-from doge_onnx.export import genai
-from doge_onnx.export.checkpoint import SIDE_FILES, Source
-from doge_onnx.export.model_config import DogeConfig
+from doge_onnx.export import consistency, genai, tokenizer_files
+from doge_onnx.export.checkpoint import Source
+from doge_onnx.export.json_files import read_object, without_mark
+from doge_onnx.export.model_config import CONFIG_NAME, DogeConfig
 from doge_onnx.manifest import Manifest
 from doge_onnx.runtime.generation.defaults import GENERATION_CONFIG_NAME, Defaults
 from doge_onnx.runtime.generation.token_ids import split_by_vocabulary
 
-TOKENIZER_NAME = "tokenizer.json"
+
+@dataclass(frozen=True)
+class SideFiles:
+    """What a bundle takes over from its checkpoint.
+
+    Attributes:
+        content: Files by name.
+        notes: What a user should know about them, a sentence each.
+    """
+
+    content: dict[str, bytes]
+    notes: tuple[str, ...]
 
 
-def check(source: Source, progress: Callable[[str], None]) -> None:
-    """Check the side files that the runtime needs, before the export does any work.
+def read(source: Source, ignore: Collection[str] = ()) -> SideFiles:
+    """Read and compare the side files, before the export does any work.
+
+    Args:
+        source: The checkpoint.
+        ignore: Fields of its config to do without; see `DogeConfig.from_file`.
 
     Raises:
-        CheckpointError: One of them cannot be read, or makes no sense.
+        CheckpointError: One of them cannot be read, makes no sense, or cannot work together with
+            another.
+        ConfigError: The config makes no sense, or is not a Doge model's.
     """
-    path = source.directory / GENERATION_CONFIG_NAME
-    if path.is_file():
-        try:
-            content = text_files.read_json(path)
-        except (OSError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"cannot read {path}: {error}") from None
-        if not isinstance(content, dict):
-            raise CheckpointError(f"{path} does not hold a JSON object")
-        try:
-            defaults = Defaults.parse(content, {}, source.directory)
-        except BundleError as error:
-            raise CheckpointError(str(error)) from None
-        if defaults.ignored:
-            ignored = ", ".join(defaults.ignored)
-            progress(f"{path.name} asks for {ignored}, which this package does not do")
-    tokenizer = source.directory / TOKENIZER_NAME
-    if not tokenizer.is_file():
-        progress(f"no {TOKENIZER_NAME}: the bundle will take token ids only")
-        return
+    config_path = source.directory / CONFIG_NAME
+    config = DogeConfig.from_file(config_path, ignore)
+    generation_path = source.directory / GENERATION_CONFIG_NAME
+    generation = read_object(generation_path)
     try:
-        tokenizers.Tokenizer.from_str(text_files.read(tokenizer))
-    # The library raises no more specific class.
-    except Exception as error:
-        raise CheckpointError(f"cannot read {tokenizer}: {error}") from None
+        fallback = {"eos_token_id": list(config.eos_token_ids)}
+        defaults = Defaults.parse(generation, fallback, source.directory, config.vocab_size)
+    except BundleError as error:
+        raise CheckpointError(str(error)) from None
+    notes = [*config.notes, *_unknown_tokens(generation, config.vocab_size)]
+    if defaults.ignored:
+        ignored = ", ".join(defaults.ignored)
+        notes.append(f"{generation_path.name} asks for {ignored}, which this package does not do")
+    if defaults.without_effect:
+        nothing = ", ".join(defaults.without_effect)
+        notes.append(
+            f"{generation_path.name} has values that make no sense and no difference: {nothing}"
+        )
+    adapter = source.adapter
+    own = adapter is not None and (adapter.directory / tokenizer_files.TOKENIZER_NAME).is_file()
+    # An adapter may have been trained with tokens and a chat template of its own.
+    tokenizer = tokenizer_files.read(
+        adapter.directory if adapter is not None and own else source.directory
+    )
+    if own:
+        notes.append("the tokenizer is the adapter's own")
+    if tokenizer.tokenizer is None:
+        notes.append(f"no {tokenizer_files.TOKENIZER_NAME}: the bundle takes token ids only")
+    if tokenizer.converted is not None:
+        notes.append(f"{tokenizer_files.TOKENIZER_NAME} was made from {tokenizer.converted}")
+    if tokenizer.completed:
+        notes.append(
+            f"{tokenizer_files.TOKENIZER_NAME} lacked tokens that {tokenizer_files.CONFIG_NAME} "
+            f"adds, and got them: {', '.join(map(repr, tokenizer.completed[:5]))}"
+        )
+    notes += consistency.compare(tokenizer, config, defaults.eos_token_ids)
+    content = {CONFIG_NAME: without_mark(config_path), **tokenizer.content}
+    if generation_path.is_file():
+        content[GENERATION_CONFIG_NAME] = without_mark(generation_path)
+    return SideFiles(content, tuple(notes))
 
 
-def unknown_tokens(source: Source, vocab_size: int) -> list[str]:
+def _unknown_tokens(generation: dict[str, Any], vocab_size: int) -> list[str]:
     """A sentence for each field of generation_config.json with the id of a token that is not there.
 
     Args:
-        source: The checkpoint, whose files were checked.
+        generation: The content of the file, which was checked.
         vocab_size: Of the model.
     """
     sentences = []
-    for name, value in _read_object(source.directory / GENERATION_CONFIG_NAME).items():
+    for name, value in generation.items():
         if not name.endswith("_token_id"):
             continue
         try:
@@ -83,25 +114,14 @@ def unknown_tokens(source: Source, vocab_size: int) -> list[str]:
     return sentences
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = text_files.read_json(path) if path.is_file() else {}
-    return content
-
-
-def write(source: Source, config: DogeConfig, manifest: Manifest, directory: Path) -> None:
+def write(
+    files: SideFiles, source: Source, config: DogeConfig, manifest: Manifest, directory: Path
+) -> None:
     """Write the files of a bundle into `directory`, except graph, manifest and model card."""
-    for name in SIDE_FILES:
-        path = source.directory / name
-        if path.is_file():
-            _copy(path, directory / name)
+    for name, content in files.content.items():
+        (directory / name).write_bytes(content)
     if genai.supported(manifest):
-        generation = _read_object(directory / GENERATION_CONFIG_NAME)
-        content = genai.genai_config(config, manifest, generation, source.directory)
-        text = json.dumps(content, indent=2) + "\n"
+        generation = read_object(directory / GENERATION_CONFIG_NAME)
+        genai_content = genai.genai_config(config, manifest, generation, source.directory)
+        text = json.dumps(genai_content, indent=2) + "\n"
         (directory / genai.CONFIG_NAME).write_text(text, encoding="utf-8", newline="\n")
-
-
-def _copy(source: Path, target: Path) -> None:
-    """Copy a file without the byte order mark that most readers of JSON refuse."""
-    data = source.read_bytes()
-    target.write_bytes(data.removeprefix(codecs.BOM_UTF8))

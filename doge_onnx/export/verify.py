@@ -9,8 +9,7 @@ the graph and the runtime, and the tests check the step itself.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +27,7 @@ from doge_onnx.export import checkpoint as checkpoints
 from doge_onnx.export.checkpoint import Checkpoint, Source
 from doge_onnx.export.eager import EagerModel, Past
 from doge_onnx.export.model_config import CONFIG_NAME, DogeConfig
+from doge_onnx.export.quiet import quiet_transformers
 from doge_onnx.export.torch_threads import thread_limit
 from doge_onnx.manifest import Manifest
 from doge_onnx.runtime.model import Model, load
@@ -120,6 +120,7 @@ def verify(
     *,
     device: str = "auto",
     reference_revision: str | None = None,
+    adapter: str | Path | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> ParityReport:
     """Compare a bundle with its checkpoint, and put the figures into the bundle's manifest.
@@ -131,6 +132,7 @@ def verify(
         reference: The checkpoint: a directory, or the id of a model on the Hub.
         device: Where the bundle runs: "auto", "cpu" or "cuda".
         reference_revision: Branch, tag or commit of a reference on the Hub.
+        adapter: The adapter that was merged into the checkpoint, if there was one.
         progress: Called with a few words whenever a step begins.
 
     Returns:
@@ -147,8 +149,8 @@ def verify(
             f"{opened.name} is quantized, and so differs from its checkpoint; evaluate it with "
             f"{reference} as the reference, which measures by how much"
         )
-    source = checkpoints.find(reference, reference_revision)
-    report = compare(opened, source.directory, progress or (lambda _: None), device)
+    source = checkpoints.find(reference, reference_revision, adapter)
+    report = compare(opened, source, progress or (lambda _: None), device)
     try:
         write_parity(opened, parity_figures(report, source))
     except BundleError as error:
@@ -163,12 +165,12 @@ def parity_figures(report: ParityReport, source: Source) -> dict[str, Any]:
 
 
 def compare(
-    bundle: Bundle, checkpoint: Path, progress: Callable[[str], None], device: str = "auto"
+    bundle: Bundle, source: Source, progress: Callable[[str], None], device: str = "auto"
 ) -> ParityReport:
-    """Compare a bundle, or a draft of one, with the checkpoint in a directory; see `verify`."""
+    """Compare a bundle, or a draft of one, with its checkpoint; see `verify`."""
     model = load(bundle, device)
     progress("loading the reference")
-    reference, config, room = _open_reference(checkpoint, model.manifest)
+    reference, config, room = _open_reference(source, model.manifest)
     progress("running the reference")
     truths = [
         _run_reference(reference, prompt, min(_GREEDY, room - len(prompt) + 1), config)
@@ -251,9 +253,10 @@ class _Reference(Protocol):
         """Logits `[V]` after one more token."""
 
 
-def _open_reference(directory: Path, manifest: Manifest) -> tuple[_Reference, DogeConfig, int]:
+def _open_reference(source: Source, manifest: Manifest) -> tuple[_Reference, DogeConfig, int]:
     """The reference, its config, and how many tokens a text of the comparison may have."""
-    checkpoint = checkpoints.read(directory, ignore=manifest.ignored_fields)
+    directory = source.directory
+    checkpoint = checkpoints.read_source(source, ignore=manifest.ignored_fields)
     config = checkpoint.config
     asked = (config.vocab_size, config.num_hidden_layers)
     got = (manifest.vocab_size, manifest.state.num_layers)
@@ -270,8 +273,10 @@ def _open_reference(directory: Path, manifest: Manifest) -> tuple[_Reference, Do
     if config.keep_window_size is not None and _has_equal_gates(checkpoint):
         # transformers drops an arbitrary one of equal gates from the window.
         room = min(room, config.keep_window_size)
+    # Where transformers finds the tensors by itself, what this package reads is checked as well.
+    tensors = None if checkpoint.as_saved else checkpoint.tensors
     del checkpoint
-    return _Transformers(directory, config), config, room
+    return _Transformers(directory, config, tensors), config, room
 
 
 def _has_equal_gates(checkpoint: Checkpoint) -> bool:
@@ -281,11 +286,19 @@ def _has_equal_gates(checkpoint: Checkpoint) -> bool:
 
 
 class _Transformers:
-    """The reference implementation."""
+    """The reference implementation.
+
+    Args:
+        directory: The checkpoint.
+        config: Its config.
+        tensors: Its tensors by canonical name, where they differ from those in the directory.
+    """
 
     description = f"transformers {transformers.__version__}, float32, eager"
 
-    def __init__(self, directory: Path, config: DogeConfig) -> None:
+    def __init__(
+        self, directory: Path, config: DogeConfig, tensors: dict[str, Tensor] | None
+    ) -> None:
         # It refuses a padding token that the vocabulary lacks.
         told: dict[str, Any] = {"pad_token_id": config.pad_token_id}
         # Versions below 5.0 do not read the RoPE fields that newer ones write.
@@ -293,19 +306,25 @@ class _Transformers:
             rope = config.rope
             scaling = {"rope_type": rope.kind, "factor": rope.factor}
             told |= {"rope_theta": rope.theta, "rope_scaling": scaling}
+        options: dict[str, Any] = {"attn_implementation": "eager", "dtype": torch.float32}
         try:
-            with _quiet_transformers():
+            with quiet_transformers():
                 # transformers itself reads no JSON with a byte order mark, so it gets the content.
                 fields = text_files.read_json(directory / CONFIG_NAME)
-                self._model = transformers.DogeForCausalLM.from_pretrained(
-                    directory,
-                    config=transformers.DogeConfig.from_dict({**fields, **told}),
-                    generation_config=transformers.GenerationConfig(),
-                    attn_implementation="eager",
-                    dtype=torch.float32,
-                    local_files_only=True,
-                    use_safetensors=True,
-                ).eval()
+                theirs = transformers.DogeConfig.from_dict({**fields, **told})
+                if tensors is None:
+                    model = transformers.DogeForCausalLM.from_pretrained(
+                        directory,
+                        config=theirs,
+                        generation_config=transformers.GenerationConfig(),
+                        local_files_only=True,
+                        use_safetensors=True,
+                        **options,
+                    )
+                else:
+                    model = transformers.AutoModelForCausalLM.from_config(theirs, **options)
+                    _fill(model, tensors)
+                self._model = model.eval()
         # It raises no more specific class, for values that are not what it expects among others.
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
@@ -324,6 +343,22 @@ class _Transformers:
         logits: Tensor = output.logits
         row: Array = logits[0, -1].numpy()
         return row
+
+
+def _fill(model: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Give a model of transformers the tensors of a checkpoint, by canonical name."""
+    named = {
+        name if name.startswith("lm_head.") else f"model.{name}": tensor
+        for name, tensor in tensors.items()
+    }
+    found = model.load_state_dict(named, strict=False)
+    # A head that is tied to the embedding is filled with it.
+    missing = [name for name in found.missing_keys if name != "lm_head.weight"]
+    if missing or found.unexpected_keys:
+        raise CheckpointError(
+            "transformers has other tensors than the checkpoint: "
+            f"{missing or found.unexpected_keys}"
+        )
 
 
 class _Step:
@@ -404,18 +439,3 @@ def _greedy_matches(model: Model, truth: _Truth, tolerance: float) -> int:
 
 def _difference(ours: Array, truth: Array) -> float:
     return float(np.abs(ours - truth).max())
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Keep transformers' progress bar and log messages off the terminal."""
-    level = transformers.logging.get_verbosity()
-    bars = transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(level)
-        if bars:
-            transformers.logging.enable_progress_bar()

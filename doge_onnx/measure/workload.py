@@ -15,13 +15,24 @@ from doge_onnx.runtime.generation.config import GenerationConfig
 from doge_onnx.runtime.generation.output import Completion
 from doge_onnx.runtime.model import Model
 
-# Greedy whatever the bundle recommends, and no token ends a text, so that each run has the number
-# of steps that the caller asked for.
+# Greedy whatever the bundle recommends, and nothing ends a text, so that each run has the number of
+# steps that the caller asked for, and no logits processor.
 _PLAIN = GenerationConfig(
     temperature=0,
     min_new_tokens=0,
+    max_time=1e9,
     repetition_penalty=1,
+    encoder_repetition_penalty=1,
     no_repeat_ngram_size=0,
+    encoder_no_repeat_ngram_size=0,
+    bad_words_ids=(),
+    suppress_tokens=(),
+    begin_suppress_tokens=(),
+    sequence_bias=(),
+    forced_bos_token_id=(),
+    forced_eos_token_id=(),
+    remove_invalid_values=False,
+    stop=(),
     ignore_eos=True,
 )
 

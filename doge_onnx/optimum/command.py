@@ -105,7 +105,6 @@ def _export(args: Any, parser: Any) -> None:
         parser.error(f"{args.output} holds files that are not of a bundle; choose another place")
     cli_output.note(f"exporting {args.model} with doge-onnx")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
         with cli_output.progress() as progress:
             # An earlier bundle is replaced, as Optimum overwrites its own files.
             report = doge_onnx.export(args.model, output, force=True, progress=progress, **options)

@@ -136,12 +136,14 @@ class Chat:
             answer = "".join(piece.text for piece in pieces)
             self.messages = [*messages, {"role": "assistant", "content": start + answer}]
             tokens = [i for piece in pieces for i in piece.token_ids]
-            if pieces and pieces[-1].finish_reason == "eos":
+            reason = pieces[-1].finish_reason if pieces else None
+            if reason in ("eos", "stop"):
                 # The template itself writes the end of the answer.
                 tokens.pop()
             self._text, self._tokens = text + answer, sequence.prompt + tokens
-            if self._tokenizer.decode(tokens) != answer:
-                # Some tokens are not in the text, such as those of a stop string.
+            # Some tokens may not be in the text: those of a stop string, which may be special.
+            hidden = reason == "stop" and not all(map(self._tokenizer.visible, tokens))
+            if hidden or self._tokenizer.decode(tokens) != answer:
                 self._text, self._tokens = "", []
 
     def _fit(self, messages: list[Message], begun: bool) -> tuple[list[Message], str, list[int]]:

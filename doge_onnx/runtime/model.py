@@ -295,16 +295,19 @@ class Model:
             BundleError: The chat template cannot be read.
         """
         options = self._options(config, overrides)
-        context_length = self.manifest.context_length
-        answer = context_length * _ANSWER_SHARE // 100
-        if options.max_new_tokens is not None:
-            answer = min(answer, options.max_new_tokens)
+        longest = self._longest(options)
+        room = None
+        if longest is not None:
+            answer = longest * _ANSWER_SHARE // 100
+            if options.max_new_tokens is not None:
+                answer = min(answer, options.max_new_tokens)
+            room = longest - answer
         return Chat(
             self._runner,
             self._prompts.template,
             self.tokenizer,
             lambda ids, turn: self._sequence(ids, options, turn),
-            context_length - answer if self._bounded else None,
+            room,
             system,
             template_variables,
         )
@@ -351,13 +354,26 @@ class Model:
         if not isinstance(config, GenerationConfig | None):
             raise InputError(f"config must be a GenerationConfig, not {type(config).__name__}")
         given = (config or GenerationConfig()).merged(**overrides)
-        for token_id in given.logit_bias or ():
+        for name, token_id in given.token_ids():
             if token_id >= self.manifest.vocab_size:
                 raise InputError(
-                    f"logit_bias has token id {token_id}, and the vocabulary has "
+                    f"{name} has token id {token_id}, and the vocabulary has "
                     f"{self.manifest.vocab_size} tokens"
                 )
-        return self._defaults.resolve(given)
+        options = self._defaults.resolve(given)
+        if options.stop and self._tokenizer is None:
+            raise InputError(
+                f"stop strings need text, and {self._bundle.path} has no tokenizer.json; use "
+                "stop_token_ids, or stop=[] for none"
+            )
+        return options
+
+    def _longest(self, options: GenerationConfig) -> int | None:
+        """Most tokens that prompt and text may have together; None if there is no limit."""
+        limits = [self.manifest.context_length] if self._bounded else []
+        if options.max_length is not None and options.max_new_tokens is None:
+            limits.append(options.max_length)
+        return min(limits, default=None)
 
     def _sequence(
         self, ids: list[int], options: GenerationConfig, number: int
@@ -370,14 +386,15 @@ class Model:
             number: Number of the prompt in its batch.
         """
         context_length = self.manifest.context_length
-        room = context_length - len(ids)
-        if room < 0 and self._bounded:
-            raise InputError(
-                f"the prompt has {len(ids)} tokens, more than the context length of "
-                f"{context_length}"
-            )
+        longest = self._longest(options)
+        if longest is not None and len(ids) > longest:
+            limit = f"the context length of {context_length}"
+            if longest != context_length or not self._bounded:
+                limit = f"max_length, which is {longest}"
+            raise InputError(f"the prompt has {len(ids)} tokens, more than {limit}")
         wanted = options.max_new_tokens
-        if self._bounded:
+        if longest is not None:
+            room = longest - len(ids)
             wanted = room if wanted is None else min(wanted, room)
         elif wanted is None:
             # Without this, only an end-of-text token would end the text.

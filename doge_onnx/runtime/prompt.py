@@ -115,10 +115,18 @@ class PromptReader:
             raise InputError("the prompt is empty; at least one token is needed")
         if all(isinstance(entry, str | list | tuple | np.ndarray) for entry in ids):
             raise InputError("this is a list of prompts; generate_batch takes those")
+        size = self._bundle.manifest.vocab_size
         for token_id in ids:
             if isinstance(token_id, bool) or not isinstance(token_id, int | np.integer):
                 raise InputError(f"token ids are whole numbers, not {type(token_id).__name__}")
-        checked: list[int] = token_matrix([ids], self._bundle.manifest.vocab_size)[0].tolist()
+            if token_id >= size and self._tokenizer is not None:
+                token = self._tokenizer.token(int(token_id))
+                if token is not None:
+                    raise InputError(
+                        f"the prompt has the token {token!r} ({token_id}), which the tokenizer "
+                        f"knows and the model does not: it has {size} tokens"
+                    )
+        checked: list[int] = token_matrix([ids], size)[0].tolist()
         return checked
 
     def _beginning(self) -> list[int]:

@@ -7,151 +7,31 @@ both from here. Does not know what a bundle recommends (`defaults`) or how an op
 
 from __future__ import annotations
 
-import math
-import numbers
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack, cast
 
 from doge_onnx.errors import InputError
+from doge_onnx.runtime.generation.option import (
+    LogitBias,
+    Option,
+    decay,
+    flag,
+    is_bias,
+    is_stop,
+    is_summand,
+    one_or_more_tokens,
+    option,
+    real,
+    sequence_biases,
+    token_lists,
+    tokens,
+    whole,
+)
 
 if TYPE_CHECKING:
     from doge_onnx.runtime.generation.processors import LogitsProcessor
     from doge_onnx.runtime.generation.sampling import Sampler
-
-# Added to logits, which are float32: sums of larger numbers would overflow.
-_LARGEST_SUMMAND = 1e30
-
-
-class LogitBias(Mapping[int, float]):
-    """An immutable mapping from token ids to the number that is added to the token's logit."""
-
-    def __init__(self, biases: Mapping[int, float]) -> None:
-        """Copy `biases`."""
-        self._biases = {int(token_id): float(bias) for token_id, bias in biases.items()}
-
-    def __getitem__(self, token_id: int) -> float:
-        return self._biases[token_id]
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._biases)
-
-    def __len__(self) -> int:
-        return len(self._biases)
-
-    def __hash__(self) -> int:
-        return hash(frozenset(self._biases.items()))
-
-    def __repr__(self) -> str:
-        return repr(self._biases)
-
-
-@dataclass(frozen=True)
-class Option:
-    """Describes a field of `GenerationConfig`.
-
-    Attributes:
-        words: The condition for a value, as error messages say it.
-        valid: Returns whether a value is valid.
-        store: Converts a valid value to the one that the object keeps.
-        help: What the option does.
-        default: What happens if neither the caller nor the bundle sets the option.
-        kind: Type of one value on the command line; None if the command line lacks the option.
-        several: Whether the command line accepts the option several times.
-        metavar: Name of a value in the help of the command line.
-        filters: Whether the option leaves only some tokens to sample from. It asks for sampling if
-            no temperature is given, and `sampling.FILTERS` has what it keeps.
-        recommended: Whether generation_config.json has it under the same name.
-    """
-
-    words: str
-    valid: Callable[[Any], bool]
-    store: Callable[[Any], Any]
-    help: str
-    default: str
-    kind: type | None = None
-    several: bool = False
-    metavar: str | None = None
-    filters: bool = False
-    recommended: bool = False
-
-
-def _option(*arguments: Any, **keywords: Any) -> dict[str, Option]:
-    return {"option": Option(*arguments, **keywords)}
-
-
-# `numbers` covers NumPy's types too. Python counts bools as numbers; these options do not.
-def _is_whole(value: object) -> bool:
-    return isinstance(value, numbers.Integral) and not _is_bool(value)
-
-
-def _is_real(value: object) -> bool:
-    if not isinstance(value, numbers.Real) or _is_bool(value):
-        return False
-    try:
-        return math.isfinite(value)
-    # A whole number that no float is large enough for.
-    except OverflowError:
-        return False
-
-
-def _is_summand(value: object) -> bool:
-    return _is_real(value) and abs(float(cast(float, value))) <= _LARGEST_SUMMAND
-
-
-def _is_bool(value: object) -> bool:
-    return isinstance(value, bool)
-
-
-def _whole(
-    least: int, help: str, default: str, metavar: str = "N", **more: bool
-) -> dict[str, Option]:
-    return _option(
-        f"a whole number, {least} or more",
-        lambda value: _is_whole(value) and value >= least,
-        int,
-        help,
-        default,
-        kind=int,
-        metavar=metavar,
-        **more,
-    )
-
-
-def _real(
-    words: str,
-    accept: Callable[[float], bool],
-    help: str,
-    default: str,
-    metavar: str,
-    **more: bool,
-) -> dict[str, Option]:
-    return _option(
-        words,
-        lambda value: _is_real(value) and accept(float(value)),
-        float,
-        help,
-        default,
-        kind=float,
-        metavar=metavar,
-        **more,
-    )
-
-
-def _flag(help: str) -> dict[str, Option]:
-    return _option("True or False", _is_bool, bool, help, "no", kind=bool)
-
-
-def _is_stop(value: Any) -> bool:
-    entries = [value] if isinstance(value, str) else value
-    return isinstance(entries, Sequence) and all(isinstance(e, str) and e for e in entries)
-
-
-def _is_bias(value: Any) -> bool:
-    return isinstance(value, Mapping) and all(
-        _is_whole(token_id) and token_id >= 0 and _is_summand(bias)
-        for token_id, bias in value.items()
-    )
 
 
 @dataclass(frozen=True, repr=False)
@@ -160,8 +40,8 @@ class GenerationConfig:
 
     An option that is None follows the bundle's generation_config.json, or else its default.
     Tokens are sampled if the temperature is above 0, or if there is no temperature but one of
-    top_k, top_p and min_p. Names and meanings are those of Hugging Face transformers, and for the
-    presence and frequency penalties those of OpenAI's API.
+    the options that say "sample from". Names and meanings are those of Hugging Face transformers,
+    and for the presence and frequency penalties those of OpenAI's API.
 
     Raises:
         InputError: An option is out of its range, or two options exclude each other.
@@ -169,22 +49,53 @@ class GenerationConfig:
 
     max_new_tokens: int | None = field(
         default=None,
-        metadata=_whole(
+        metadata=whole(
             0,
             "Most tokens to generate. The end of the context ends a text before that.",
             "up to the end of the context",
             recommended=True,
         ),
     )
+    max_length: int | None = field(
+        default=None,
+        metadata=whole(
+            1,
+            "Most tokens of prompt and text together. max_new_tokens takes its place.",
+            "the context length",
+            recommended=True,
+        ),
+    )
     min_new_tokens: int | None = field(
         default=None,
-        metadata=_whole(
+        metadata=whole(
             0, "Choose no end-of-text token before this many tokens.", "none", recommended=True
+        ),
+    )
+    min_length: int | None = field(
+        default=None,
+        metadata=whole(
+            0,
+            "Choose no end-of-text token before prompt and text have this many tokens. "
+            "min_new_tokens takes its place.",
+            "none",
+            kind=None,
+            recommended=True,
+        ),
+    )
+    max_time: float | None = field(
+        default=None,
+        metadata=real(
+            "a finite number, 0 or more",
+            lambda x: x >= 0,
+            "End a text with the first token after this many seconds of computation.",
+            "no limit",
+            "S",
+            recommended=True,
         ),
     )
     temperature: float | None = field(
         default=None,
-        metadata=_real(
+        metadata=real(
             "a finite number, 0 or more",
             lambda x: x >= 0,
             "0 always takes the most likely token (greedy); higher is more varied.",
@@ -195,9 +106,9 @@ class GenerationConfig:
     )
     top_k: int | None = field(
         default=None,
-        metadata=_whole(
-            1,
-            "Sample from the K most likely tokens.",
+        metadata=whole(
+            0,
+            "Sample from the K most likely tokens; 0 is no limit.",
             "no limit",
             "K",
             filters=True,
@@ -206,11 +117,10 @@ class GenerationConfig:
     )
     top_p: float | None = field(
         default=None,
-        metadata=_real(
-            "above 0 and at most 1",
-            lambda x: 0 < x <= 1,
-            "Sample from the most likely tokens that have probability P together, above 0 and at "
-            "most 1.",
+        metadata=real(
+            "between 0 and 1",
+            lambda x: 0 <= x <= 1,
+            "Sample from the most likely tokens that have probability P together, 0 to 1.",
             "all",
             "P",
             filters=True,
@@ -219,7 +129,7 @@ class GenerationConfig:
     )
     min_p: float | None = field(
         default=None,
-        metadata=_real(
+        metadata=real(
             "between 0 and 1",
             lambda x: 0 <= x <= 1,
             "Sample from tokens at least P times as likely as the best one, 0 to 1.",
@@ -229,9 +139,62 @@ class GenerationConfig:
             recommended=True,
         ),
     )
+    typical_p: float | None = field(
+        default=None,
+        metadata=real(
+            "above 0 and at most 1",
+            lambda x: 0 < x <= 1,
+            "Sample from the tokens that are about as surprising as expected, until they have "
+            "probability P together.",
+            "all",
+            "P",
+            filters=True,
+            recommended=True,
+        ),
+    )
+    top_h: float | None = field(
+        default=None,
+        metadata=real(
+            "above 0 and at most 1",
+            lambda x: 0 < x <= 1,
+            "Sample from the most likely of 100 tokens that have H times their entropy together.",
+            "all",
+            "H",
+            kind=None,
+            filters=True,
+            recommended=True,
+        ),
+    )
+    epsilon_cutoff: float | None = field(
+        default=None,
+        metadata=real(
+            "0 or more and below 1",
+            lambda x: 0 <= x < 1,
+            "Sample from tokens that are no less likely than this.",
+            "all",
+            "P",
+            kind=None,
+            filters=True,
+            recommended=True,
+        ),
+    )
+    eta_cutoff: float | None = field(
+        default=None,
+        metadata=real(
+            "0 or more and below 1",
+            lambda x: 0 <= x < 1,
+            "Sample from tokens that are no less likely than this, or than its square root by "
+            "exp(-entropy), if that is less.",
+            "all",
+            "P",
+            kind=None,
+            filters=True,
+            recommended=True,
+        ),
+    )
     repetition_penalty: float | None = field(
         default=None,
-        metadata=_real(
+        metadata=real(
             "between 1e-9 and 1e9",
             lambda x: 1e-9 <= x <= 1e9,
             "Above 1 makes tokens of the prompt and the text less likely; 1.1 is mild.",
@@ -242,9 +205,9 @@ class GenerationConfig:
     )
     presence_penalty: float | None = field(
         default=None,
-        metadata=_real(
+        metadata=real(
             "between -1e30 and 1e30",
-            _is_summand,
+            is_summand,
             "Subtracted from the logits of tokens that were generated before.",
             "none",
             "X",
@@ -252,65 +215,163 @@ class GenerationConfig:
     )
     frequency_penalty: float | None = field(
         default=None,
-        metadata=_real(
+        metadata=real(
             "between -1e30 and 1e30",
-            _is_summand,
+            is_summand,
             "Subtracted from the logit of a token once for each time that it was generated before.",
             "none",
             "X",
         ),
     )
+    encoder_repetition_penalty: float | None = field(
+        default=None,
+        metadata=real(
+            "between 1e-9 and 1e9",
+            lambda x: 1e-9 <= x <= 1e9,
+            "Above 1 makes tokens of the prompt more likely.",
+            "none",
+            "R",
+            kind=None,
+            recommended=True,
+        ),
+    )
     no_repeat_ngram_size: int | None = field(
         default=None,
-        metadata=_whole(
+        metadata=whole(
             0,
             "Let no N tokens follow each other twice, in prompt and text together.",
             "no limit",
             recommended=True,
         ),
     )
+    encoder_no_repeat_ngram_size: int | None = field(
+        default=None,
+        metadata=whole(
+            0,
+            "Let no N tokens follow each other that do so in the prompt.",
+            "no limit",
+            kind=None,
+            recommended=True,
+        ),
+    )
+    bad_words_ids: Sequence[Sequence[int]] | None = field(
+        default=None,
+        metadata=token_lists(
+            "Sequences of tokens that are never written. An end-of-text token alone is none.",
+            "none",
+            recommended=True,
+        ),
+    )
+    suppress_tokens: Sequence[int] | None = field(
+        default=None,
+        metadata=tokens(
+            "Never choose this token: an id, or the text of one token.",
+            "none",
+            kind=str,
+            several=True,
+            metavar="TOKEN",
+            recommended=True,
+        ),
+    )
+    begin_suppress_tokens: Sequence[int] | None = field(
+        default=None,
+        metadata=tokens("Do not begin with one of these tokens.", "none", recommended=True),
+    )
     logit_bias: Mapping[int, float] | None = field(
         default=None,
-        metadata=_option(
+        metadata=option(
             "a mapping of token ids to numbers between -1e30 and 1e30",
-            _is_bias,
+            is_bias,
             LogitBias,
             "Add BIAS to the logit of the token ID.",
             "none",
             kind=str,
             several=True,
             metavar="ID=BIAS",
+            token_ids=iter,
+        ),
+    )
+    sequence_bias: (
+        Mapping[tuple[int, ...], float] | Sequence[tuple[Sequence[int], float]] | None
+    ) = field(
+        default=None,
+        metadata=sequence_biases(
+            "For each sequence of tokens, what is added to the logit of its last token where the "
+            "others have just been written.",
+            "none",
+            recommended=True,
+        ),
+    )
+    forced_bos_token_id: int | Sequence[int] | None = field(
+        default=None,
+        metadata=one_or_more_tokens(
+            "Begin with this token, if the prompt is a single one.", "none", recommended=True
+        ),
+    )
+    forced_eos_token_id: int | Sequence[int] | None = field(
+        default=None,
+        metadata=one_or_more_tokens(
+            "Make the last token before the limit of the length this one.",
+            "none",
+            recommended=True,
+        ),
+    )
+    exponential_decay_length_penalty: tuple[int, float] | None = field(
+        default=None,
+        metadata=decay(
+            "(N, R): from the token N on, multiply the logits of end-of-text tokens by a power "
+            "of R that grows with each token, upwards if R is above 1.",
+            "none",
+            recommended=True,
+        ),
+    )
+    remove_invalid_values: bool | None = field(
+        default=None,
+        metadata=flag(
+            "Replace logits that are infinite or not a number.", kind=None, recommended=True
         ),
     )
     seed: int | None = field(
         default=None,
-        metadata=_whole(0, "The same seed gives the same text.", "another text each time"),
+        metadata=whole(0, "The same seed gives the same text.", "another text each time"),
     )
     stop: str | Sequence[str] | None = field(
         default=None,
-        metadata=_option(
+        metadata=option(
             "a string or several, none of them empty",
-            _is_stop,
+            is_stop,
             lambda value: (value,) if isinstance(value, str) else tuple(value),
-            "End before this text appears.",
+            "End before this text appears, special tokens included.",
             "none",
             kind=str,
             several=True,
             metavar="TEXT",
+            recommended=True,
+        ),
+    )
+    stop_token_ids: int | Sequence[int] | None = field(
+        default=None,
+        metadata=one_or_more_tokens(
+            "End with this token, which is not part of the text: an id, or the text of one token "
+            "such as '<|end_of_text|>'.",
+            "none besides end-of-text tokens",
+            kind=str,
+            several=True,
+            metavar="TOKEN",
         ),
     )
     ignore_eos: bool | None = field(
-        default=None, metadata=_flag("Go on behind an end-of-text token.")
+        default=None, metadata=flag("Go on behind an end-of-text token of the model.")
     )
     logprobs: bool | None = field(
         default=None,
-        metadata=_flag(
+        metadata=flag(
             "Report the natural logarithm of each token's probability, before options change it."
         ),
     )
     top_logprobs: int | None = field(
         default=None,
-        metadata=_whole(
+        metadata=whole(
             0,
             "Report the N most likely tokens beside each token, and all log-probabilities.",
             "none",
@@ -318,7 +379,7 @@ class GenerationConfig:
     )
     processors: Sequence[LogitsProcessor] | None = field(
         default=None,
-        metadata=_option(
+        metadata=option(
             "a list of logits processors, which are callable",
             lambda value: isinstance(value, Sequence) and all(map(callable, value)),
             tuple,
@@ -328,11 +389,11 @@ class GenerationConfig:
     )
     sampler: Sampler | None = field(
         default=None,
-        metadata=_option(
+        metadata=option(
             "callable",
             callable,
             lambda value: value,
-            "Chooses tokens in place of temperature, top_k, top_p and min_p.",
+            'Chooses tokens in place of temperature and the options that say "sample from".',
             "none",
         ),
     )
@@ -349,6 +410,10 @@ class GenerationConfig:
         for name in ("temperature", *option_names("filters")):
             if self.sampler is not None and getattr(self, name) is not None:
                 raise InputError(f"a sampler replaces {name}; give one of the two")
+        for name in ("forced_bos_token_id", "forced_eos_token_id"):
+            forced = set(getattr(self, name) or ())
+            if forced and forced <= set(self.suppress_tokens or ()):
+                raise InputError(f"suppress_tokens rules out all tokens of {name}")
 
     def __repr__(self) -> str:
         given = (f"{name}={value!r}" for name, value in self.given().items())
@@ -358,6 +423,14 @@ class GenerationConfig:
         """The options that are not None."""
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         return cast(GenerationOptions, {k: v for k, v in values.items() if v is not None})
+
+    def token_ids(self) -> Iterator[tuple[str, int]]:
+        """The token ids in all options, each with the name of its option."""
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            option: Option = entry.metadata["option"]
+            if value is not None and option.token_ids is not None:
+                yield from ((entry.name, token_id) for token_id in option.token_ids(value))
 
     def merged(self, **overrides: Unpack[GenerationOptions]) -> GenerationConfig:
         """A copy with some options replaced; an override that is None changes nothing.
@@ -377,18 +450,36 @@ class GenerationOptions(TypedDict, total=False):
     """The fields of `GenerationConfig`, as keyword arguments."""
 
     max_new_tokens: int | None
+    max_length: int | None
     min_new_tokens: int | None
+    min_length: int | None
+    max_time: float | None
     temperature: float | None
     top_k: int | None
     top_p: float | None
     min_p: float | None
+    typical_p: float | None
+    top_h: float | None
+    epsilon_cutoff: float | None
+    eta_cutoff: float | None
     repetition_penalty: float | None
     presence_penalty: float | None
     frequency_penalty: float | None
+    encoder_repetition_penalty: float | None
     no_repeat_ngram_size: int | None
+    encoder_no_repeat_ngram_size: int | None
+    bad_words_ids: Sequence[Sequence[int]] | None
+    suppress_tokens: Sequence[int] | None
+    begin_suppress_tokens: Sequence[int] | None
     logit_bias: Mapping[int, float] | None
+    sequence_bias: Mapping[tuple[int, ...], float] | Sequence[tuple[Sequence[int], float]] | None
+    forced_bos_token_id: int | Sequence[int] | None
+    forced_eos_token_id: int | Sequence[int] | None
+    exponential_decay_length_penalty: tuple[int, float] | None
+    remove_invalid_values: bool | None
     seed: int | None
     stop: str | Sequence[str] | None
+    stop_token_ids: int | Sequence[int] | None
     ignore_eos: bool | None
     logprobs: bool | None
     top_logprobs: int | None

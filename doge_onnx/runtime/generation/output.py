@@ -90,10 +90,10 @@ class Completion:
 
     Attributes:
         text: The text, without special tokens. A stop string that ended it is left out.
-        token_ids: All generated tokens, including the end-of-text token, or the tokens of the stop
-            string, that ended the text.
-        finish_reason: "eos" (an end-of-text token), "stop" (a stop string) or "length"
-            (max_new_tokens or the end of the context).
+        token_ids: All generated tokens, including the end-of-text token, the stop token, or the
+            tokens of the stop string, that ended the text.
+        finish_reason: "eos" (an end-of-text token), "stop" (a stop string or a stop token) or
+            "length" (a limit: max_new_tokens, max_length, max_time or the end of the context).
         prompt_tokens: Number of tokens of the prompt.
         logprobs: Natural log-probability of each token under the model's own distribution, before
             any option changes it; None if not asked for.

@@ -7,8 +7,9 @@ set.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +19,14 @@ from doge_onnx.runtime.engine.runner import TopLogits
 from doge_onnx.runtime.generation.config import GenerationConfig
 from doge_onnx.runtime.generation.output import FinishReason, Piece, Timings, TokenLogprob
 from doge_onnx.runtime.generation.processors import make_processors
-from doge_onnx.runtime.generation.sampling import largest, log_probabilities, sampler_of
-from doge_onnx.runtime.text.tokenizer import StopFinder, TextStream, Tokenizer
+from doge_onnx.runtime.generation.sampling import (
+    candidates,
+    largest,
+    log_probabilities,
+    sampler_of,
+)
+from doge_onnx.runtime.text.stops import StopFinder
+from doge_onnx.runtime.text.tokenizer import TextStream, Tokenizer
 
 
 class GeneratedSequence:
@@ -57,7 +64,11 @@ class GeneratedSequence:
         self.max_new_tokens = max_new_tokens
         self.cached_tokens = 0
         self._eos_token_ids = frozenset() if options.ignore_eos else frozenset(eos_token_ids)
-        self._processors = make_processors(options, len(prompt), self._eos_token_ids)
+        self._stop_token_ids = frozenset(cast(tuple[int, ...], options.stop_token_ids or ()))
+        self._max_seconds = math.inf if options.max_time is None else options.max_time
+        self._processors = make_processors(
+            options, prompt, max_new_tokens, self._eos_token_ids | self._stop_token_ids
+        )
         self._sampler = sampler_of(options, number)
         self._top_logprobs = options.top_logprobs or 0
         self._logprobs = bool(options.logprobs or self._top_logprobs)
@@ -65,8 +76,9 @@ class GeneratedSequence:
         self._copies = bool(self._processors) or options.sampler is not None
         self.candidates = None
         if not self._copies and not self._logprobs:
-            self.candidates = options.top_k if options.temperature else 1
+            self.candidates = candidates(options)
         self._tokens = _Tokens(prompt)
+        self._tokenizer = tokenizer
         self._text = None if tokenizer is None else TextStream(tokenizer, prompt)
         self._stops = StopFinder(options.stop or ())
         self._chosen = _Chosen(0, None, None)
@@ -111,20 +123,17 @@ class GeneratedSequence:
             self._prefill_seconds = seconds
         else:
             self._decode_seconds += seconds
-        text = ""
+        seconds_so_far = self._prefill_seconds + self._decode_seconds
         if token_id in self._eos_token_ids:
             self._finish_reason = "eos"
-        elif self._text is not None:
-            text = self._stops.push(self._text.push(token_id))
-        if self._finish_reason is None and self._generated == self.max_new_tokens:
+        elif token_id in self._stop_token_ids:
+            self._finish_reason = "stop"
+        elif self._generated == self.max_new_tokens or seconds_so_far > self._max_seconds:
             self._finish_reason = "length"
-        if self._finish_reason is not None and self._text is not None:
-            text += self._stops.push(self._text.flush())
+        text = self._new_text(token_id, ended=self._finish_reason in ("eos", "stop"))
         # A stop string goes before all other reasons: the text ends before this token.
         if self._stops.found:
             self._finish_reason = "stop"
-        if self._finish_reason is not None:
-            text += self._stops.flush()
         logprob, top = self._chosen.logprob, self._chosen.top
         return Piece(
             text,
@@ -134,6 +143,30 @@ class GeneratedSequence:
             self._finish_reason,
             None if self._finish_reason is None else self._timings(),
         )
+
+    def _new_text(self, token_id: int, ended: bool) -> str:
+        """The text that is certain with a new token.
+
+        Args:
+            token_id: The token.
+            ended: Whether the token ends the text, and is no part of it.
+        """
+        if self._text is None or self._tokenizer is None:
+            return ""
+        text = ""
+        if not ended:
+            text += self._stops.push(self._text.push(token_id))
+        if self._finish_reason is not None:
+            text += self._stops.push(self._text.flush())
+        if not self._tokenizer.visible(token_id):
+            # Stop strings may name special tokens, which the text does not have.
+            name = self._tokenizer.token(token_id) or ""
+            text += self._stops.push(self._text.held + name, hidden=True)
+            if self._stops.found:
+                text += self._text.flush()
+        if self._finish_reason is not None:
+            text += self._stops.flush()
+        return text
 
     def no_room(self) -> Piece:
         """End a sequence whose `max_new_tokens` is 0; returns its only piece."""

@@ -42,6 +42,25 @@ _MAX_BITS = 10_000
 _MAX_SIZE = 16_000_000
 
 
+def special_tokens(bundle: Bundle) -> dict[str, str]:
+    """The special tokens that a bundle's files name, by name such as "eos_token".
+
+    Raises:
+        BundleError: A file does not hold a JSON object.
+    """
+    config = bundle.read_json(_CONFIG_NAME)
+    if "added_tokens_decoder" not in config:
+        # An older tokenizer, whose special tokens are in a file of their own.
+        config |= bundle.read_json("special_tokens_map.json")
+    tokens = {}
+    for name in _TOKENS:
+        token = config.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            tokens[name] = token
+    return tokens
+
+
 class ChatTemplate:
     """A bundle's chat template: renders a conversation as the prompt that its model expects."""
 
@@ -77,16 +96,7 @@ class ChatTemplate:
                 raise BundleError(f"cannot read {path}: {error}") from None
         if source is None:
             return None
-        if "added_tokens_decoder" not in config:
-            # An older tokenizer, whose special tokens are in a file of their own.
-            config |= bundle.read_json("special_tokens_map.json")
-        tokens = {}
-        for name in _TOKENS:
-            token = config.get(name)
-            token = token.get("content") if isinstance(token, dict) else token
-            if isinstance(token, str):
-                tokens[name] = token
-        return cls(source, tokens, path)
+        return cls(source, special_tokens(bundle), path)
 
     def render(
         self,
@@ -444,3 +454,12 @@ def _raise_exception(message: str) -> None:
 
 def _strftime_now(form: str) -> str:
     return datetime.now().strftime(form)
+
+
+def parse(source: str) -> jinja2.nodes.Template:
+    """The syntax tree of a template, which is not run.
+
+    Raises:
+        jinja2.TemplateSyntaxError: It is no valid Jinja.
+    """
+    return _environment().parse(source)

@@ -1,4 +1,4 @@
-"""The tokenizer, streaming of text token by token, and stop strings.
+"""The tokenizer, and streaming of text token by token.
 
 Knows token ids and strings. Does not know the model or how tokens are chosen.
 """
@@ -95,6 +95,14 @@ class Tokenizer:
         token: str | None = self._tokenizer.id_to_token(token_id)
         return token
 
+    def token_id(self, text: str) -> int | None:
+        """The id of the token that has this text, or that the file spells so; None for several."""
+        token_id: int | None = self._tokenizer.token_to_id(text)
+        if token_id is not None:
+            return token_id
+        ids = self.encode(text, add_special_tokens=False)
+        return ids[0] if len(ids) == 1 else None
+
     def visible(self, token_id: int) -> bool:
         """Whether a token has text, that is, whether it is known and not special."""
         return token_id not in self._silent and self.token(token_id) is not None
@@ -136,6 +144,11 @@ class TextStream:
             return piece
         return ""
 
+    @property
+    def held(self) -> str:
+        """The text held back, which ends in half a character."""
+        return self._text[self._emitted :]
+
     def flush(self) -> str:
         """Return the text held back, even if it ends in half a character."""
         return self._emit(len(self._text))
@@ -151,46 +164,3 @@ class TextStream:
         self._context = len(self._window)
         self._text = self._tokenizer.decode(self._window)
         self._emitted = len(self._text) - pending
-
-
-class StopFinder:
-    """Ends a text before its first stop string, however the text is cut into pieces.
-
-    The first stop string is the one that is complete first; if several end at the same place, the
-    longest of them.
-    """
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = stops
-        self._held = ""
-        self.found = False
-
-    def push(self, text: str) -> str:
-        """Add text; returns the text that is certainly before any stop string."""
-        if self.found:
-            return ""
-        if not self._stops:
-            return text
-        text = self._held + text
-        matches = [
-            (start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0
-        ]
-        if matches:
-            self.found = True
-            self._held = ""
-            return text[: min(matches)[1]]
-        safe = len(text) - max(_overlap(text, stop) for stop in self._stops)
-        self._held = text[safe:]
-        return text[:safe]
-
-    def flush(self) -> str:
-        """Return the text held back, which did not become a stop string."""
-        held, self._held = self._held, ""
-        return held
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
-    return next(
-        size for size in range(min(len(stop) - 1, len(text)), -1, -1) if text.endswith(stop[:size])
-    )
