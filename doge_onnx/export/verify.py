@@ -172,8 +172,8 @@ def compare(
     progress("loading the reference")
     reference, config, room = _open_reference(source, model.manifest)
     progress("running the reference")
-    # Steps of one token are many small operators: a second thread mostly waits. At 160M a step takes
-    # 0.1 s with one thread, and on a busy machine five to ten times as long with two.
+    # Steps of one token are many small operators: a second thread mostly waits. At 160M a step
+    # takes 0.1 s with one thread, and on a busy machine five to ten times as long with two.
     with thread_limit(1):
         truths = [
             _run_reference(reference, prompt, min(_GREEDY, room - len(prompt) + 1), config)
