@@ -107,6 +107,12 @@ OTHERS: dict[str, Any] = {
     "my_comment": "trained on a rainy day",
     "license": "apache-2.0",
     "tags": ["small", "dog"],
+    "padding_side": "left",
+    "model_max_length": 4096,
+    "use_flash_attn": True,
+    "num_logits_to_keep": 1,
+    "patch_size": 16,
+    "transformers_weights": "model.safetensors",
     "whatever": None,
     "nothing": {},
     "empty": [],
@@ -151,6 +157,7 @@ UNKNOWN: dict[str, Any] = {
     "rope_interleaved": True,
     "attention_chunk_size": 64,
     "adapters": {"default": "lora"},
+    "transformers_weights": "other.safetensors",
 }
 
 
