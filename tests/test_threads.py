@@ -7,11 +7,11 @@ from pathlib import Path
 
 import fake_bundle
 import numpy as np
-import onnxruntime as ort
 import pytest
 
 import doge_onnx
 from doge_onnx.bundle import Bundle
+from doge_onnx.runtime.engine import session
 from doge_onnx.runtime.engine.session import open_session
 from doge_onnx.runtime.engine.threads import preferred_threads, usable_cores
 
@@ -115,13 +115,13 @@ def test_how_attention_is_computed(tmp_path, monkeypatch, heads, threads, dtype,
     if users is not None:
         monkeypatch.setenv(name, users)
     seen = []
-    make = ort.InferenceSession
+    make = session.GraphSession
 
     def recording(*args, **options):
         seen.append(os.environ.get(name))
         return make(*args, **options)
 
-    monkeypatch.setattr(ort, "InferenceSession", recording)
+    monkeypatch.setattr(session, "GraphSession", recording)
     config = {"num_attention_heads": heads}
     doge_onnx.load(fake_bundle.write(tmp_path / "b", config=config, dtype=dtype), threads=threads)
     assert seen == [expected]
