@@ -51,7 +51,8 @@ def counted(path: Path, tied: bool) -> tuple[int, int]:
         if tensor.name in defaults or tensor.name.startswith(("rotation.", "state.")):
             continue
         # The scales of tables, in the shape that their operator wants.
-        scales = len(tensor.dims) == 3 and tensor.dims[2] == 1
+        tables = (checkpoints.SMALL["vocab_size"], EXPERTS)
+        scales = len(tensor.dims) == 3 and tensor.dims[2] == 1 and tensor.dims[0] in tables
         expert = tensor.dims[:1] == [EXPERTS] and re.match(r"layers\.\d+\.mlp\.", tensor.name)
         if expert or (scales and tensor.dims[0] == EXPERTS):
             rows += PER_TOKEN * size // EXPERTS

@@ -251,8 +251,12 @@ class Attention(nn.Module):
         qk = qk.view(batch, length, rotated, dim)
         if self.qk_norm is not None:
             qk = self.ops.rms_norm(qk, self.qk_norm, self.eps)
-        steps = self.gate(h.to(self.A.dtype)).view(batch, length, rotated, self.heads.gates, -1)
-        steps = self.ops.log_sum_exp(steps) if self.pairs else F.softplus(steps.squeeze(-1))
+        shape = (batch, length, rotated, self.heads.gates)
+        steps = self.gate(h.to(self.A.dtype))
+        if self.pairs:
+            steps = self.ops.log_sum_exp(steps.view(*shape, 2))
+        else:
+            steps = F.softplus(steps.view(shape))
         gates = self.A * steps
         if self.exp_gates:
             gates = torch.exp(gates)
