@@ -482,9 +482,9 @@ PrefillChunk = Annotated[
     typer.Option(
         min=1,
         metavar="N",
-        help="Prompt tokens that go through the model at once: fewer need less memory. With fp32 "
-        "and int8 weights, the text does not depend on it from 3 on. Default: a number that is "
-        "fast.",
+        help="Prompt tokens that go through the model at once: fewer need less memory. The text "
+        "depends on it only where 'Batches and chunks' in docs/limits.md says so. Default: a "
+        "number that is fast.",
     ),
 ]
 Device = Annotated[
