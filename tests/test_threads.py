@@ -7,11 +7,11 @@ from pathlib import Path
 
 import fake_bundle
 import numpy as np
-import onnxruntime as ort
 import pytest
 
 import doge_onnx
 from doge_onnx.bundle import Bundle
+from doge_onnx.runtime.engine import session
 from doge_onnx.runtime.engine.session import open_session
 from doge_onnx.runtime.engine.threads import preferred_threads, usable_cores
 
@@ -70,6 +70,9 @@ def test_usable_cores(tmp_path, monkeypatch, processors, siblings, quota, expect
         ("5,2", 5),
         # More than there are, if somebody wants it.
         ("64", 64),
+        # More than a system can start.
+        ("99999", None),
+        ("9" * 5000, None),
         ("0", None),
         ("-1", None),
         ("", None),
@@ -89,6 +92,13 @@ def test_a_number_of_the_caller_comes_before_openmps_variable(tmp_path, monkeypa
     for asked, expected in ((None, 3), (1, 1)):
         options = open_session(bundle, threads=asked).get_session_options()
         assert options.intra_op_num_threads == expected
+
+
+@pytest.mark.parametrize("threads", [1025, 10**12])
+def test_a_number_that_no_system_can_start_is_refused(tmp_path, threads):
+    path = fake_bundle.write(tmp_path / "b")
+    with pytest.raises(doge_onnx.InputError, match="1024"):
+        doge_onnx.load(path, threads=threads)
 
 
 def test_where_the_system_does_not_say_onnx_runtime_chooses(monkeypatch):
@@ -115,13 +125,13 @@ def test_how_attention_is_computed(tmp_path, monkeypatch, heads, threads, dtype,
     if users is not None:
         monkeypatch.setenv(name, users)
     seen = []
-    make = ort.InferenceSession
+    make = session.GraphSession
 
     def recording(*args, **options):
         seen.append(os.environ.get(name))
         return make(*args, **options)
 
-    monkeypatch.setattr(ort, "InferenceSession", recording)
+    monkeypatch.setattr(session, "GraphSession", recording)
     config = {"num_attention_heads": heads}
     doge_onnx.load(fake_bundle.write(tmp_path / "b", config=config, dtype=dtype), threads=threads)
     assert seen == [expected]
