@@ -308,12 +308,25 @@ def test_values_that_are_not_finite_are_refused(directory, value, dtype):
     assert "not finite" in message
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float64, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 def test_other_element_types_are_refused(directory, dtype):
     edit(directory, lambda tensors: tensors.update({Q_PROJ: tensors[Q_PROJ].to(dtype)}))
     message = refusal(directory)
     assert f"tensor {Q_PROJ} has element type" in message
-    assert "BF16, F16, F32" in message
+    assert "BF16, F16, F32, F64" in message
+
+
+def test_double_precision_is_read_as_transformers_reads_it(directory):
+    edit(directory, lambda tensors: tensors.update({n: t.double() for n, t in tensors.items()}))
+    found = read(directory).tensors[Q_PROJ.removeprefix("model.")]
+    expected = checkpoints.reference(directory).state_dict()[Q_PROJ]
+    assert torch.equal(found, expected)
+
+
+def test_the_element_type_of_a_tensor_that_is_not_read_does_not_matter(directory):
+    table = {"model.rotary_emb.inv_freq": torch.arange(4)}
+    edit(directory, lambda tensors: tensors.update(table))
+    read(directory)
 
 
 def test_a_tensor_in_two_shards_is_refused(sharded):

@@ -341,7 +341,6 @@ def test_a_bundle_without_a_tokenizer_takes_and_gives_ids(tmp_path):
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ("", "prompt is empty"),
         ([], "prompt is empty"),
         ([[]], "generate_batch takes those"),
         (["a", ""], "generate_batch takes those"),
@@ -379,7 +378,6 @@ def test_wrong_prompts_are_refused(model, prompt, message):
         ([{"role": "user", "content": "x"}], "^prompt 0: a prompt must be text"),
         ([[4, 100], [5, 999_999]], r"^prompt 1: token id 999999 "),
         ([[4], [5], []], r"^prompt 2: the prompt is empty"),
-        (["a", ""], r"^prompt 1: the prompt is empty"),
         ([[[1]]], "^prompt 0: this is a list of prompts"),
     ],
 )

@@ -326,6 +326,15 @@ def _weight_files(directory: Path) -> list[Path]:
     return [directory / name for name in sorted(names)]
 
 
+def _renamed(name: str, entries: dict[str, Header]) -> str:
+    """What to do about a missing tensor that is there with an unknown prefix; "" if it is not."""
+    for found, header in entries.items():
+        if found.endswith(f".{name}"):
+            prefix = header.name.removesuffix(name)
+            return f", but has {header.name}: take {prefix!r} off the names of its tensors"
+    return ""
+
+
 def _refuse_retrieval_moe(headers: dict[str, Header]) -> None:
     for name, header in headers.items():
         if re.search(r"\.(feed_forward|mlp)\.(queries|queries_proj|keys)(\.|$)", name):
@@ -351,7 +360,9 @@ def _check_shapes(
     for name, shape in expected:
         known.add(name)
         if name not in entries:
-            raise CheckpointError(f"{directory} lacks the tensor {name} of shape {shape}")
+            raise CheckpointError(
+                f"{directory} lacks the tensor {name} of shape {shape}{_renamed(name, entries)}"
+            )
         header = entries[name]
         if list(header.shape) != shape:
             raise CheckpointError(
