@@ -19,7 +19,7 @@ from doge_onnx.runtime.engine.control_groups import processor_quota
 # ONNX Runtime reads this when it makes a session. There is no session option for it.
 _NO_FLASH_ATTENTION = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 _ENVIRONMENT_LOCK = threading.Lock()
-# ONNX Runtime starts as many as it is told to, until the system has none left, and then hangs.
+# Far more than any processor has. With 99999, `bench` on two cores had not ended after minutes.
 MOST_THREADS = 1024
 
 
