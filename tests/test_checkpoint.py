@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from doge_onnx.bundle import MANIFEST_NAME
 from doge_onnx.errors import CheckpointError, ConfigError
 from doge_onnx.export.checkpoint import read
 
@@ -126,6 +127,12 @@ def test_pickled_weights_are_never_read(directory, tmp_path):
     # It really is a trap.
     pickle.loads((directory / "pytorch_model.bin").read_bytes())
     assert marker.exists()
+
+
+def test_a_bundle_is_no_checkpoint(directory):
+    (directory / WEIGHTS).unlink()
+    (directory / MANIFEST_NAME).write_text("{}")
+    assert "is a bundle, exported already" in refusal(directory)
 
 
 def test_a_checkpoint_without_weights(directory):

@@ -19,6 +19,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from doge_onnx import text_files
+from doge_onnx.bundle import MANIFEST_NAME, is_bundle
 from doge_onnx.errors import CheckpointError
 from doge_onnx.export import adapter as adapters
 from doge_onnx.export import tokenizer_conversion, tokenizer_files
@@ -149,7 +150,7 @@ def _find(model: str | Path, revision: str | None) -> Source:
         snapshot = snapshot_download(
             str(model),
             revision=revision,
-            allow_patterns=[*_SIDE_FILES, "*.safetensors", INDEX_NAME],
+            allow_patterns=[*_SIDE_FILES, "*.safetensors", INDEX_NAME, MANIFEST_NAME],
             # Intermediate training states sit in subdirectories, with weights of their own.
             ignore_patterns=["*/*"],
         )
@@ -308,6 +309,11 @@ def _weight_files(directory: Path) -> list[Path]:
             raise CheckpointError(
                 f"{directory} has pickled weights only, which can run code when they are read; "
                 "convert them to safetensors first"
+            )
+        if is_bundle(directory):
+            raise CheckpointError(
+                f"{directory} is a bundle, exported already: run it as it is, or export the "
+                "checkpoint that it was made from"
             )
         raise CheckpointError(
             f"{directory} has no safetensors, neither {WEIGHTS_NAME} nor {INDEX_NAME}; pickled "
