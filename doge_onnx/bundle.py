@@ -153,6 +153,11 @@ def read_manifest(path: Path) -> Manifest:
     try:
         text = text_files.read(origin)
     except FileNotFoundError:
+        if not path.exists():
+            raise BundleError(
+                f"{path} is not a bundle: there is no such directory; ids of bundles on the Hub "
+                "look like user/model"
+            ) from None
         raise BundleError(
             f"{path} is not a bundle: it has no {MANIFEST_NAME}; make one with `doge-onnx export`"
         ) from None

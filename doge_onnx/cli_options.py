@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from doge_onnx import cli_input
+from doge_onnx.runtime.engine.threads import MOST_THREADS
 from doge_onnx.runtime.generation.config import GenerationConfig
 from doge_onnx.runtime.generation.option import Option
 
@@ -472,6 +473,7 @@ Threads = Annotated[
     int | None,
     typer.Option(
         min=1,
+        max=MOST_THREADS,
         metavar="N",
         help="CPU threads to use. Default: the number in OMP_NUM_THREADS, or else one for each "
         "core that this process may use.",
@@ -482,9 +484,9 @@ PrefillChunk = Annotated[
     typer.Option(
         min=1,
         metavar="N",
-        help="Prompt tokens that go through the model at once: fewer need less memory. With fp32 "
-        "and int8 weights, the text does not depend on it from 3 on. Default: a number that is "
-        "fast.",
+        help="Prompt tokens that go through the model at once: fewer need less memory. The text "
+        "depends on it only where 'Batches and chunks' in docs/limits.md says so. Default: a "
+        "number that is fast.",
     ),
 ]
 Device = Annotated[
@@ -537,6 +539,7 @@ JsonBench = Annotated[
 Repo = Annotated[
     str,
     typer.Argument(
+        parser=cli_input.text,
         metavar="REPO",
         help="Repository on the Hugging Face Hub, such as user/model; created if it does not "
         "exist.",

@@ -31,6 +31,8 @@ def fetching(model: str, revision: str | None, error_type: type[DogeOnnxError]) 
         revision: As the user named it.
         error_type: Raised for whatever the network or the Hub refuses.
     """
+    if revision == "":
+        raise error_type(f"the revision of {model} is empty: name a branch, tag or commit, or none")
     at = f" at revision {revision}" if revision else ""
     try:
         yield

@@ -103,11 +103,8 @@ def _decode(data: bytes, complete: bool = True) -> str:
 
 
 def _every_second_is_zero(data: bytes) -> bool:
-    """Whether this is what ASCII looks like in UTF-16 without a byte order mark."""
+    """Whether this is what Latin letters look like in UTF-16 without a byte order mark."""
     if len(data) < 2 or len(data) % 2:
         return False
     halves = data[::2], data[1::2]
-    return any(
-        not any(half) and other.isascii() and 0 not in other
-        for half, other in (halves, halves[::-1])
-    )
+    return any(not any(half) and 0 not in other for half, other in (halves, halves[::-1]))

@@ -121,6 +121,16 @@ def test_ranks_may_differ(base, tmp_path):
     assert torch.allclose(found, truth, atol=1e-5)
 
 
+@pytest.mark.parametrize("pattern", ["^lm_head", "lm_head"])
+def test_patterns_may_name_the_head_from_its_beginning(base, tmp_path, pattern):
+    head = "base_model.model.lm_head"
+    weights = pair(head, rank=5, outputs=97)
+    directory = adapter(tmp_path / "a", weights, rank_pattern={pattern: 5})
+    found = read(base, adapter=directory).tensors["lm_head.weight"]
+    truth = read(base).tensors["lm_head.weight"] + ALPHA / 5 * product(weights, head)
+    assert torch.allclose(found, truth, atol=1e-5)
+
+
 def test_dora_scales_each_row_to_its_learned_norm(base, tmp_path):
     weights, norms = pair(NAMES + Q), noise(48).abs()
     whole = {**weights, f"{NAMES}{Q}.lora_magnitude_vector": norms}

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from doge_onnx.bundle import MANIFEST_NAME
 from doge_onnx.errors import CheckpointError, ConfigError
 from doge_onnx.export.checkpoint import read
 
@@ -126,6 +127,12 @@ def test_pickled_weights_are_never_read(directory, tmp_path):
     # It really is a trap.
     pickle.loads((directory / "pytorch_model.bin").read_bytes())
     assert marker.exists()
+
+
+def test_a_bundle_is_no_checkpoint(directory):
+    (directory / WEIGHTS).unlink()
+    (directory / MANIFEST_NAME).write_text("{}")
+    assert "is a bundle, exported already" in refusal(directory)
 
 
 def test_a_checkpoint_without_weights(directory):
@@ -308,12 +315,25 @@ def test_values_that_are_not_finite_are_refused(directory, value, dtype):
     assert "not finite" in message
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float64, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 def test_other_element_types_are_refused(directory, dtype):
     edit(directory, lambda tensors: tensors.update({Q_PROJ: tensors[Q_PROJ].to(dtype)}))
     message = refusal(directory)
     assert f"tensor {Q_PROJ} has element type" in message
-    assert "BF16, F16, F32" in message
+    assert "BF16, F16, F32, F64" in message
+
+
+def test_double_precision_is_read_as_transformers_reads_it(directory):
+    edit(directory, lambda tensors: tensors.update({n: t.double() for n, t in tensors.items()}))
+    found = read(directory).tensors[Q_PROJ.removeprefix("model.")]
+    expected = checkpoints.reference(directory).state_dict()[Q_PROJ]
+    assert torch.equal(found, expected)
+
+
+def test_the_element_type_of_a_tensor_that_is_not_read_does_not_matter(directory):
+    table = {"model.rotary_emb.inv_freq": torch.arange(4)}
+    edit(directory, lambda tensors: tensors.update(table))
+    read(directory)
 
 
 def test_a_tensor_in_two_shards_is_refused(sharded):

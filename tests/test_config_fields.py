@@ -107,6 +107,12 @@ OTHERS: dict[str, Any] = {
     "my_comment": "trained on a rainy day",
     "license": "apache-2.0",
     "tags": ["small", "dog"],
+    "padding_side": "left",
+    "model_max_length": 4096,
+    "use_flash_attn": True,
+    "num_logits_to_keep": 1,
+    "patch_size": 16,
+    "transformers_weights": "model.safetensors",
     "whatever": None,
     "nothing": {},
     "empty": [],
@@ -151,6 +157,7 @@ UNKNOWN: dict[str, Any] = {
     "rope_interleaved": True,
     "attention_chunk_size": 64,
     "adapters": {"default": "lora"},
+    "transformers_weights": "other.safetensors",
 }
 
 
@@ -198,6 +205,7 @@ def test_rope_fields_of_other_types_are_noted(kind):
 def test_an_original_length_is_noted_only_if_it_is_another():
     rope = {"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 2048}
     assert read({"rope_scaling": rope, "max_position_embeddings": 2048}).notes == ()
+    assert read({"rope_scaling": rope, "max_position_embeddings": None}).notes == ()
     notes = read({"rope_scaling": rope, "max_position_embeddings": 8192}).notes
     assert "original_max_position_embeddings" in notes[0]
 
@@ -209,7 +217,8 @@ def test_of_two_ropes_that_differ_one_is_noted():
     assert "rope_scaling and rope_parameters, which differ" in config.notes[0]
     config = read({"rope_theta": 7.0, "rope_parameters": newer})
     assert config.rope.theta == 5.0
-    assert "rope_theta of 7; that of 5 in rope_parameters counts" in config.notes[0]
+    note = "config.json has a rope_theta of 7; that of 5 in rope_parameters counts"
+    assert config.notes == (note,)
 
 
 # Tokens.

@@ -112,8 +112,8 @@ def test_padding_beyond_the_model_is_told(tmp_path):
 
 def test_another_models_tokenizer_is_refused(tmp_path):
     said = refusal(tmp_path, changes={"vocab_size": 60})
-    assert "is another model's: it has 97 tokens" in said
-    assert "and the model 60" in said
+    assert "is another model's: it has " in said
+    assert "and the model has 60 tokens" in said
 
 
 def test_far_fewer_tokens_than_the_model_has_are_told(tmp_path):

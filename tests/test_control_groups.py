@@ -110,3 +110,8 @@ def test_names_need_not_be_text(tmp_path):
     root = system(tmp_path, "", V2, {"": v2("200000 100000")})
     (root / "proc/self/cgroup").write_bytes(b"0::/\xff\xfe\n")
     assert processor_quota(root) == 2
+
+
+def test_the_name_of_a_group_may_hold_what_python_takes_for_the_end_of_a_line(tmp_path):
+    root = system(tmp_path, "0::/a\x0bb", V2, {"a\x0bb": v2("150000 100000")})
+    assert processor_quota(root) == 1.5

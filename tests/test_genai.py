@@ -21,6 +21,9 @@ from doge_onnx.runtime.text.tokenizer import TextStream, Tokenizer
 pytestmark = pytest.mark.external
 
 PROMPT = "It was a dark and stormy night"
+# Of doge-tiny in int8, the 20th token is nearly as likely as another one: there, the order in which
+# attention sums up decides, and genai has another one.
+TOKENS = 16
 # Lengths differ, and one is a single token.
 PROMPTS = [PROMPT, "Hello", "The cat sat on the mat, and then it said"]
 TEXTS = [
@@ -183,13 +186,13 @@ def continuations(bundle: Path, prompts: list, count: int, **options) -> list[li
 
 def test_greedy_text_streamed_is_that_of_the_own_runtime(any_bundle, genai):
     model = doge_onnx.load(any_bundle)
-    ours = list(model.stream(PROMPT, max_new_tokens=24))
-    length = len(model.tokenizer.encode(PROMPT)) + 24
+    ours = list(model.stream(PROMPT, max_new_tokens=TOKENS))
+    length = len(model.tokenizer.encode(PROMPT)) + TOKENS
     theirs = genai.of(any_bundle)("stream", prompt=PROMPT, max_length=length)
     # What ends in half a character comes at the end, or is held back until it is whole.
     assert "".join(theirs) == "".join(piece.text for piece in ours)
     assert [piece for piece in theirs if piece] == [piece.text for piece in ours if piece.text]
-    assert len(theirs) == 24
+    assert len(theirs) == TOKENS
 
 
 def test_a_padded_batch_gets_what_each_prompt_gets_alone(any_bundle, genai):

@@ -111,6 +111,10 @@ def test_a_revision_is_honoured(hub, as_commit):
     assert (source.directory / "tokenizer.json").read_bytes() == b'{"other": 1}'
 
 
+def test_an_empty_revision(hub):
+    assert f"revision of {MODEL} is empty" in hub_refusal(revision="")
+
+
 def test_an_unknown_revision(hub):
     assert hub_refusal(revision="v9") == f"{MODEL} has no revision v9 on the Hub"
 

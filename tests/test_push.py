@@ -316,3 +316,10 @@ def test_the_bundle_is_not_changed(hub, bundle, tmp_path):
     before = shutil.copytree(bundle, tmp_path / "before")
     doge_onnx.push(bundle, REPO)
     assert content(bundle) == content(before)
+
+
+def test_a_name_in_another_locale_is_refused_as_it_was_typed(bundle):
+    typed = "us\u00ebr/x".encode().decode("ascii", "surrogateescape")
+    result = invoke(bundle, typed, "--dry-run")
+    assert result.exit_code == 1
+    assert "'us\u00ebr/x'" in result.stderr

@@ -74,6 +74,16 @@ def test_whatever_is_fed_each_sequence_gets_what_it_gets_alone(
     feed_at_random(make(chunk), truth, VOCAB, CONTEXT, TOLERANCE, seed)
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 3])
+def test_small_chunks_feed_every_token_once(make, truth, chunk):
+    runner = make(chunk)
+    for length in range(1, 8):
+        text = np.arange(length)
+        logits, state = runner.forward([text], None, last_only=False)
+        assert state.lengths.tolist() == [length]
+        np.testing.assert_allclose(logits[0], truth(text.tolist()), atol=TOLERANCE)
+
+
 class Forgetful(PassingSession):
     """A session that is not told how long its rows are."""
 

@@ -170,7 +170,7 @@ def test_a_graph_that_cannot_be_told_the_lengths_of_its_rows_is_refused(tmp_path
     ("options", "message"),
     [
         ({"device": "tpu"}, "device 'tpu' is not known; choose from: auto, cpu, cuda"),
-        ({"threads": 0}, "threads must be a positive whole number, not 0"),
+        ({"threads": 0}, "threads must be a positive whole number, at most 1024, not 0"),
         ({"threads": 1.5}, r"not 1\.5"),
         ({"threads": True}, "not True"),
     ],

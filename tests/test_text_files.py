@@ -44,6 +44,7 @@ def test_what_windows_writes_is_read_as_what_others_write(data, text):
         (codecs.BOM_UTF16_BE + "Hello".encode("utf-16-be"), "UTF-16"),
         ("Hello".encode("utf-16-le"), "UTF-16"),
         ("Hello".encode("utf-16-be"), "UTF-16"),
+        ("Grüße".encode("utf-16-le"), "UTF-16"),
         ("Hello".encode("utf-32"), "UTF-32"),
         (b"caf\xe9", "0xe9 at position 3"),
         (b"caf\xc3", "0xc3 at position 3"),

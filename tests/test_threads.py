@@ -70,6 +70,9 @@ def test_usable_cores(tmp_path, monkeypatch, processors, siblings, quota, expect
         ("5,2", 5),
         # More than there are, if somebody wants it.
         ("64", 64),
+        # More than a system can start.
+        ("99999", None),
+        ("9" * 5000, None),
         ("0", None),
         ("-1", None),
         ("", None),
@@ -89,6 +92,13 @@ def test_a_number_of_the_caller_comes_before_openmps_variable(tmp_path, monkeypa
     for asked, expected in ((None, 3), (1, 1)):
         options = open_session(bundle, threads=asked).get_session_options()
         assert options.intra_op_num_threads == expected
+
+
+@pytest.mark.parametrize("threads", [1025, 10**12])
+def test_a_number_that_no_system_can_start_is_refused(tmp_path, threads):
+    path = fake_bundle.write(tmp_path / "b")
+    with pytest.raises(doge_onnx.InputError, match="1024"):
+        doge_onnx.load(path, threads=threads)
 
 
 def test_where_the_system_does_not_say_onnx_runtime_chooses(monkeypatch):

@@ -235,11 +235,16 @@ def test_code_of_a_tokenizer_is_not_run(older, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_class_that_is_no_name_says_nothing(older):
+    write(older, tokenizer_class=["GPT2Tokenizer", None])
+    assert tokenizer_files.read(older).converted == "vocab.json"
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
         ("LlamaTokenizer", "as a LlamaTokenizer of transformers it would lose parts of 'Once"),
-        ("NoSuchTokenizer", "transformers cannot convert the tokenizer of"),
+        ("NoSuchTokenizer", "as a NoSuchTokenizer: "),
     ],
 )
 def test_what_cannot_be_converted_is_said_in_one_line(older, name, words):

@@ -28,6 +28,8 @@ WRAPPED: dict[str, Callable[[str], str]] = {
     "FSDP": lambda name: f"_fsdp_wrapped_module.{name}".replace(
         ".mlp.", "._checkpoint_wrapped_module.mlp."
     ),
+    "Lightning Fabric": lambda name: f"_forward_module.{name}",
+    "FairScale": lambda name: f"_fpw_module.{name}",
     "a trainer": lambda name: f"model.{name}",
 }
 
@@ -46,6 +48,13 @@ def test_known_prefixes_are_taken_off(original, tmp_path, change):
     assert found.tensors.keys() == truth.tensors.keys()
     assert all(torch.equal(found.tensors[name], value) for name, value in truth.tensors.items())
     assert found.is_native
+
+
+def test_an_unknown_prefix_is_named(original, tmp_path):
+    directory = Path(shutil.copytree(original, tmp_path / "c"))
+    rename(directory / WEIGHTS, lambda name: f"student.{name}")
+    with pytest.raises(CheckpointError, match=r"take 'student\.model\.' off the names"):
+        read(directory)
 
 
 @pytest.mark.parametrize("change", [WRAPPED["both"], WRAPPED["PEFT"]])

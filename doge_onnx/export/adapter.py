@@ -226,10 +226,11 @@ def _of_module(
 ) -> float:
     """A number that may differ from module to module: the first pattern that fits counts."""
     value = config.get(default, 8)
+    # As PEFT knew it: only the head is not inside of "model.".
+    name = module if module == "lm_head" else f"model.{module}"
     for key, each in (config.get(pattern) or {}).items():
         try:
-            # The adapter's own names begin with "model.", which is not in `module`.
-            fits = re.fullmatch(rf"(.*\.)?({key})", f"model.{module}")
+            fits = re.fullmatch(rf"(.*\.)?({key})", name)
         except re.error as error:
             raise CheckpointError(f"{path.parent / CONFIG_NAME}: {pattern}: {error}") from None
         if fits:

@@ -19,6 +19,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from doge_onnx import text_files
+from doge_onnx.bundle import MANIFEST_NAME, is_bundle
 from doge_onnx.errors import CheckpointError
 from doge_onnx.export import adapter as adapters
 from doge_onnx.export import tokenizer_conversion, tokenizer_files
@@ -149,7 +150,7 @@ def _find(model: str | Path, revision: str | None) -> Source:
         snapshot = snapshot_download(
             str(model),
             revision=revision,
-            allow_patterns=[*_SIDE_FILES, "*.safetensors", INDEX_NAME],
+            allow_patterns=[*_SIDE_FILES, "*.safetensors", INDEX_NAME, MANIFEST_NAME],
             # Intermediate training states sit in subdirectories, with weights of their own.
             ignore_patterns=["*/*"],
         )
@@ -309,6 +310,11 @@ def _weight_files(directory: Path) -> list[Path]:
                 f"{directory} has pickled weights only, which can run code when they are read; "
                 "convert them to safetensors first"
             )
+        if is_bundle(directory):
+            raise CheckpointError(
+                f"{directory} is a bundle, exported already: run it as it is, or export the "
+                "checkpoint that it was made from"
+            )
         raise CheckpointError(
             f"{directory} has no safetensors, neither {WEIGHTS_NAME} nor {INDEX_NAME}; pickled "
             "weights are not read, nor fetched from the Hub"
@@ -324,6 +330,15 @@ def _weight_files(directory: Path) -> list[Path]:
     if missing:
         raise CheckpointError(f"{directory} lacks {missing[0]}, which {index.name} names")
     return [directory / name for name in sorted(names)]
+
+
+def _renamed(name: str, entries: dict[str, Header]) -> str:
+    """What to do about a missing tensor that is there with an unknown prefix; "" if it is not."""
+    for found, header in entries.items():
+        if found.endswith(f".{name}"):
+            prefix = header.name.removesuffix(name)
+            return f", but has {header.name}: take {prefix!r} off the names of its tensors"
+    return ""
 
 
 def _refuse_retrieval_moe(headers: dict[str, Header]) -> None:
@@ -351,7 +366,9 @@ def _check_shapes(
     for name, shape in expected:
         known.add(name)
         if name not in entries:
-            raise CheckpointError(f"{directory} lacks the tensor {name} of shape {shape}")
+            raise CheckpointError(
+                f"{directory} lacks the tensor {name} of shape {shape}{_renamed(name, entries)}"
+            )
         header = entries[name]
         if list(header.shape) != shape:
             raise CheckpointError(

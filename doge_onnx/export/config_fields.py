@@ -31,7 +31,16 @@ _IMPLEMENTATION = {
     *("_attn_implementation_internal", "_flash_attn_2_enabled", "use_flash_attention_2"),
     *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
     *("chunk_size_feed_forward", "pretraining_tp", "tf_legacy_loss", "trust_remote_code"),
+    *("use_flash_attn", "num_logits_to_keep", "logits_to_keep", "torch_compile"),
+    "unsloth_tiled_mlp",
 }
+# How a trainer cut and padded its texts. How far positions reach, max_position_embeddings says.
+_TEXTS = {
+    *("padding_side", "model_max_length", "max_seq_length", "max_seq_len"),
+    *("tokenizer_padding_side", "tokenizer_model_max_length"),
+}
+# Of an input that is a picture. A checkpoint that takes one has a tensor that a Doge has not.
+_PICTURES = {"num_channels", "patch_size", "image_size"}
 # Used in training only.
 _TRAINING = {
     *("attention_dropout", "hidden_dropout", "initializer_range", "classifier_dropout"),
@@ -49,7 +58,15 @@ _DECODER = {"is_decoder", "tie_encoder_decoder", "cross_attention_hidden_size"}
 # Tokens that only a tokenizer or an encoder has a use for.
 _TOKENS = {f"{name}_token_id" for name in ("unk", "sep", "cls", "mask", "decoder_start")}
 WITHOUT_EFFECT = frozenset(
-    _WRITER | _IMPLEMENTATION | _TRAINING | _RETURNED | _CLASSIFICATION | _DECODER | _TOKENS
+    _WRITER
+    | _IMPLEMENTATION
+    | _TRAINING
+    | _TEXTS
+    | _RETURNED
+    | _CLASSIFICATION
+    | _PICTURES
+    | _DECODER
+    | _TOKENS
 )
 # Notes for a reader, if they hold text.
 _PROSE = re.compile(
@@ -68,6 +85,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_nextn_predict_layers": (0,),
     "partial_rotary_factor": (1,),
     "residual_multiplier": (1,),
+    # The file that transformers reads; this one is read here, too.
+    "transformers_weights": ("model.safetensors",),
     "use_bidirectional_attention": (False,),
     "use_sliding_window": (False,),
 }

@@ -119,8 +119,8 @@ class _Comparison:
         ordinary = {i: t for i, t in self._beyond.items() if t not in self._added}
         if ordinary:
             raise CheckpointError(
-                f"{self._origin} is another model's: it has {len(self._ids)} tokens, such as "
-                f"{_named(ordinary)}, and the model {self._config.vocab_size}"
+                f"{self._origin} is another model's: it has {_named(ordinary)}, and the model has "
+                f"{self._config.vocab_size} tokens"
             )
         around = set(self._tokenizer.encode("").ids)
         special = self._files.special_tokens

@@ -218,7 +218,7 @@ class _Reader:
             head_dim=self._head_dim(heads),
             hidden_act=self._activation(),
             rms_norm_eps=self._positive_float("rms_norm_eps", default=1e-6),
-            max_position_embeddings=self._positive_int("max_position_embeddings", default=2048),
+            max_position_embeddings=self._trained_length(),
             rope=self._rope(),
             keep_window_size=self._window(generation),
             tie_word_embeddings=self._flag("tie_word_embeddings", default=False),
@@ -363,7 +363,7 @@ class _Reader:
                 raise self._error("factor", "is less than 1")
         self._read |= unused
         # The configs of released checkpoints have it; there it says nothing new.
-        trained = parent._raw.get("max_position_embeddings")
+        trained = parent._trained_length()
         if self._raw.get("original_max_position_embeddings") == trained:
             unused.discard("original_max_position_embeddings")
         if found := sorted(field for field in unused if self._raw.get(field) is not None):
@@ -371,9 +371,12 @@ class _Reader:
         outer = parent._positive_float("rope_theta", default=1e4)
         theta = self._positive_float("rope_theta", default=outer)
         if theta != outer and parent._raw.get("rope_theta") is not None:
-            self._note(f"has a rope_theta of {outer:g}; that of {theta:g} in {name} counts")
+            parent._note(f"has a rope_theta of {outer:g}; that of {theta:g} in {name} counts")
         self._refuse_what_is_left()
         return RopeConfig(kind, theta, factor)
+
+    def _trained_length(self) -> int:
+        return self._positive_int("max_position_embeddings", default=2048)
 
     def _num_experts(self) -> int:
         experts = self._positive_int("num_experts")

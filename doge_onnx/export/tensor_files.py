@@ -16,7 +16,7 @@ from torch import Tensor
 
 from doge_onnx.errors import CheckpointError
 
-_DTYPES = ("BF16", "F16", "F32")
+_DTYPES = ("BF16", "F16", "F32", "F64")
 
 
 @dataclass(frozen=True)
@@ -49,18 +49,12 @@ def read_header(path: Path) -> dict[str, Header]:
     """The entries of a file, by the names that its tensors have there.
 
     Raises:
-        CheckpointError: It cannot be read, or a tensor has another element type.
+        CheckpointError: It cannot be read.
     """
     headers = {}
     with _open_safetensors(path) as file:
         for name in file.keys():  # noqa: SIM118 - not a mapping, it only looks like one
-            entry = file.get_slice(name)
-            if entry.get_dtype() not in _DTYPES:
-                raise CheckpointError(
-                    f"{path}: tensor {name} has element type {entry.get_dtype()}; supported are "
-                    f"{', '.join(_DTYPES)}"
-                )
-            headers[name] = Header(path, name, tuple(entry.get_shape()))
+            headers[name] = Header(path, name, tuple(file.get_slice(name).get_shape()))
     return headers
 
 
@@ -72,11 +66,19 @@ def read_tensors(path: Path, names: dict[str, str]) -> dict[str, Tensor]:
         names: The names that the result has for them, and the file's own.
 
     Raises:
-        CheckpointError: The file cannot be read, or a tensor holds values that are not finite.
+        CheckpointError: The file cannot be read, or a tensor has another element type, or holds
+            values that are not finite.
     """
     tensors = {}
     with _open_safetensors(path) as file:
         for canonical, name in names.items():
+            # Only here: a file may also hold tensors that nobody reads, such as tables of RoPE.
+            kind = file.get_slice(name).get_dtype()
+            if kind not in _DTYPES:
+                raise CheckpointError(
+                    f"{path}: tensor {name} has element type {kind}; supported are "
+                    f"{', '.join(_DTYPES)}"
+                )
             tensor = file.get_tensor(name).to(torch.float32)
             if not torch.isfinite(tensor).all():
                 raise CheckpointError(f"{path}: tensor {name} holds values that are not finite")

@@ -21,9 +21,12 @@ _OLDER_NAMES = (
 # Tensors that have no effect: a buffer that some checkpoints saved, and a router bias that the
 # authors' own conversion to the native layout drops as well.
 _IGNORED_NAMES = re.compile(r"rotary_emb\.|\.mlp\.router_gate\.bias$")
-# Modules that only wrap another one: of torch.compile, DistributedDataParallel, FSDP and activation
-# checkpoints. They may stand anywhere in a name.
-_WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+# Modules that only wrap another one: of torch.compile, DistributedDataParallel, FSDP, activation
+# checkpoints, Lightning Fabric and FairScale. They may stand anywhere in a name.
+_WRAPPERS = (
+    *("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"),
+    *("_forward_module", "_fpw_module"),
+)
 _PEFT = ["base_model", "model"]
 
 

@@ -70,7 +70,8 @@ def convert(directory: Path, vocabulary: Path) -> dict[str, bytes]:
     # It would have transformers ask for code.
     config.pop("auto_map", None)
     named = config.get("tokenizer_class")
-    if from_sentencepiece and str(named).removesuffix("Fast") == "LlamaTokenizer":
+    named = named if isinstance(named, str) else None
+    if from_sentencepiece and named in ("LlamaTokenizer", "LlamaTokenizerFast"):
         # transformers 5 documents this default, and forgets it without a tokenizer.json.
         config.setdefault("add_bos_token", True)
     usual = "LlamaTokenizer" if from_sentencepiece else "GPT2Tokenizer"
@@ -85,7 +86,7 @@ def convert(directory: Path, vocabulary: Path) -> dict[str, bytes]:
         for candidate in candidates:
             text = json.dumps({**config, "tokenizer_class": candidate})
             (place / CONFIG_NAME).write_text(text, encoding="utf-8")
-            tokenizer = _load(place, directory)
+            tokenizer = _load(place, directory, candidate)
             problem = (
                 _differs_from_sentencepiece(tokenizer, vocabulary)
                 if from_sentencepiece
@@ -107,8 +108,8 @@ def _require_sentencepiece(vocabulary: Path) -> None:
         ) from None
 
 
-def _load(place: Path, origin: Path) -> Any:
-    """The tokenizer, without special tokens that its class only has by default.
+def _load(place: Path, origin: Path, name: str) -> Any:
+    """The tokenizer, without special tokens that its class, `name`, only has by default.
 
     Raises:
         CheckpointError: transformers cannot load it.
@@ -138,7 +139,8 @@ def _load(place: Path, origin: Path) -> Any:
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise CheckpointError(
-            f"transformers cannot convert the tokenizer of {origin}: {reason}{_IDS_ONLY}"
+            f"transformers cannot convert the tokenizer of {origin} as a {name}: {reason}"
+            f"{_IDS_ONLY}"
         ) from None
     if not tokenizer.is_fast:
         raise CheckpointError(

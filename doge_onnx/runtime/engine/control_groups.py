@@ -49,7 +49,7 @@ def _own_groups(root: Path) -> Iterator[tuple[int, str]]:
 
     /proc/self/cgroup has lines `number:controllers:path`; version 2 has no controllers there.
     """
-    for line in _read(root / "proc/self/cgroup").splitlines():
+    for line in _read(root / "proc/self/cgroup").split("\n"):
         number, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         if number == "0" and not controllers:
@@ -63,7 +63,7 @@ def _hierarchies(root: Path) -> Iterator[tuple[int, str, str]]:
 
     /proc/self/mountinfo has lines `id parent device path place options ... - type source options`.
     """
-    for line in _read(root / "proc/self/mountinfo").splitlines():
+    for line in _read(root / "proc/self/mountinfo").split("\n"):
         before, _, after = line.partition(" - ")
         fields, system = before.split(" "), after.split(" ")
         if len(fields) < 5 or len(system) < 3:

@@ -195,7 +195,7 @@ class InPlaceRunner(Runner, Generic[Row]):
         """Feed one sequence, chunk by chunk; returns logits `[1, V]` or `[S, V]`."""
         parts = [np.empty((0, self.vocab_size), np.float32)]
         starts = list(range(0, len(ids), self._chunk))
-        if self._chunk > 2 and len(starts) > 1 and len(ids) - starts[-1] == 1:
+        if self._chunk > 1 and len(starts) > 1 and len(ids) - starts[-1] == 1:
             # For a single token, attention sums up in another order than for several.
             starts[-1] -= 1
         for start, end in itertools.pairwise([*starts, len(ids)]):

@@ -25,7 +25,7 @@ from doge_onnx.runtime.engine.io_names import (
     past_names,
     present_names,
 )
-from doge_onnx.runtime.engine.threads import attention_by_heads, preferred_threads
+from doge_onnx.runtime.engine.threads import MOST_THREADS, attention_by_heads, preferred_threads
 
 _WARNING, _ERROR, _FATAL = 2, 3, 4
 # Messages of ONNX Runtime for an operator that it does not know or has no kernel for.
@@ -67,7 +67,7 @@ def open_session(
         capture: Let CUDA capture runs that ask for it.
 
     Raises:
-        InputError: `threads` is not a positive whole number.
+        InputError: `threads` is not a whole number from 1 to `MOST_THREADS`.
         DeviceError: CUDA does not start, or lacks kernels for the graph.
         CaptureError: CUDA cannot capture the graph.
         BundleError: This version does not know the kind or element type of the state; or the graph
@@ -75,9 +75,13 @@ def open_session(
             inputs and outputs than the manifest implies.
     """
     if threads is not None and (
-        isinstance(threads, bool) or not isinstance(threads, int) or threads < 1
+        isinstance(threads, bool)
+        or not isinstance(threads, int)
+        or not 1 <= threads <= MOST_THREADS
     ):
-        raise InputError(f"threads must be a positive whole number, not {threads!r}")
+        raise InputError(
+            f"threads must be a positive whole number, at most {MOST_THREADS}, not {threads!r}"
+        )
     state = bundle.manifest.state
     for name, value, known in (("kind", state.kind, _KINDS), ("dtype", state.dtype, _DTYPES)):
         if value not in known:

@@ -19,17 +19,19 @@ from doge_onnx.runtime.engine.control_groups import processor_quota
 # ONNX Runtime reads this when it makes a session. There is no session option for it.
 _NO_FLASH_ATTENTION = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 _ENVIRONMENT_LOCK = threading.Lock()
+# Far more than any processor has. With 99999, `bench` on two cores had not ended after minutes.
+MOST_THREADS = 1024
 
 
 def preferred_threads() -> int:
     """Threads of an operator if the caller names no number; 0 lets ONNX Runtime decide.
 
     The number in `OMP_NUM_THREADS`, which other libraries read, too; of a list, which is for nested
-    loops, the first. Without one, see `usable_cores`.
+    loops, the first. Without one, or with one above `MOST_THREADS`, see `usable_cores`.
     """
     words = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
-    asked = int(words) if re.fullmatch("[0-9]+", words) else 0
-    return asked or usable_cores()
+    asked = int(words) if re.fullmatch("[0-9]{1,9}", words) else 0
+    return asked if 0 < asked <= MOST_THREADS else usable_cores()
 
 
 def usable_cores(root: Path = Path("/")) -> int:
