@@ -18,8 +18,6 @@ from doge_onnx.export.step import RecurrentStep
 from doge_onnx.export.torch_threads import thread_limit
 from doge_onnx.measure.evaluate import sample_text
 
-# Parameters up to which a step of a few tokens is quicker with one thread.
-_SMALL = 50_000_000
 # Key and value of each layer.
 Past = list[tuple[Tensor, Tensor]]
 
@@ -55,7 +53,6 @@ class EagerModel:
         self._layers = config.num_hidden_layers
         self._bos, self._never = config.bos_token_id, config.eos_token_ids
         self._dtype = dtype
-        self._small = checkpoint.parameters < _SMALL
         half = dtype in (torch.float16, torch.bfloat16)
         rows = str(dtype).removeprefix("torch.") if half else "float32"
         self.state = GrowingState(checkpoint, context_length, STANDARD, rows, rows)
@@ -98,6 +95,7 @@ class EagerModel:
 
         numbers = range(first_row, first_row + rows)
         # The operators of such steps are so small that a second thread saves little. On a busy
-        # machine the two wait for each other, and a step takes ten times as long.
-        with thread_limit(1 if self._small else None):
+        # machine the two wait for each other, and a step takes ten times as long, at 160M three to
+        # fifteen times.
+        with thread_limit(1):
             return sample_text(step, self._bos, self._never, self.vocab_size, seed, numbers, length)
