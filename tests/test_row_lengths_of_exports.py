@@ -145,9 +145,10 @@ def test_logits_do_not_depend_on_the_size_of_chunks(precise):
     path, tolerance = precise
     text = np.random.default_rng(3).integers(0, VOCABULARY, 61)
     whole = on_cpu(path, CONTEXT).forward([text], None, last_only=False)[0]
-    # Five do not divide the text: without more, a single token would remain.
-    for chunk in (5, 16):
-        assert_near(on_cpu(path, chunk).forward([text], None, last_only=False)[0], whole, tolerance)
+    # With five, a single token would remain. For single tokens, attention sums in another order.
+    for chunk, allowed in ((5, tolerance), (16, tolerance), (1, 0.03), (2, 0.03)):
+        in_chunks = on_cpu(path, chunk).forward([text], None, last_only=False)[0]
+        assert_near(in_chunks, whole, allowed)
 
 
 def assert_near(got, alone, tolerance):
