@@ -103,7 +103,8 @@ def test_the_metadata_of_a_checkpoint_of_the_hub(tiny_bundle, tmp_path):
 @pytest.fixture(scope="module")
 def window(tmp_path_factory) -> Path:
     """A bundle with a window state, of a checkpoint with a tokenizer and a card."""
-    model = checkpoints.make(tmp_path_factory.mktemp("window") / "model", num_hidden_layers=1)
+    directory = tmp_path_factory.mktemp("window") / "model"
+    model = checkpoints.make(directory, num_hidden_layers=1, vocab_size=4096)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (model / name).write_bytes((TINY_CHECKPOINT / name).read_bytes())
     (model / "README.md").write_text(GOOD, encoding="utf-8")

@@ -40,7 +40,10 @@ FAILING = {
         "--dtype fp16 contradicts the precision that --model-kwargs names",
     ),
     ("--model-kwargs", "[1]"): (2, "--model-kwargs must be a JSON object"),
-    ("--model-kwargs", '{"bits": 8}'): (2, "'bits' is not known for a Doge; choose from block_"),
+    ("--model-kwargs", '{"bits": 8}'): (
+        2,
+        "'bits' is not known for a Doge; choose from adapter, block_",
+    ),
     ("--model-kwargs", '{"precision": "int8", "target": "portable"}'): (
         1,
         "error: standard ONNX has no fast operators for quantized weights",
