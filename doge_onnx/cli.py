@@ -323,9 +323,9 @@ def chat(
 
     Each line that you type or pipe in is a message, and a line that ends in a backslash goes on in
     the next one. Lines pasted into a terminal are one message where Python has GNU readline. The
-    answers appear on standard output. Ctrl-C ends an answer, Ctrl-D the conversation. The model
-    remembers the whole conversation up to the
-    context length, and then forgets the oldest turns.
+    answers appear on standard output. In a terminal, Ctrl-C ends an answer and Ctrl-D the
+    conversation. The model remembers the whole conversation up to the context length, and then
+    forgets the oldest turns.
     """
     if stop_escape:
         options = cli_values.with_escapes(options)
@@ -334,7 +334,8 @@ def chat(
     conversation = model.chat(system, **options, **_variables(template_variable))
     for message in cli_input.messages():
         known = len(conversation.messages)
-        cli_chat.print_answer(conversation.stream(message))
+        answer = conversation.stream(message)
+        cli_chat.print_answer(answer, interactive=sys.stdin.isatty())
         if len(conversation.messages) < known + 2:
             cli_output.note("(the oldest turns no longer fit and are forgotten)")
 

@@ -1,4 +1,4 @@
-"""The answers of a conversation: prints them, and lets Ctrl-C end them.
+"""The answers of a conversation: prints them, and lets Ctrl-C end them in a terminal.
 
 Knows signals. Does not know models: an answer is an iterator of pieces.
 """
@@ -18,11 +18,16 @@ if TYPE_CHECKING:
     from doge_onnx.runtime.generation.output import Piece
 
 
-def print_answer(answer: Generator[Piece, None, None]) -> None:
-    """Print an answer piece by piece, until it ends or Ctrl-C is pressed."""
+def print_answer(answer: Generator[Piece, None, None], *, interactive: bool) -> None:
+    """Print an answer piece by piece.
+
+    Args:
+        answer: The answer.
+        interactive: Ctrl-C ends the answer, and not the command.
+    """
     with (
         contextlib.closing(answer),
-        _interruptions() as interrupted,
+        _interruptions(interactive) as interrupted,
         cli_output.growing_text() as write,
     ):
         for piece in answer:
@@ -32,9 +37,12 @@ def print_answer(answer: Generator[Piece, None, None]) -> None:
 
 
 @contextlib.contextmanager
-def _interruptions() -> Iterator[threading.Event]:
+def _interruptions(interactive: bool) -> Iterator[threading.Event]:
     """A context in which Ctrl-C sets an event: an exception in a step would lose the state."""
     interrupted = threading.Event()
+    if not interactive:
+        yield interrupted
+        return
 
     def note(_number: int, _frame: FrameType | None) -> None:
         interrupted.set()

@@ -320,7 +320,7 @@ def test_ctrl_c_ends_an_answer_and_not_the_conversation(model, capsys):
                     signal.raise_signal(signal.SIGINT)
                 yield piece
 
-    cli_chat.print_answer(interrupted())
+    cli_chat.print_answer(interrupted(), interactive=True)
     assert signal.getsignal(signal.SIGINT) is before
     assert count == 3
     assert capsys.readouterr().out == chat.messages[-1]["content"] + "\n"

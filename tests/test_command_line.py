@@ -62,7 +62,6 @@ def test_a_difference_is_told_from_other_failures(error, code, monkeypatch):
     ids=["SIGINT", "SIGTERM", "SIGHUP"],
 )
 def test_a_signal_ends_a_command(path, number, code, last):
-    # It waits for its input.
     process = start(
         "chat",
         str(path),
@@ -72,7 +71,7 @@ def test_a_signal_ends_a_command(path, number, code, last):
     )
     process.stdin.write(b"the cat\n")
     process.stdin.flush()
-    # The answer is complete, so that it waits for the next message.
+    # The model is loaded, and the answer complete or almost so.
     process.stdout.readline()
     process.send_signal(number)
     _, stderr = process.communicate()
