@@ -1,0 +1,16 @@
+// The list of all operators. Each is in a file of its own.
+#pragma once
+
+#include "operator.h"
+
+struct OperatorList {
+  const OrtCustomOp* const* first;
+  size_t count;
+  const OrtCustomOp* const* begin() const { return first; }
+  const OrtCustomOp* const* end() const { return first + count; }
+};
+
+OperatorList all_operators();
+
+// Defined in the operator's own file.
+const OrtCustomOp* embed_operator();
