@@ -13,6 +13,7 @@ import contextlib
 import inspect
 import io
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -136,12 +137,13 @@ def assemble(
         if operator is not None and made[operator][0] is body:
             graph.append(_call(operator, piece, given, results))
         else:
-            graph.extend(_copies(graph, body, given, results, f"{call.path}/"))
+            graph.extend(_copies(graph, body, given, results, f"{call.path}/body/"))
         values |= {id(call.results[name]): value for name, value in results.items()}
     graph.outputs.extend(values[id(tensor)] for tensor in (logits, *chain(*present)))
     if made:
         graph.opset_imports[DOMAIN] = 1
     model = ir.Model(graph, ir_version=10, functions=[function for _, function in made.values()])
+    _unify_sizes(graph, graph.inputs)
     # What is the same in every layer, such as shapes.
     CommonSubexpressionEliminationPass()(model)
     RemoveUnusedNodesPass()(model)
@@ -214,14 +216,6 @@ def _trace(calls: list[_Call], target: Target) -> _Traced:
         if all(structure != known for known, _ in chosen):
             chosen.append((structure, call))
     first = [call for _, call in chosen]
-    sizes: dict[str, Any] = {}
-
-    def axes(name: str) -> dict[int, Any]:
-        return {
-            axis: sizes.setdefault(size, Dim(size))
-            for axis, size in _AXES.get(name, _TOKENS).items()
-        }
-
     pieces = _Pieces(first).eval()
     with _quiet(), _interruptible():
         program = torch.onnx.export(
@@ -230,11 +224,12 @@ def _trace(calls: list[_Call], target: Target) -> _Traced:
             ([[tensor.clone() for tensor in call.given.values()] for call in first],),
             dynamo=True,
             opset_version=target.opset,
-            dynamic_shapes=([[axes(name) for name in call.given] for call in first],),
+            dynamic_shapes=([_dynamic_axes(call, number) for number, call in enumerate(first)],),
             custom_translation_table=target.lowerings,
         )
     assert program is not None
     model = program.model
+    _common_names(model.graph)
     _fix_shapes(model)
     drop_training_statistics(model.graph)
     weights = {
@@ -255,8 +250,60 @@ def _trace(calls: list[_Call], target: Target) -> _Traced:
         for value in chain(*(node.inputs for node in nodes)):
             if value in weights:
                 given[value] = names[weights[value]]
+        # Whole numbers are positions, which all layers share.
+        _unify_sizes(nodes, sorted(given, key=lambda value: value.dtype != ir.DataType.INT64))
         bodies.append((structure, _Body(nodes, given, results)))
     return _Traced(bodies, dict(model.graph.opset_imports))
+
+
+def _dynamic_axes(call: _Call, number: int) -> list[dict[int, Any]]:
+    """The dynamic axes of what a piece is given.
+
+    Their sizes have other names in each piece: else a piece would look up a size in another's
+    input. `_common_names` takes the numbers away again.
+    """
+    sizes: dict[str, Any] = {}
+    return [
+        {
+            axis: sizes.setdefault(size, Dim(f"{size}_{number}"))
+            for axis, size in _AXES.get(name, _TOKENS).items()
+        }
+        for name in call.given
+    ]
+
+
+def _common_names(graph: ir.Graph) -> None:
+    sizes = "|".join({size for axes in (_TOKENS, *_AXES.values()) for size in axes.values()})
+    numbered = re.compile(rf"\b({sizes})_\d+\b")
+    for value in (*graph.inputs, *chain(*(node.outputs for node in graph))):
+        if value.shape is not None:
+            value.shape = ir.Shape(
+                dim if isinstance(dim, int) else numbered.sub(r"\1", str(dim.value))
+                for dim in value.shape
+            )
+
+
+def _unify_sizes(nodes: Iterable[ir.Node], inputs: Iterable[ir.Value]) -> None:
+    """Look each size up in the first of some inputs that has it.
+
+    The tracer looks a size up in any tensor that has it. If all layers read it from the same
+    tensor, it is computed once.
+    """
+    places: dict[object, tuple[ir.Value, int]] = {}
+    for value in inputs:
+        for axis, dim in enumerate(value.shape or ()):
+            if not isinstance(dim, int):
+                places.setdefault(dim, (value, axis))
+    for node in nodes:
+        start, end = (node.attributes.get_int(name, -1) for name in ("start", "end"))
+        looked_up = node.inputs[0] if node.op_type == "Shape" else None
+        if looked_up is None or looked_up.shape is None or start < 0 or end != start + 1:
+            continue
+        if (place := places.get(looked_up.shape[start])) is not None:
+            value, axis = place
+            node.replace_input_with(0, value)
+            node.attributes["start"] = ir.AttrInt64("start", axis)
+            node.attributes["end"] = ir.AttrInt64("end", axis + 1)
 
 
 def _needed(outputs: Iterable[ir.Value]) -> list[ir.Node]:
@@ -309,7 +356,7 @@ def _function(operator: str, piece: Piece, body: _Body, opsets: dict[str, int]) 
             constants[value] = node.outputs[0]
         return constants[value]
 
-    for node in _copied(body, inputs, outputs, constant, ""):
+    for node in _copied(body, inputs, outputs, constant, "body/"):
         graph.append(node)
     forms = {prefix_of(name): inputs[name] for name in piece.parts().products}
     for node in graph:
