@@ -78,7 +78,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@touch $@
 
 # The editable install has the library, too; this brings it up to date.
-$(KERNELS): $(STAMP) $(wildcard native/*)
+$(KERNELS): $(STAMP) $(wildcard native/*.*)
 	$(BIN)/python native/build_library.py
 	@touch $@
 

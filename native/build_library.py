@@ -153,7 +153,8 @@ def build(
     cache = ROOT / "build" / "native" / hashlib.sha256(settings).hexdigest()[:12]
     cache.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(lambda each: _compile(tools, *each, headers, cache), commands))
+        jobs = [pool.submit(_compile, tools, *each, headers, cache) for each in commands]
+        objects = [job.result() for job in jobs]
     library = _link(tools, objects, flags, cache)
     result = directory / tools.library_name
     if not result.exists() or not filecmp.cmp(library, result, shallow=False):
