@@ -25,7 +25,7 @@ class BuildPackage(build_py):
         super().run()
         reason = build_library.install(ROOT if self.editable_mode else Path(self.build_lib))
         if reason is not None:
-            self.warn(f"without native kernels: {reason}")
+            self.warn(reason)
 
 
 class WithLibrary(Distribution):

@@ -179,7 +179,7 @@ def install(package_root: Path) -> str | None:
     try:
         build(place)
     except BuildError as error:
-        reason = f"{error}, when doge-onnx was installed"
+        reason = f"doge-onnx was installed without native kernels: {error}"
         for name in (*_NAMES.values(), "libdoge_onnx.so"):
             (place / name).unlink(missing_ok=True)
         (place / REASON).write_text(f"{reason}\n", encoding="utf-8")
