@@ -14,3 +14,4 @@ OperatorList all_operators();
 
 // Defined in the operator's own file.
 const OrtCustomOp* embed_operator();
+const OrtCustomOp* project_to_vocabulary_operator();
