@@ -2,7 +2,12 @@
 
 OperatorList all_operators() {
   static const OrtCustomOp* const list[] = {
+      attention_operator(),
       embed_operator(),
+      feed_forward_operator(),
+      int8_attention_operator(),
+      positions_operator(),
+      project_heads_operator(),
   };
   return {list, sizeof list / sizeof *list};
 }
