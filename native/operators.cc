@@ -8,6 +8,7 @@ OperatorList all_operators() {
       int8_attention_operator(),
       positions_operator(),
       project_heads_operator(),
+      project_to_vocabulary_operator(),
   };
   return {list, sizeof list / sizeof *list};
 }

@@ -19,3 +19,4 @@ const OrtCustomOp* feed_forward_operator();
 const OrtCustomOp* int8_attention_operator();
 const OrtCustomOp* positions_operator();
 const OrtCustomOp* project_heads_operator();
+const OrtCustomOp* project_to_vocabulary_operator();
