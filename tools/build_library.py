@@ -1,4 +1,4 @@
-"""Compiles the library of native kernels.
+"""Compiles the library of native kernels, `native/`.
 
 Knows its sources, the flags of each file, and how to find a compiler. Setup (`setup.py`), tests and
 the tool that makes wheels call it; called as a program, it builds the library into the package.
@@ -25,8 +25,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-SOURCES = Path(__file__).resolve().parent
-ROOT = SOURCES.parent
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ROOT / "native"
 # Where the package looks for the library, below the directory that holds `doge_onnx`.
 PLACE = Path("doge_onnx", "runtime", "native")
 # In place of the library: why it is not there.
@@ -72,14 +72,12 @@ class Toolchain:
         link: The command that links objects.
         machine: "x86_64", "aarch64", or another processor's name in lower case.
         system: "Linux", "Darwin", "Windows" or another name, as `platform.system` has it.
-        strip: Whether to leave out the names of what the library does not export.
     """
 
     compile: tuple[str, ...]
     link: tuple[str, ...]
     machine: str
     system: str
-    strip: bool = False
 
     @property
     def library_name(self) -> str:
@@ -216,7 +214,10 @@ def _link(tools: Toolchain, objects: Sequence[Path], flags: Sequence[str], cache
     command = [*tools.link, "-shared", *map(str, objects), *flags]
     if tools.system == "Linux":
         # The C++ compiler would name its standard library as needed, although nothing of it is.
-        command += ["-Wl,--as-needed", "-lm", *(["-Wl,-s"] if tools.strip else [])]
+        command += ["-Wl,--as-needed", "-lm"]
+    elif tools.system == "Darwin":
+        # Without a name, it would hold the path of the place where it was built.
+        command.append(f"-Wl,-install_name,@rpath/{tools.library_name}")
     name = Path(tools.library_name)
     return _made(command, cache, name.stem, name.suffix, "\0".join(command).encode())
 
