@@ -107,7 +107,7 @@ class GrowingAttention {
     const float* queries = nullptr;   // [B, S, Hq * row]; for int8, times the scale of the keys
     float* scaled = nullptr;          // where those are written
     int32_t* gates = nullptr;         // [B, Hkv, G, longest], in the order of the gates
-    Largest* kept = nullptr;          // [B, S, Hkv, G]
+    Largest* kept = nullptr;          // [B, S, Hkv, G]; null if all keys stay
 
     // The rows of a key head in the present, from the row `first` on.
     size_t rows_of(int64_t b, int head, int64_t first) const { return ((b * op.kv_heads_ + head) * room + first) * row; }
@@ -139,6 +139,7 @@ class GrowingAttention {
       scratch.reserve<float>(static_cast<size_t>(count) * op.heads_ * parts.stride());
       if (!scratch.allocate()) return context.fail("no memory");
       lay_out([&](auto* none, size_t size) { return scratch.take<std::remove_pointer_t<decltype(none)>>(size); });
+      if (!selects) kept = nullptr;
       product.take(scratch);
       float* attended = scratch.take<float>(count * width);
       float* part = scratch.take<float>(static_cast<size_t>(count) * op.heads_ * parts.stride());
