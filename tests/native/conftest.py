@@ -7,6 +7,7 @@ import pytest
 @pytest.fixture(scope="session")
 def native_library(tmp_path_factory):
     try:
-        return build_library.build(tmp_path_factory.mktemp("native"))
+        compiler = build_library.host()
     except build_library.BuildError as error:
         pytest.skip(str(error))
+    return build_library.build(tmp_path_factory.mktemp("native"), compiler)
