@@ -1,4 +1,7 @@
 // Attention, Int8Attention: extend a growing state, attend to it, and end the first half of a layer.
+#include <atomic>
+
+#include "attention_blocks.h"
 #include "attention_parts.h"
 #include "operators.h"
 #include "processor.h"
@@ -107,7 +110,7 @@ class GrowingAttention {
     const float* queries = nullptr;   // [B, S, Hq * row]; for int8, times the scale of the keys
     float* scaled = nullptr;          // where those are written
     int32_t* gates = nullptr;         // [B, Hkv, G, longest], in the order of the gates
-    Largest* kept = nullptr;          // [B, S, Hkv, G]
+    Largest* kept = nullptr;          // [B, S, Hkv, G]; null if all keys stay
 
     // The rows of a key head in the present, from the row `first` on.
     size_t rows_of(int64_t b, int head, int64_t first) const { return ((b * op.kv_heads_ + head) * room + first) * row; }
@@ -121,6 +124,7 @@ class GrowingAttention {
       const Rows rows{count};
       const Parts parts{row, Parts::of(longest)};
       const size_t width = static_cast<size_t>(op.heads_) * row;
+      const bool prompt = length > kFewRows;
       const bool selects = op.window_ > 0 && longest > op.window_;
       const int gate_heads = key_heads * op.gates_;
       ResidualProduct product(*op.kernels_, in.output, count);
@@ -136,19 +140,24 @@ class GrowingAttention {
       });
       product.reserve(scratch);
       scratch.reserve<float>(count * width);
-      scratch.reserve<float>(static_cast<size_t>(count) * op.heads_ * parts.stride());
+      scratch.reserve<float>(prompt ? 0 : static_cast<size_t>(count) * op.heads_ * parts.stride());
       if (!scratch.allocate()) return context.fail("no memory");
       lay_out([&](auto* none, size_t size) { return scratch.take<std::remove_pointer_t<decltype(none)>>(size); });
+      if (!selects) kept = nullptr;
       product.take(scratch);
       float* attended = scratch.take<float>(count * width);
-      float* part = scratch.take<float>(static_cast<size_t>(count) * op.heads_ * parts.stride());
+      float* part = scratch.take<float>(prompt ? 0 : static_cast<size_t>(count) * op.heads_ * parts.stride());
       queries = kInt8State ? scaled : in.q.as<float>();
 
       // With the past in place, there is little to do for few rows.
       const bool in_place = keys == in.past_key.data && values == in.past_value.data;
-      const int extending = in_place && count <= kFewRows ? 1 : key_heads;
+      const int slices = (length + AttentionBlock::kTokens - 1) / AttentionBlock::kTokens;
+      const int extending = in_place && count <= kFewRows ? 1 : key_heads * slices;
       auto extend = [&](int chunk) {
-        for (int i = chunk; i < key_heads; i += extending) extend_head(i / op.kv_heads_, i % op.kv_heads_);
+        for (int i = chunk; i < key_heads * slices; i += extending) {
+          int head = i / slices;
+          extend_head(head / op.kv_heads_, head % op.kv_heads_, i % slices, slices);
+        }
       };
       auto read_gates = [&](int chunk) {
         int head = chunk / parts.count, first = chunk % parts.count * Parts::kKeys;
@@ -174,30 +183,49 @@ class GrowingAttention {
           give(token, out, product);
         });
       };
+      // The last tokens see most keys, so they come first.
+      std::atomic<bool> failed{false};
+      auto attend_block = [&](int chunk) {
+        int head = chunk % key_heads, slice = slices - 1 - chunk / key_heads;
+        if (!attend_all(head / op.kv_heads_, head % op.kv_heads_, slice * AttentionBlock::kTokens, attended))
+          failed.store(true, std::memory_order_relaxed);
+      };
+      auto give_rows = [&](int chunk) {
+        rows.each(chunk, [&](int token) { give(token, attended + token * width, product); });
+      };
       Team team;
       team.phase(extending, extend);
       if (selects) {
         team.phase(key_heads * parts.count, read_gates);
         team.phase(rows.chunks(), select);
       }
-      team.phase(key_heads * parts.count, attend_part);
-      team.phase(rows.chunks(), join);
+      if (prompt) {
+        team.phase(key_heads * slices, attend_block);
+        team.phase(rows.chunks(), give_rows);
+      } else {
+        team.phase(key_heads * parts.count, attend_part);
+        team.phase(rows.chunks(), join);
+      }
       product.add_phases(team, {in.x.as<float>(), in.residual.as<float>(),
                                 in.norm.as<float>(), nullptr, next_h, next_x, op.epsilon_});
       team.run(context);
+      if (failed.load()) context.fail("no memory");
     }
 
-    // Writes the new rows of a key head behind the old ones, and scales its queries.
-    void extend_head(int64_t b, int head) {
+    // Does one of `slices` equal parts of this: writes the new rows of a key head behind the old ones, which are
+    // copied if the present is another memory, and scales its queries.
+    void extend_head(int64_t b, int head, int slice, int slices) {
       const int64_t before = keys_of(b) - length;
-      const size_t from = (b * op.kv_heads_ + head) * past * row, to = rows_of(b, head, 0);
-      const size_t bytes = before * row * sizeof(Element);
+      const int64_t first = before * slice / slices, last = before * (slice + 1) / slices;
+      const size_t from = ((b * op.kv_heads_ + head) * past + first) * row, to = rows_of(b, head, first);
+      const size_t bytes = (last - first) * row * sizeof(Element);
       if (keys != in.past_key.data) memcpy(keys + to, in.past_key.as<Element>() + from, bytes);
       if (values != in.past_value.data) memcpy(values + to, in.past_value.as<Element>() + from, bytes);
-      for (int s = 0; s < length; s++) {
-        const size_t at = ((b * length + s) * op.kv_heads_ + head) * row;
-        store(in.k.as<float>() + at, in.key_scale, head, keys + to + (before + s) * row);
-        store(in.v.as<float>() + at, in.value_scale, head, values + to + (before + s) * row);
+      const int end = static_cast<int>(static_cast<int64_t>(length) * (slice + 1) / slices);
+      for (int s = static_cast<int>(static_cast<int64_t>(length) * slice / slices); s < end; s++) {
+        const size_t at = ((b * length + s) * op.kv_heads_ + head) * row, behind = rows_of(b, head, before + s);
+        store(in.k.as<float>() + at, in.key_scale, head, keys + behind);
+        store(in.v.as<float>() + at, in.value_scale, head, values + behind);
         if (!kInt8State) continue;
         const float* scale = in.key_scale.as<float>() + static_cast<size_t>(head) * row;
         for (int i = 0; i < group; i++) {
@@ -237,16 +265,39 @@ class GrowingAttention {
         if (count <= 0) continue;
         if (count > Parts::kKeys) count = Parts::kKeys;
         const size_t query = (b * length + s) * op.heads_ + head * group;
-        auto mask = [&](int i, float* scores) {
-          if (!kept) return;
-          const int gate = i * op.gates_ / group;
-          const Largest& own = kept[((b * length + s) * op.kv_heads_ + head) * op.gates_ + gate];
-          const int32_t* numbers = gates + ((b * op.kv_heads_ + head) * op.gates_ + gate) * longest + first;
-          kernels.close_small(scores, numbers, count, own.bound, own.first - first, op.closed_);
-        };
+        auto mask = [&](int i, float* scores) { close_lost(b, s, head, i, first, count, scores); };
         attend(kernels, parts, queries + query * row, group, keys + at, values + at, count, mask,
                part + query * parts.stride() + index * parts.size());
       }
+    }
+
+    // Closes the keys that are not in the window of a query head: of `count` keys from `first` on.
+    void close_lost(int64_t b, int token, int head, int i, int first, int count, float* scores) const {
+      if (!kept) return;
+      const int gate = i * op.gates_ / group;
+      const Largest& own = kept[((b * length + token) * op.kv_heads_ + head) * op.gates_ + gate];
+      const int32_t* numbers = gates + ((b * op.kv_heads_ + head) * op.gates_ + gate) * longest + first;
+      kernels.close_small(scores, numbers, count, own.bound, own.first - first, op.closed_);
+    }
+
+    // Lets a block of tokens from `token` on attend to all their keys of one head. False if there is no memory.
+    bool attend_all(int64_t b, int head, int token, float* attended) const {
+      const size_t width = static_cast<size_t>(op.heads_) * row;
+      const int tokens = length - token < AttentionBlock::kTokens ? length - token : AttentionBlock::kTokens;
+      const size_t query = (b * length + token) * width + static_cast<size_t>(head) * group * row;
+      AttentionBlock block(*op.kernels_, {queries + query, width, tokens, group, row});
+      if (!block.ready()) return false;
+      const int all = seen(b, token + tokens - 1);
+      for (int first = 0; first < all; first += AttentionBlock::kKeys) {
+        const size_t at = rows_of(b, head, first);
+        block.add(
+            keys + at, values + at, all - first < AttentionBlock::kKeys ? all - first : AttentionBlock::kKeys,
+            [&](int i) { return seen(b, token + i) - first; },
+            [&](int i, int s, int count, float* scores) { close_lost(b, token + s, head, i, first, count, scores); });
+      }
+      for (int s = 0; s < tokens; s++)
+        for (int i = 0; i < group; i++) block.finish(i, s, attended + query + s * width + static_cast<size_t>(i) * row);
+      return true;
     }
 
     // Gives the attention of a token to the output product.

@@ -35,10 +35,12 @@ struct LayerKernels {
 
   // out[i] = clamp(round(x[i] / scale[i]), -128, 127); 0 for NaN.
   void (*to_int8)(const float* x, const float* scale, int count, int8_t* out);
-  // out[i] = x[i] * scale[i].
-  void (*from_int8)(const int8_t* x, const float* scale, int count, float* out);
+  // out[i] = x[i].
+  void (*widen_int8)(const int8_t* x, int count, float* out);
   // out[i] = a[i] * b[i]; out may be a.
   void (*multiply)(const float* a, const float* b, int count, float* out);
+  // x[i] *= factor.
+  void (*scale)(float* x, float factor, int count);
   // scores[h * stride + t] = query h · key t, for up to kMostHeads queries, which are `row` apart, and `count`
   // keys. Writes up to the next multiple of 4 keys.
   void (*scores)(const float* q, int heads, const float* keys, int row, int count, float* scores, int stride);

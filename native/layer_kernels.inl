@@ -3,12 +3,12 @@
 namespace KERNEL_SET {
 
 // Elements behind the last whole vector, with zeros behind them.
-static inline Floats load_part(const float* x, int count) {
+ALWAYS_INLINE Floats load_part(const float* x, int count) {
   float part[W] = {};
   for (int i = 0; i < count; i++) part[i] = x[i];
   return load(part);
 }
-static inline void store_part(float* y, Floats v, int count) {
+ALWAYS_INLINE void store_part(float* y, Floats v, int count) {
   float part[W];
   store(part, v);
   for (int i = 0; i < count; i++) y[i] = part[i];
@@ -25,7 +25,7 @@ struct Part {
   void operator()(float* y, Floats v) const { store_part(y, v, count); }
 };
 template <class Body>
-static inline void for_vectors(int count, Body body) {
+ALWAYS_INLINE void for_vectors(int count, Body body) {
   int i = 0;
   for (; i + W <= count; i += W) body(i, Whole{});
   if (i < count) body(i, Part{count - i});
@@ -48,11 +48,11 @@ static void add_norm(const float* x, const float* residual, const float* routed,
   rms_norm(total, weight, epsilon, count, h);
 }
 
-static inline Floats silu(Floats x) { return x / (1.0f + exponential(-x)); }
-static inline Floats relu(Floats x) { return x < 0.0f ? Floats{} : x; }
+ALWAYS_INLINE Floats silu(Floats x) { return x / (1.0f + exponential(-x)); }
+ALWAYS_INLINE Floats relu(Floats x) { return x < 0.0f ? Floats{} : x; }
 // x · Phi(x), with the complementary error function as a Chebyshev fit with a relative error below
 // 1.2e-7 (Press et al., Numerical Recipes, section 6.2).
-static inline Floats gelu(Floats x) {
+ALWAYS_INLINE Floats gelu(Floats x) {
   Floats z = absolute(x) * 0.70710678f;
   Floats t = 1.0f / (1.0f + 0.5f * z);
   Floats p = all(0.17087277f);
@@ -69,7 +69,7 @@ static inline Floats gelu(Floats x) {
   return 0.5f * x * (x < 0.0f ? tail : 2.0f - tail);
 }
 // 0.5 · (1 + tanh(u)) is 1 / (1 + e^(-2u)).
-static inline Floats gelu_tanh(Floats x) {
+ALWAYS_INLINE Floats gelu_tanh(Floats x) {
   Floats u = 0.79788456f * (x + 0.044715f * x * x * x);
   return x / (1.0f + exponential(-2.0f * u));
 }
@@ -101,7 +101,7 @@ static void narrow_product(const float* h, const float* weight, const float* bia
 }
 
 // log(1 + x) for x from 0 to 1, as 2 · artanh(x / (2 + x)).
-static inline Floats log_of_one_plus(Floats x) {
+ALWAYS_INLINE Floats log_of_one_plus(Floats x) {
   Floats s = x / (2.0f + x), z = s * s;
   Floats p = all(1.0f / 15);
   p = p * z + 1.0f / 13;
@@ -163,16 +163,10 @@ static void rotate(const float* x, const float* norm, float epsilon, int dim, co
   if (dim % 2) y[dim - 1] = norm ? x[dim - 1] * scale * norm[dim - 1] : x[dim - 1];
 }
 
-typedef int8_t Bytes __attribute__((vector_size(W)));
-typedef int8_t BytesAt __attribute__((vector_size(W), aligned(1), may_alias));
-
-static inline Floats widen(const float* x) { return load(x); }
-static inline Floats widen(const int8_t* x) {
-  Bytes bytes = *reinterpret_cast<const BytesAt*>(x);
-  return to_floats(__builtin_convertvector(bytes, Ints));
-}
-static inline Floats widen_part(const float* x, int count) { return load_part(x, count); }
-static inline Floats widen_part(const int8_t* x, int count) {
+ALWAYS_INLINE Floats widen(const float* x) { return load(x); }
+ALWAYS_INLINE Floats widen(const int8_t* x) { return load_bytes(x); }
+ALWAYS_INLINE Floats widen_part(const float* x, int count) { return load_part(x, count); }
+ALWAYS_INLINE Floats widen_part(const int8_t* x, int count) {
   float part[W] = {};
   for (int i = 0; i < count; i++) part[i] = x[i];
   return load(part);
@@ -192,47 +186,18 @@ static void to_int8(const float* x, const float* scale, int count, int8_t* out) 
   }
 }
 
-static void from_int8(const int8_t* x, const float* scale, int count, float* out) {
+static void widen_int8(const int8_t* x, int count, float* out) {
   int i = 0;
-  for (; i + W <= count; i += W) store(out + i, widen(x + i) * load(scale + i));
-  for (; i < count; i++) out[i] = x[i] * scale[i];
+  for (; i + W <= count; i += W) store(out + i, widen(x + i));
+  for (; i < count; i++) out[i] = x[i];
+}
+
+static void scale(float* x, float factor, int count) {
+  for_vectors(count, [&](int i, auto at) { at(x + i, at(x + i) * factor); });
 }
 
 static void multiply(const float* a, const float* b, int count, float* out) {
   for_vectors(count, [&](int i, auto at) { at(out + i, at(a + i) * at(b + i)); });
-}
-
-#if defined(__clang__) || __GNUC__ >= 12
-#define SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
-#else
-#define SHUFFLE(x, y, ...) __builtin_shuffle(x, y, Ints{__VA_ARGS__})
-#endif
-// The same places of every group of four elements.
-#if KERNEL_WIDTH == 16
-#define FOURS(a, b, c, d) \
-  a, b, c, d, a + 4, b + 4, c + 4, d + 4, a + 8, b + 8, c + 8, d + 8, a + 12, b + 12, c + 12, d + 12
-#elif KERNEL_WIDTH == 8
-#define FOURS(a, b, c, d) a, b, c, d, a + 4, b + 4, c + 4, d + 4
-#else
-#define FOURS(a, b, c, d) a, b, c, d
-#endif
-
-typedef float Four __attribute__((vector_size(16)));
-typedef float FourAt __attribute__((vector_size(16), aligned(4), may_alias));
-
-// The sums of four vectors.
-static inline Four sums(Floats a, Floats b, Floats c, Floats d) {
-  Floats ab = SHUFFLE(a, b, FOURS(0, W, 1, W + 1)) + SHUFFLE(a, b, FOURS(2, W + 2, 3, W + 3));
-  Floats cd = SHUFFLE(c, d, FOURS(0, W, 1, W + 1)) + SHUFFLE(c, d, FOURS(2, W + 2, 3, W + 3));
-  union {
-    Floats whole;
-    Four fours[W / 4];
-  } parts;
-  parts.whole = SHUFFLE(ab, cd, FOURS(0, 1, W, W + 1)) + SHUFFLE(ab, cd, FOURS(2, 3, W + 2, W + 3));
-  Four total = parts.fours[0];
-#pragma GCC unroll 4
-  for (int i = 1; i < W / 4; i++) total += parts.fours[i];
-  return total;
 }
 
 // The last row % W channels of a row. Where a row fills a vector, they are the end of one that
@@ -252,7 +217,7 @@ struct Rest {
 };
 
 template <int HEADS, class T>
-static inline void score_heads(const float* q, const T* keys, int row, int count, float* scores, int stride) {
+ALWAYS_INLINE void score_heads(const float* q, const T* keys, int row, int count, float* scores, int stride) {
   const int whole = row / W * W;
   const Rest rest(row);
   for (int t = 0; t < count; t += 4) {
@@ -279,7 +244,7 @@ static inline void score_heads(const float* q, const T* keys, int row, int count
     }
 #pragma GCC unroll 2
     for (int h = 0; h < HEADS; h++)
-      *reinterpret_cast<FourAt*>(scores + h * stride + t) = sums(total[h][0], total[h][1], total[h][2], total[h][3]);
+      *reinterpret_cast<Floats4At*>(scores + h * stride + t) = sum_four(total[h][0], total[h][1], total[h][2], total[h][3]);
   }
 }
 
@@ -297,7 +262,7 @@ constexpr int kMixed = 6;
 #endif
 
 template <int HEADS, int VECTORS, class T>
-static inline void mix_vectors(const float* weights, int stride, const T* values, int row, int first, int count,
+ALWAYS_INLINE void mix_vectors(const float* weights, int stride, const T* values, int row, int first, int count,
                                float* out, size_t out_stride) {
   // The last vector of a row may begin earlier and compute some channels once more.
   int at[VECTORS];
@@ -321,7 +286,7 @@ static inline void mix_vectors(const float* weights, int stride, const T* values
 }
 
 template <int HEADS, int VECTORS, class T>
-static inline void mix_rest(int vectors, const float* weights, int stride, const T* values, int row, int first,
+ALWAYS_INLINE void mix_rest(int vectors, const float* weights, int stride, const T* values, int row, int first,
                             int count, float* out, size_t out_stride) {
   if constexpr (VECTORS > 0) {
     if (vectors == VECTORS) mix_vectors<HEADS, VECTORS>(weights, stride, values, row, first, count, out, out_stride);
@@ -330,7 +295,7 @@ static inline void mix_rest(int vectors, const float* weights, int stride, const
 }
 
 template <int HEADS, class T>
-static inline void mix_heads(const float* weights, int stride, const T* values, int row, int count, float* out,
+ALWAYS_INLINE void mix_heads(const float* weights, int stride, const T* values, int row, int count, float* out,
                              size_t out_stride) {
   if (row < W) {
     for (int h = 0; h < HEADS; h++) {
@@ -412,8 +377,9 @@ static const LayerKernels layer_kernels = {
     split_gates,
     rotate,
     to_int8,
-    from_int8,
+    widen_int8,
     multiply,
+    scale,
     score<float>,
     score<int8_t>,
     mix<float>,
@@ -423,8 +389,5 @@ static const LayerKernels layer_kernels = {
     close_later,
     join,
 };
-
-#undef SHUFFLE
-#undef FOURS
 
 }  // namespace KERNEL_SET
