@@ -27,10 +27,11 @@ from doge_onnx.export.checkpoint import Checkpoint
 from doge_onnx.export.eager import EagerModel
 from doge_onnx.export.graph import trace
 from doge_onnx.export.growing_state import GrowingState
+from doge_onnx.export.layer import State
 from doge_onnx.export.lowering import Target, find_target, for_web, require_kernels
 from doge_onnx.export.model_config import CONFIG_NAME, DogeConfig
 from doge_onnx.export.quantize import RECIPES, Recipe, check_choices, quantize, recipe_for
-from doge_onnx.export.step import RecurrentStep, State
+from doge_onnx.export.step import RecurrentStep
 from doge_onnx.export.step_bytes import weights_read
 from doge_onnx.export.torch_threads import thread_limit
 from doge_onnx.export.verify import ParityReport, compare, parity_figures
