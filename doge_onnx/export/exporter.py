@@ -231,6 +231,8 @@ def export(
             graph=path.relative_to(directory).as_posix(),
             source=_origin(source),
             versions=_versions(),
+            # ONNX Runtime's own format has no functions: their bodies take their places.
+            native_operators=chosen.functions and activations == "float32" and format != "ort",
             ignored_fields=checkpoint.config.ignored,
             notes=tuple(notes),
         )
