@@ -116,7 +116,7 @@ class Step {
  private:
   // In all that follows, `head` counts the key heads of all sequences.
 
-  // Whether a closed key weighs nothing beside any other.
+  // Whether a closed key weighs nothing beside any other, as queries have a one for the gate.
   bool closes() const { return op_.closed < -1e20f; }
   size_t at(int head, int index) const { return (static_cast<size_t>(head) * rows_ + index) * row_; }
   // A new key or value, and the query heads of a token that read a key head.
