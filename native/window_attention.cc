@@ -28,9 +28,13 @@ class Step {
   void run(Context& context, float* next_h, float* next_x) {
     const int64_t batch = in_.q.dims[0];
     const int count = static_cast<int>(batch * length_), key_heads = static_cast<int>(batch * op_.kv_heads);
-    // Those of the rows, then those of the keys without a row.
     const int row_parts = Parts::of(rows_);
-    const Parts parts{row_, row_parts + Parts::of(length_)};
+    // One new token attends to each part of the rows while that is ranked, but for its row of the lowest rank. Those
+    // rows and the new key follow when it is known which of them goes.
+    const bool single = length_ == 1;
+    const int others = single ? row_parts + 1 : length_;
+    // Those of the rows, then those of the keys that follow.
+    const Parts parts{row_, row_parts + Parts::of(others)};
     const Rows rows{count};
     const bool prompt = length_ > kFewRows && closes();
     const size_t state = static_cast<size_t>(key_heads) * rows_, fresh = static_cast<size_t>(key_heads) * length_;
@@ -50,7 +54,10 @@ class Step {
       give(new_ranks_, fresh);
       give(keeps_, fresh * length_);
       give(by_rank_, fresh);
+      give(open_, static_cast<size_t>(key_heads));
       give(lost_of_, fresh);
+      give(other_key_, single ? static_cast<size_t>(key_heads) * others * row_ : 0);
+      give(other_value_, single ? static_cast<size_t>(key_heads) * others * row_ : 0);
       give(listed_, prompt ? static_cast<size_t>(key_heads) : 0);
       give(list_, prompt ? state : 0);
       give(list_stamps_, prompt ? state : 0);
@@ -64,14 +71,22 @@ class Step {
     product.take(scratch);
 
     std::atomic<bool> failed{false};
-    auto rank = [&](int chunk) { rank_rows(chunk / row_parts, chunk % row_parts, row_parts); };
-    const int replacing = count <= kFewRows ? 1 : key_heads;
+    auto rank = [&](int chunk) {
+      const int head = chunk / row_parts, index = chunk % row_parts;
+      rank_rows(head, index, row_parts);
+      if (single) attend_to_rows(head, 0, index, lowest_[chunk], parts, part_of(part, head, 0, parts));
+    };
+    // Little work is not worth waking others for.
+    const int replacing = key_heads <= 4 && count <= kFewRows ? 1 : key_heads;
     auto replace = [&](int chunk) {
       for (int head = chunk; head < key_heads; head += replacing) {
         choose(head, row_parts);
+        if (single) gather_others(head, row_parts);
         overwrite(head);
-        keep_lost(head);
+        sort_lost(head);
         if (prompt) make_list(head);
+        else for (int token = 0; token < length_; token++) keep_lost(head, token, length_);
+        if (single) attend_to_others(head, row_parts, parts, part_of(part, head, 0, parts));
       }
     };
     auto attend_part = [&](int chunk) {
@@ -104,7 +119,7 @@ class Step {
       team.phase(key_heads * slices, attend_block);
       team.phase(rows.chunks(), give_rows);
     } else {
-      team.phase(key_heads * parts.count, attend_part);
+      if (!single) team.phase(key_heads * parts.count, attend_part);
       team.phase(rows.chunks(), join);
     }
     product.add_phases(team, {in_.x.as<float>(), in_.residual.as<float>(), in_.norm.as<float>(), nullptr, next_h,
@@ -210,55 +225,98 @@ class Step {
     }
   }
 
-  // Which keys without a row are among those of the window for each token: keeps_[head, token, key].
-  void keep_lost(int head) {
-    const size_t first = static_cast<size_t>(head) * length_;
-    const float *stamps = stamps_ + static_cast<size_t>(head) * rows_, *lost = lost_stamps_ + first;
-    const double* ranks = lost_ranks_ + first;
-    int* by_rank = by_rank_ + first;
-    first_in_order(by_rank, length_, length_, [&](int a, int b) {
+  // Puts the keys without a row in order, the highest rank first, and counts those that are not closed.
+  void sort_lost(int head) {
+    const size_t fresh = static_cast<size_t>(head) * length_;
+    const double* ranks = lost_ranks_ + fresh;
+    first_in_order(by_rank_ + fresh, length_, length_, [&](int a, int b) {
       const double x = ordered(ranks[a]), y = ordered(ranks[b]);
       return x > y || (x == y && a < b);
     });
-    for (int s = 0; s < length_; s++) {
-      const float time = now(head, s);
-      uint8_t* keeps = keeps_ + (first + s) * length_;
-      int before = 0;
-      for (int r = 0; r < rows_; r++) before += stamps[r] <= time;
-      for (int i = 0; i < length_;) {
-        int end = i, seen = 0;
-        for (; end < length_ && ranks[by_rank[end]] == ranks[by_rank[i]]; end++) {
-          const bool sees = lost[by_rank[end]] <= time;
-          keeps[by_rank[end]] = sees && before < op_.window;
-          seen += sees;
-        }
-        if (end == i) keeps[by_rank[end++]] = lost[by_rank[i]] <= time && before < op_.window;  // NaN
-        before += seen;
-        i = end;
-      }
-    }
+    int& open = open_[head] = 0;
+    while (open < length_ && is_open(lost_key_ + (fresh + by_rank_[fresh + open]) * row_)) open++;
   }
 
-  // Attention of one token to one part of the rows of a head, or of its keys without a row.
+  // Which keys without a row are among those of the window for a token: keeps_[head, token, key], for the first
+  // `count` of them in order.
+  void keep_lost(int head, int token, int count) const {
+    const size_t fresh = static_cast<size_t>(head) * length_;
+    const float *stamps = stamps_ + static_cast<size_t>(head) * rows_, *lost = lost_stamps_ + fresh;
+    const double* ranks = lost_ranks_ + fresh;
+    const int* by_rank = by_rank_ + fresh;
+    const float time = now(head, token);
+    uint8_t* keeps = keeps_ + (fresh + token) * length_;
+    if (count == 0) return;
+    int before = 0;  // visible keys of a higher rank
+    for (int r = 0; r < rows_; r++) before += stamps[r] <= time;
+    for (int i = 0; i < count;) {
+      const double rank = ranks[by_rank[i]];
+      const int higher = before;
+      do {
+        const bool sees = lost[by_rank[i]] <= time;
+        keeps[by_rank[i++]] = sees && higher < op_.window;
+        before += sees;
+      } while (i < count && ranks[by_rank[i]] == rank);
+    }
+  }
+  // NaN is open.
+  bool is_open(const float* key) const { return !(key[op_.dim] <= op_.closed / 2); }
+
+  // Attention of one token to one part of the rows of a head. The row `without` weighs nothing; -1 for none.
+  void attend_to_rows(int head, int token, int index, int without, const Parts& parts, float* part) const {
+    const int first = index * Parts::kKeys, count = rows_ - first < Parts::kKeys ? rows_ - first : Parts::kKeys;
+    const float* stamps = stamps_ + static_cast<size_t>(head) * rows_ + first;
+    const float time = now(head, token);
+    auto mask = [&](int, float* scores) {
+      kernels_.close_later(scores, stamps, count, time, op_.closed);
+      if (without >= 0) scores[without - first] = -INFINITY;
+    };
+    attend(kernels_, parts, in_.q.as<float>() + query_at(head, token), group_, keys_ + at(head, first),
+           values_ + at(head, first), count, mask, part + index * parts.size());
+  }
+
+  // The same for a part of the rows, or behind those, of the keys without a row.
   void attend_to(int head, int token, int index, const Parts& parts, float* part) const {
-    const float* q = in_.q.as<float>() + query_at(head, token);
-    float* out = part + index * parts.size();
-    const int row_parts = Parts::of(rows_), first = (index < row_parts ? index : index - row_parts) * Parts::kKeys;
-    const int all = index < row_parts ? rows_ : length_;
-    const int count = all - first < Parts::kKeys ? all - first : Parts::kKeys;
-    if (index < row_parts) {
-      const float* stamps = stamps_ + static_cast<size_t>(head) * rows_ + first;
-      const float time = now(head, token);
-      auto mask = [&](int, float* scores) { kernels_.close_later(scores, stamps, count, time, op_.closed); };
-      attend(kernels_, parts, q, group_, keys_ + at(head, first), values_ + at(head, first), count, mask, out);
-    } else {
-      const size_t fresh = static_cast<size_t>(head) * length_;
-      const uint8_t* keeps = keeps_ + (fresh + token) * length_ + first;
+    const int row_parts = Parts::of(rows_);
+    if (index < row_parts) return attend_to_rows(head, token, index, -1, parts, part);
+    const int first = (index - row_parts) * Parts::kKeys;
+    const int count = length_ - first < Parts::kKeys ? length_ - first : Parts::kKeys;
+    const size_t fresh = static_cast<size_t>(head) * length_;
+    const uint8_t* keeps = keeps_ + (fresh + token) * length_ + first;
+    auto mask = [&](int, float* scores) {
+      for (int t = 0; t < count; t++) scores[t] = keeps[t] ? scores[t] : op_.closed;
+    };
+    attend(kernels_, parts, in_.q.as<float>() + query_at(head, token), group_, lost_key_ + (fresh + first) * row_,
+           lost_value_ + (fresh + first) * row_, count, mask, part + index * parts.size());
+  }
+
+  // For one new token: copies the row of the lowest rank of each part, and the new key.
+  void gather_others(int head, int row_parts) const {
+    const size_t bytes = row_ * sizeof(float);
+    for (int i = 0; i <= row_parts; i++) {
+      const size_t to = (static_cast<size_t>(head) * (row_parts + 1) + i) * row_;
+      const int row = i < row_parts ? lowest_[static_cast<size_t>(head) * row_parts + i] : 0;
+      memcpy(other_key_ + to, i < row_parts ? keys_ + at(head, row) : in_.k.as<float>() + new_at(head, 0), bytes);
+      memcpy(other_value_ + to, i < row_parts ? values_ + at(head, row) : in_.v.as<float>() + new_at(head, 0), bytes);
+    }
+  }
+  // Lets the token attend to these, of which one has no row.
+  void attend_to_others(int head, int row_parts, const Parts& parts, float* part) const {
+    const int slot = slots_[head], *lowest = lowest_ + static_cast<size_t>(head) * row_parts;
+    const float time = now(head, 0);
+    for (int first = 0; first <= row_parts; first += Parts::kKeys) {
+      const int count = row_parts + 1 - first < Parts::kKeys ? row_parts + 1 - first : Parts::kKeys;
+      const size_t from = (static_cast<size_t>(head) * (row_parts + 1) + first) * row_;
+      const float* keys = other_key_ + from;
       auto mask = [&](int, float* scores) {
-        for (int t = 0; t < count; t++) scores[t] = keeps[t] ? scores[t] : op_.closed;
+        for (int t = 0; t < count; t++) {
+          const int row = first + t < row_parts ? lowest[first + t] : -1;
+          const bool sees = row == slot ? keeps_[head] : keys[static_cast<size_t>(t) * row_ + op_.dim + 1] <= time;
+          scores[t] = sees ? scores[t] : op_.closed;
+        }
       };
-      attend(kernels_, parts, q, group_, lost_key_ + (fresh + first) * row_, lost_value_ + (fresh + first) * row_,
-             count, mask, out);
+      attend(kernels_, parts, in_.q.as<float>() + query_at(head, 0), group_, keys, other_value_ + from, count, mask,
+             part + (row_parts + first / Parts::kKeys) * parts.size());
     }
   }
 
@@ -267,16 +325,17 @@ class Step {
     const size_t fresh = static_cast<size_t>(head) * length_, state = static_cast<size_t>(head) * rows_;
     int count = 0;
     auto add = [&](const float* key, int number) {
-      // NaN is listed.
-      if (key[op_.dim] <= op_.closed / 2) return;
+      if (!is_open(key)) return;
       list_[state + count] = number;
       list_stamps_[state + count++] = key[op_.dim + 1];
     };
     for (int r = 0; r < rows_; r++)
       if (ranks_[state + r] != kTaken) add(keys_ + at(head, r), r);
     for (int i = 0; i < length_; i++) {
-      lost_of_[fresh + order_[fresh + i]] = slots_[fresh + i] < 0 ? i : -1;
-      if (slots_[fresh + i] >= 0) add(lost_key_ + (fresh + i) * row_, -1 - i);
+      const float* lost = lost_key_ + (fresh + i) * row_;
+      const bool enters = slots_[fresh + i] >= 0;
+      lost_of_[fresh + order_[fresh + i]] = enters || !is_open(lost) ? -1 : i;
+      if (enters) add(lost, -1 - i);
     }
     listed_[head] = count;
   }
@@ -294,6 +353,7 @@ class Step {
     scratch.reserve<float>(wide);
     scratch.reserve<float>(parts.stride() * group_);
     if (!block.ready() || !scratch.allocate()) return false;
+    for (int i = 0; i < tokens; i++) keep_lost(head, token + i, open_[head]);
     float *keys = scratch.take<float>(wide), *values = scratch.take<float>(wide);
     float* exact = scratch.take<float>(parts.stride() * group_);
 
@@ -350,6 +410,7 @@ class Step {
           continue;
         }
         // The token sees closed keys only. They all weigh the same, those that were left out above, too.
+        keep_lost(head, token + s, length_);
         for (int index = 0; index < parts.count; index++) attend_to(head, token + s, index, parts, exact);
         kernels_.join(exact + i * parts.stride(), parts.size(), parts.count, row_, out);
       }
@@ -374,8 +435,10 @@ class Step {
   float *lost_key_, *lost_value_, *lost_stamps_;
   double *lost_ranks_, *new_ranks_;
   int *by_rank_;    // the keys without a row in order
-  int *lost_of_;    // of each new key, the number of a key without a row, or -1
+  int *open_;       // [heads]: how many of these are not closed
+  int *lost_of_;    // of each new key that is open and has no row, its number among those; else -1
   uint8_t* keeps_;  // [heads, S, S]
+  float *other_key_, *other_value_;  // for one new token: see gather_others
   // For many new tokens: the keys of the past that are not closed.
   int *listed_, *list_;
   float* list_stamps_;
