@@ -29,6 +29,7 @@ from doge_onnx.errors import (
 
 if TYPE_CHECKING:
     from doge_onnx.runtime.chat import Chat
+    from doge_onnx.runtime.engine.kernels import Kernels
     from doge_onnx.runtime.engine.state import State
     from doge_onnx.runtime.generation.config import GenerationConfig, GenerationOptions
     from doge_onnx.runtime.generation.output import (
@@ -61,6 +62,7 @@ _MODULES = {
     "FinishReason": "doge_onnx.runtime.generation.output",
     "GenerationConfig": "doge_onnx.runtime.generation.config",
     "GenerationOptions": "doge_onnx.runtime.generation.config",
+    "Kernels": "doge_onnx.runtime.engine.kernels",
     "LogitsProcessor": "doge_onnx.runtime.generation.processors",
     "Model": "doge_onnx.runtime.model",
     "Piece": "doge_onnx.runtime.generation.output",
@@ -85,6 +87,7 @@ __all__ = [
     "GenerationOptions",
     "HubError",
     "InputError",
+    "Kernels",
     "LogitsProcessor",
     "MissingExtraError",
     "Model",

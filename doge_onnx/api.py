@@ -46,6 +46,7 @@ def load(
     verbose: bool = False,
     cuda_graph: bool | None = None,
     revision: str | None = None,
+    native: bool = True,
 ) -> Model:
     """Load a bundle and make it ready to run.
 
@@ -64,6 +65,8 @@ def load(
             to launch their kernels. None for yes if the bundle allows it and a check of a few
             steps, captured and not, finds the same results.
         revision: Branch, tag or commit of a bundle on the Hub; None for its main branch.
+        native: Whether this package's own kernels run, where they can; see `Model.kernels`. False
+            leaves all to ONNX Runtime.
 
     Raises:
         BundleError: The bundle is incomplete, altered, too new, or cannot be run.
@@ -72,12 +75,13 @@ def load(
         DeviceError: The device is missing, lacks a library, or cannot run the bundle or capture its
             steps.
         InputError: There is no device of that name, a number of threads or tokens is below 1, or
-            `cuda_graph` is not True, False or None.
+            `cuda_graph` or `native` is not one of the values above; or DOGE_ONNX_INSTRUCTIONS names
+            an instruction set that this machine lacks.
     """
     from doge_onnx.runtime import model
 
     found = find_bundle(bundle, revision)
-    return model.load(found, device, threads, prefill_chunk, verbose, cuda_graph)
+    return model.load(found, device, threads, prefill_chunk, verbose, cuda_graph, native)
 
 
 def export(
@@ -292,6 +296,7 @@ def bench(
     threads: int | None = None,
     device: str = "auto",
     cuda_graph: bool | None = None,
+    native: bool = True,
     revision: str | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> BenchReport:
@@ -308,6 +313,7 @@ def bench(
             OMP_NUM_THREADS, or else one for each physical core that this process may use.
         device: "auto", "cpu" or "cuda"; see `load`.
         cuda_graph: See `load`.
+        native: See `load`.
         revision: Branch, tag or commit of a bundle on the Hub.
         progress: Called with a line of text when a step begins.
 
@@ -326,6 +332,7 @@ def bench(
         threads=threads,
         device=device,
         cuda_graph=cuda_graph,
+        native=native,
         progress=progress,
     )
 

@@ -261,6 +261,7 @@ def generate(
     prefill_chunk: cli_options.PrefillChunk = None,
     device: cli_options.Device = cli_options.Devices.auto,
     cuda_graph: cli_options.CudaGraph = None,
+    native: cli_options.Native = True,
     verbose: cli_options.Verbose = False,
 ) -> None:
     """Continue a text, or with --chat answer a message.
@@ -288,7 +289,7 @@ def generate(
     if answer_start is not None:
         text.append({"role": "assistant", "content": answer_start})
         options["continue_final_message"] = True
-    model = _load(bundle, revision, device, threads, prefill_chunk, verbose, cuda_graph)
+    model = _load(bundle, revision, device, threads, prefill_chunk, verbose, cuda_graph, native)
     options = cli_values.with_token_ids(options, model)
     if json:
         cli_output.completion_json(model.generate(text, **options), stats)
@@ -317,6 +318,7 @@ def chat(
     prefill_chunk: cli_options.PrefillChunk = None,
     device: cli_options.Device = cli_options.Devices.auto,
     cuda_graph: cli_options.CudaGraph = None,
+    native: cli_options.Native = True,
     verbose: cli_options.Verbose = False,
 ) -> None:
     """Talk with an instruction-tuned model.
@@ -329,7 +331,7 @@ def chat(
     """
     if stop_escape:
         options = cli_values.with_escapes(options)
-    model = _load(bundle, revision, device, threads, prefill_chunk, verbose, cuda_graph)
+    model = _load(bundle, revision, device, threads, prefill_chunk, verbose, cuda_graph, native)
     options = cli_values.with_token_ids(options, model)
     conversation = model.chat(system, **options, **_variables(template_variable))
     for message in cli_input.messages():
@@ -350,6 +352,7 @@ def bench(
     threads: cli_options.Threads = None,
     device: cli_options.Device = cli_options.Devices.auto,
     cuda_graph: cli_options.CudaGraph = None,
+    native: cli_options.Native = True,
     revision: cli_options.BundleRevision = None,
     json: cli_options.JsonBench = False,
 ) -> None:
@@ -372,6 +375,7 @@ def bench(
             threads=threads,
             device=device.value,
             cuda_graph=cuda_graph,
+            native=native,
             revision=revision,
             progress=progress,
         )
@@ -391,15 +395,16 @@ def info(
 
     Of a bundle on the Hub, the graph and its weights are not fetched.
     """
+    from doge_onnx.runtime.engine.kernels import choose_kernels
     from doge_onnx.runtime.text_ends import TextEnds
 
     found = api.find_bundle(bundle, revision, weights=False)
     opened = found if isinstance(found, Bundle) else Bundle(Path(found), read_manifest(Path(found)))
-    ends = TextEnds.read(opened)
+    ends, kernels = TextEnds.read(opened), choose_kernels(opened.manifest)
     if json:
-        cli_output.manifest_json(opened, ends)
+        cli_output.manifest_json(opened, ends, kernels)
     else:
-        cli_output.manifest(opened, ends)
+        cli_output.manifest(opened, ends, kernels)
 
 
 @app.command()
@@ -439,6 +444,7 @@ def _load(
     prefill_chunk: int | None,
     verbose: bool,
     cuda_graph: bool | None,
+    native: bool,
 ) -> Any:
     model = doge_onnx.load(
         bundle,
@@ -447,6 +453,7 @@ def _load(
         prefill_chunk=prefill_chunk,
         verbose=verbose,
         cuda_graph=cuda_graph,
+        native=native,
         revision=revision,
     )
     if model.reason_for_cpu is not None:

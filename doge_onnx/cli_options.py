@@ -503,6 +503,14 @@ CudaGraph = Annotated[
         help="Let CUDA capture decode steps once and replay them. Default: where that works.",
     ),
 ]
+Native = Annotated[
+    bool,
+    typer.Option(
+        "--native/--no-native",
+        help="Let this package's own kernels run on the CPU, where they can, or leave all to ONNX "
+        "Runtime.",
+    ),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Let ONNX Runtime's warnings through.")]
 JsonManifest = Annotated[
     bool, typer.Option("--json", help="Print the manifest as one JSON object, for a program.")

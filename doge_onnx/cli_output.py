@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from doge_onnx.measure.bench import BenchReport
     from doge_onnx.measure.evaluate import QualityReport
     from doge_onnx.measure.workload import Spread
+    from doge_onnx.runtime.engine.kernels import Kernels
     from doge_onnx.runtime.generation.output import Completion, Timings
     from doge_onnx.runtime.text_ends import EndToken, TextEnds
 
@@ -220,12 +221,13 @@ def quality_json(report: QualityReport) -> None:
     json_text(json.dumps(report.as_dict(), ensure_ascii=False))
 
 
-def manifest(bundle: Bundle, ends: TextEnds) -> None:
+def manifest(bundle: Bundle, ends: TextEnds, kernels: Kernels) -> None:
     """Print a bundle's manifest for a person, and what ends a text.
 
     Args:
         bundle: Whose manifest it is.
         ends: Of the same bundle.
+        kernels: Which would run it on the CPU of this machine.
     """
     shown = bundle.manifest
     state = shown.state
@@ -255,6 +257,7 @@ def manifest(bundle: Bundle, ends: TextEnds) -> None:
             "key or value row": row,
             "keep window (keys)": state.keep_window_size,
             "updated in place": state.in_place,
+            "kernels": kernels,
         },
     )
     parity = shown.parity or {"checked": False}
@@ -291,7 +294,7 @@ def _token(token: EndToken) -> str:
     return str(token.id) if token.text is None else f"{token.id} {token.text}"
 
 
-def manifest_json(bundle: Bundle, ends: TextEnds) -> None:
+def manifest_json(bundle: Bundle, ends: TextEnds, kernels: Kernels) -> None:
     """Print a manifest as JSON; see `manifest`."""
     fields = json.loads(bundle.manifest.to_json()) | {
         "end_tokens": [asdict(token) for token in ends.tokens],
@@ -299,6 +302,7 @@ def manifest_json(bundle: Bundle, ends: TextEnds) -> None:
         "other_end_token": None if ends.other is None else asdict(ends.other),
         "ignored_generation_options": list(ends.defaults.ignored),
         "generation_options_without_effect": list(ends.defaults.without_effect),
+        "kernels": asdict(kernels),
         "hub": {"repository": bundle.repo, "revision": bundle.commit} if bundle.repo else None,
     }
     json_text(json.dumps(fields, indent=2, ensure_ascii=False))
@@ -342,6 +346,7 @@ def bench(report: BenchReport) -> None:
         {
             "processor": f"{report.machine['processor']}, {report.machine['cores']} cores",
             "device": report.device + (", with a CUDA graph" if report.cuda_graph else ""),
+            "kernels": report.kernels,
             "threads": report.threads,
             "read bandwidth": f"{report.read_bytes_per_second / 1e9:.1f} GB/s",
         },

@@ -14,7 +14,7 @@ from typing import Any
 
 from doge_onnx.errors import BundleError
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 # Devices that a bundle can be made for.
 DEVICES = ("cpu", "cuda")
 # ONNX Runtime recognizes files of its own format by this suffix.
@@ -120,6 +120,8 @@ class Manifest:
         versions: Versions of this package and of the libraries that made the bundle.
         parity: Figures of the comparison with the reference; None if there was none.
         quality: Figures of the evaluation of a quantized bundle; None if there was none.
+        native_operators: Whether the graph has fused operators that this package's own kernels can
+            run (docs/native.md).
         ignored_fields: Fields of config.json that the bundle was made without, since its maker
             asked for that.
         notes: What the export had to say about the checkpoint's files, a sentence each.
@@ -141,6 +143,7 @@ class Manifest:
     versions: dict[str, str]
     parity: dict[str, Any] | None = None
     quality: dict[str, Any] | None = None
+    native_operators: bool = False
     ignored_fields: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     files: dict[str, dict[str, Any]] = field(default_factory=dict)

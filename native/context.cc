@@ -38,7 +38,8 @@ void Context::expect(const char* name, const Tensor& tensor, std::initializer_li
   const int64_t* have = tensor.dims;
   for (int64_t want : shape) {
     if (!fits) break;
-    fits = want == kAny || *have++ == want;
+    fits = want == kAny || *have == want;
+    have++;
   }
   if (fits) return;
   char text[2][96] = {"", ""};

@@ -31,7 +31,7 @@ class Embed {
     if (context.failed()) return;
     for (int64_t i = 0; i < rows; i++) {
       int64_t id = ids.as<int64_t>()[i];
-      table.look_up(id < 0 ? id + table.outputs : id, x + i * hidden);
+      kernels_->product.look_up(table, id < 0 ? id + table.outputs : id, 0, table.inputs, x + i * hidden);
       kernels_->layer.rms_norm(x + i * hidden, norm.as<float>(), epsilon_, static_cast<int>(hidden), h + i * hidden);
     }
   }

@@ -1,6 +1,7 @@
 // All kernels for one instruction set: scalar.
 #define KERNEL_SET scalar
 #define KERNEL_WIDTH 4
+#define KERNEL_PLAIN
 
 #include "kernels.h"
 #include "simd.h"

@@ -39,9 +39,86 @@ Matrix MatrixInput::read(Context& context, const char* name, size_t weight, size
     matrix.transposed = table;
   }
   if (outputs > INT32_MAX || inputs > INT32_MAX) context.fail("input %s is too large", name);
+  if (inputs < 1) context.fail("input %s is empty", name);
   matrix.inputs = static_cast<int>(inputs);
   matrix.outputs = static_cast<int>(outputs);
   matrix.weight = given.data;
   if (bias != kNoInput) matrix.bias = context.optional("bias", bias, kFloat, {outputs}).as<float>();
   return matrix;
+}
+
+Product::Product(const Kernels& kernels, const Matrix& matrix, int rows)
+    : kernels_(kernels.product), matrix_(matrix), rows_(rows) {}
+
+void Product::reserve(Scratch& scratch) const {
+  scratch.reserve<const float*>(rows_);
+  if (!integers()) return;
+  scratch.reserve<int16_t>(rows_ * kernels_.padded_inputs(matrix_));
+  scratch.reserve<float>(rows_);
+  scratch.reserve<bool>(rows_);
+}
+
+void Product::take(Scratch& scratch) {
+  at_ = scratch.take<const float*>(rows_);
+  if (!integers()) return;
+  values_ = scratch.take<int16_t>(rows_ * kernels_.padded_inputs(matrix_));
+  scales_ = scratch.take<float>(rows_);
+  plain_ = scratch.take<bool>(rows_);
+}
+
+void Product::set_row(int row, const float* x) {
+  at_[row] = x;
+  if (!integers()) return;
+  plain_[row] = kernels_.quantize(matrix_, x, values_ + row * kernels_.padded_inputs(matrix_), scales_ + row);
+}
+
+void Product::multiply(int first_row, int last_row, int first_column, int last_column, float* out,
+                       size_t stride) const {
+  const int count = last_row - first_row;
+  if (count <= 0 || first_column >= last_column) return;
+  float* to = out + first_row * stride;
+  if (rows_ > kFewRows) {
+    kernels_.multiply_many(matrix_, at_[first_row], at_[1] - at_[0], count, first_column, last_column, to, stride);
+  } else if (integers()) {
+    const size_t padded = kernels_.padded_inputs(matrix_);
+    IntegerRows rows = {values_ + first_row * padded, padded, scales_ + first_row, count};
+    kernels_.multiply_codes(matrix_, rows, first_column, last_column, to, stride);
+    for (int row = first_row; row < last_row; row++) {
+      if (plain_[row]) continue;
+      kernels_.multiply_many(matrix_, at_[row], 0, 1, first_column, last_column, out + row * stride, stride);
+    }
+  } else {
+    kernels_.multiply_few(matrix_, at_ + first_row, count, first_column, last_column, to, stride);
+  }
+}
+
+int Product::parts(int columns) const {
+  // What is worth a part: 128 KB of weights to read, or as long a time of computing.
+  constexpr int64_t kWorth = 1 << 17;
+  const int bits = matrix_.format == Format::kCodes4   ? 4
+                   : matrix_.format == Format::kCodes8 ? 8
+                   : matrix_.format == Format::kFloat  ? 32
+                                                       : 16;
+  const int64_t weights = static_cast<int64_t>(columns) * matrix_.inputs;
+  const int64_t reading = weights * bits / 8, computing = weights * (rows_ + 1) / 2;
+  // A part of many rows unpacks its own weights, so it should not be narrow.
+  const int64_t most = rows_ > kFewRows ? 16 : 64;
+  int64_t parts = (reading > computing ? reading : computing) / kWorth;
+  const int64_t units = (columns + kColumns - 1) / kColumns;
+  if (parts > most) parts = most;
+  if (parts > units) parts = units;
+  return parts < 1 ? 1 : static_cast<int>(parts);
+}
+
+void Product::part(int columns, int parts, int index, int* first, int* last) {
+  const int64_t units = (columns + kColumns - 1) / kColumns;
+  *first = static_cast<int>(units * index / parts) * kColumns;
+  *last = static_cast<int>(units * (index + 1) / parts) * kColumns;
+  if (*last > columns) *last = columns;
+}
+
+int Product::row_parts() const {
+  // As many rows as the second cache holds beside the weights.
+  constexpr int kRows = 256;
+  return rows_ <= kFewRows ? 1 : (rows_ + kRows - 1) / kRows;
 }

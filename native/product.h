@@ -7,24 +7,8 @@
 
 #include "context.h"
 #include "kernels.h"
+#include "matrix.h"
 #include "scratch.h"
-
-constexpr int kFewRows = 8;
-
-enum class Format { kFloat, kFloat16, kBfloat16, kCodes8, kCodes4 };
-
-// A matrix in the memory of the graph: see "Matrices" in docs/native.md.
-struct Matrix {
-  Format format = Format::kFloat;
-  bool transposed = false;  // unquantized weights [outputs, inputs]; codes always are
-  int inputs = 0, outputs = 0, block = 0, blocks = 0;
-  const void* weight = nullptr;
-  const float* scales = nullptr;
-  const float* bias = nullptr;  // may be null
-
-  // Writes one row of a table as float32 [inputs]: the row `index` of a transposed matrix.
-  void look_up(int64_t index, float* out) const;
-};
 
 // The attributes of a matrix, and where among the inputs it is.
 class MatrixInput {
@@ -53,7 +37,7 @@ class Product {
   void take(Scratch& scratch);
 
   // Gives the product a row of activations, which must stay in memory until the end. May be called
-  // for different rows at once.
+  // for different rows at once. More than kFewRows rows must be equally far apart in memory.
   void set_row(int row, const float* x);
   // out[row * stride + column] for the rows and columns from the first up to the last, exclusive.
   // `out` is where row 0 and column 0 are. Column ranges begin at multiples of kColumns.
@@ -69,7 +53,14 @@ class Product {
   int row_parts() const;
 
  private:
-  const Kernels& kernels_;
+  // Whether rows are multiplied in integers.
+  bool integers() const { return rows_ <= kFewRows && matrix_.scales; }
+
+  const ProductKernels& kernels_;
   const Matrix matrix_;
   const int rows_;
+  const float** at_ = nullptr;  // the rows as they were given
+  int16_t* values_ = nullptr;   // the rows in integers, with their scales
+  float* scales_ = nullptr;
+  bool* plain_ = nullptr;  // whether a row can be written in integers
 };

@@ -4,11 +4,21 @@
 // this set, and KERNEL_WIDTH, the floats of a vector. Two instruction sets must share no function:
 // the linker would keep one of both, and it might be the one that this processor cannot run. So
 // nothing here or in the .inl files calls a function template or inline function of the standard
-// library.
+// library. `isa_scalar.cc` defines KERNEL_PLAIN: no instructions beyond the compiler's own choice.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+
+#if defined(KERNEL_PLAIN)
+#elif defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+#define UNROLLED _Pragma("GCC unroll 16")
 
 namespace KERNEL_SET {
 
@@ -16,26 +26,160 @@ constexpr int W = KERNEL_WIDTH;
 typedef float Floats __attribute__((vector_size(4 * KERNEL_WIDTH)));
 typedef int32_t Ints __attribute__((vector_size(4 * KERNEL_WIDTH)));
 typedef uint32_t Words __attribute__((vector_size(4 * KERNEL_WIDTH)));
+typedef int16_t Shorts __attribute__((vector_size(4 * KERNEL_WIDTH)));
 // The same in memory, at any address.
 typedef float FloatsAt __attribute__((vector_size(4 * KERNEL_WIDTH), aligned(4), may_alias));
 typedef int32_t IntsAt __attribute__((vector_size(4 * KERNEL_WIDTH), aligned(4), may_alias));
+typedef int16_t ShortsAt __attribute__((vector_size(4 * KERNEL_WIDTH), aligned(1), may_alias));
+// As many narrower numbers as a vector has floats.
+typedef uint16_t HalvesAt __attribute__((vector_size(2 * KERNEL_WIDTH), aligned(2), may_alias));
+typedef int16_t ShortHalfAt __attribute__((vector_size(2 * KERNEL_WIDTH), aligned(2), may_alias));
+typedef int8_t SmallAt __attribute__((vector_size(KERNEL_WIDTH), aligned(1), may_alias));
+// Vectors of 16 bytes, for transposing.
+typedef uint8_t Bytes16 __attribute__((vector_size(16)));
+typedef float Floats4 __attribute__((vector_size(16)));
+typedef float Floats4At __attribute__((vector_size(16), aligned(4), may_alias));
 
-static inline Floats load(const float* x) { return *reinterpret_cast<const FloatsAt*>(x); }
-static inline void store(float* x, Floats v) { *reinterpret_cast<FloatsAt*>(x) = v; }
-static inline Floats all(float x) { return x - Floats{}; }
-static inline Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
-static inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
-static inline Floats absolute(Floats x) { return (Floats)((Ints)x & 0x7fffffff); }
-static inline float sum(Floats v) {
+ALWAYS_INLINE Floats load(const float* x) { return *reinterpret_cast<const FloatsAt*>(x); }
+ALWAYS_INLINE void store(float* x, Floats v) { *reinterpret_cast<FloatsAt*>(x) = v; }
+ALWAYS_INLINE Shorts load_shorts(const void* x) { return *static_cast<const ShortsAt*>(x); }
+ALWAYS_INLINE Floats all(float x) { return x - Floats{}; }
+ALWAYS_INLINE Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
+ALWAYS_INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+ALWAYS_INLINE Floats absolute(Floats x) { return (Floats)((Ints)x & 0x7fffffff); }
+ALWAYS_INLINE float sum(Floats v) {
   float total[KERNEL_WIDTH];
   store(total, v);
   for (int half = W / 2; half; half /= 2)
     for (int i = 0; i < half; i++) total[i] += total[i + half];
   return total[0];
 }
+ALWAYS_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
+
+// W numbers of 16 bits as float32.
+ALWAYS_INLINE Floats load_bfloat16(const uint16_t* x) {
+  return (Floats)(__builtin_convertvector(*reinterpret_cast<const HalvesAt*>(x), Words) << 16);
+}
+ALWAYS_INLINE float from_bfloat16(uint16_t x) {
+  uint32_t bits = static_cast<uint32_t>(x) << 16;
+  float y;
+  __builtin_memcpy(&y, &bits, 4);
+  return y;
+}
+ALWAYS_INLINE float from_float16(uint16_t x) {
+  uint32_t magnitude = x & 0x7fff, bits = magnitude << 13;
+  // 2^112 corrects the exponent, for subnormal numbers too; infinities and NaNs keep the largest one.
+  const uint32_t factor_bits = 0x77800000;
+  float y, factor;
+  __builtin_memcpy(&factor, &factor_bits, 4);
+  __builtin_memcpy(&y, &bits, 4);
+  y *= factor;
+  __builtin_memcpy(&bits, &y, 4);
+  if (magnitude >= 0x7c00) bits = 0x7f800000 | magnitude << 13;
+  bits |= static_cast<uint32_t>(x & 0x8000) << 16;
+  __builtin_memcpy(&y, &bits, 4);
+  return y;
+}
+ALWAYS_INLINE Floats load_float16(const uint16_t* x) {
+#if defined(KERNEL_PLAIN)
+  float y[W];
+  for (int i = 0; i < W; i++) y[i] = from_float16(x[i]);
+  return load(y);
+#elif KERNEL_WIDTH == 16
+  return (Floats)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+#elif KERNEL_WIDTH == 8
+  return (Floats)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+#else
+  return (Floats)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(x)));
+#endif
+}
+// W signed bytes as float32.
+ALWAYS_INLINE Floats load_bytes(const int8_t* x) {
+#if KERNEL_WIDTH == 16
+  return to_floats((Ints)_mm512_maskz_cvtepi8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(x))));
+#elif KERNEL_WIDTH == 8
+  return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x))));
+#else
+  return to_floats(__builtin_convertvector(*reinterpret_cast<const SmallAt*>(x), Ints));
+#endif
+}
+
+// Products of int16, two neighbours summed: lane i is a[2i] b[2i] + a[2i + 1] b[2i + 1].
+ALWAYS_INLINE Ints multiply_pairs(Shorts a, Shorts b) {
+#if defined(KERNEL_PLAIN)
+  Ints x = (Ints)a, y = (Ints)b;
+  return ((x << 16) >> 16) * ((y << 16) >> 16) + (x >> 16) * (y >> 16);
+#elif KERNEL_WIDTH == 16
+  return (Ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif KERNEL_WIDTH == 8
+  return (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+  int16x8_t x = (int16x8_t)a, y = (int16x8_t)b;
+  return (Ints)vpaddq_s32(vmull_s16(vget_low_s16(x), vget_low_s16(y)), vmull_high_s16(x, y));
+#endif
+}
+ALWAYS_INLINE Ints add_pairs(Ints total, Shorts a, Shorts b) {
+#if defined(KERNEL_PLAIN)
+  return total + multiply_pairs(a, b);
+#elif defined(__AVX512VNNI__)
+  return (Ints)_mm512_dpwssd_epi32((__m512i)total, (__m512i)a, (__m512i)b);
+#elif defined(__AVXVNNI__)
+  return (Ints)_mm256_dpwssd_avx_epi32((__m256i)total, (__m256i)a, (__m256i)b);
+#else
+  return total + multiply_pairs(a, b);
+#endif
+}
+
+// COUNT numbers of a memory, each in W / COUNT neighbouring lanes.
+template <int COUNT>
+ALWAYS_INLINE Floats spread(const float* x) {
+  if constexpr (COUNT == 1) return all(*x);
+#if defined(KERNEL_PLAIN) || KERNEL_WIDTH == 4
+  float y[W];
+  for (int i = 0; i < W; i++) y[i] = x[i * COUNT / W];
+  return load(y);
+#elif KERNEL_WIDTH == 16
+  __m512 v;
+  if constexpr (COUNT == 2)
+    v = _mm512_castps128_ps512(_mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x))));
+  else if constexpr (COUNT == 4) v = _mm512_castps128_ps512(_mm_loadu_ps(x));
+  else v = _mm512_castps256_ps512(_mm256_loadu_ps(x));
+  constexpr int S = 16 / COUNT;
+  const __m512i lanes = _mm512_setr_epi32(0, 1 / S, 2 / S, 3 / S, 4 / S, 5 / S, 6 / S, 7 / S, 8 / S, 9 / S, 10 / S,
+                                          11 / S, 12 / S, 13 / S, 14 / S, 15 / S);
+  return (Floats)_mm512_maskz_permutexvar_ps(0xffff, lanes, v);
+#else
+  __m128 v;
+  if constexpr (COUNT == 2) v = _mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x)));
+  else v = _mm_loadu_ps(x);
+  constexpr int S = 8 / COUNT;
+  const __m256i lanes = _mm256_setr_epi32(0, 1 / S, 2 / S, 3 / S, 4 / S, 5 / S, 6 / S, 7 / S);
+  return (Floats)_mm256_permutevar8x32_ps(_mm256_castps128_ps256(v), lanes);
+#endif
+}
+
+// The sums of four vectors. The order of the additions within a vector is always the same.
+ALWAYS_INLINE Floats4 sum_four(Floats a, Floats b, Floats c, Floats d) {
+#if defined(KERNEL_PLAIN)
+  return Floats4{sum(a), sum(b), sum(c), sum(d)};
+#elif defined(__x86_64__)
+#if KERNEL_WIDTH == 16
+  auto half = [](Floats v) {
+    return (__m256)__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+           (__m256)__builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+  };
+#else
+  auto half = [](Floats v) { return (__m256)v; };
+#endif
+  __m256 t = _mm256_hadd_ps(_mm256_hadd_ps(half(a), half(b)), _mm256_hadd_ps(half(c), half(d)));
+  return (Floats4)_mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1));
+#else
+  return (Floats4)vpaddq_f32(vpaddq_f32((float32x4_t)a, (float32x4_t)b), vpaddq_f32((float32x4_t)c, (float32x4_t)d));
+#endif
+}
 
 // e^x to about one unit in the last place, 0 below -87.3; NaN stays NaN. After Cephes' expf.
-static inline Floats exponential(Floats x) {
+ALWAYS_INLINE Floats exponential(Floats x) {
   const Floats low = all(-87.33654f), high = all(88.72283f);
   Floats y = x < low ? low : x;
   y = y > high ? high : y;

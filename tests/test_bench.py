@@ -253,7 +253,7 @@ def scripted(monkeypatch):
     bandwidths = iter([1e9, 3e9, 2e9])
     seen = {}
 
-    def measure_start(path, threads, context, tokens, device, cuda_graph):
+    def measure_start(path, threads, context, tokens, device, cuda_graph, native):
         seen["start"] = (threads, context, tokens)
         return start(1.0, 10**9)
 
@@ -438,6 +438,7 @@ def test_options_reach_the_library(canned, fake):
     given, _ = canned
     sizes = ["--contexts", "16,512", "--batches", "8"]
     counts = ["--tokens=5", "--repetitions=7", "--threads=2", "--device=cpu", "--cuda-graph"]
+    counts += ["--no-native"]
     assert invoke(fake, *sizes, *counts, "--revision=v1").exit_code == 0
     del given["progress"]
     assert given == {
@@ -448,6 +449,7 @@ def test_options_reach_the_library(canned, fake):
         "threads": 2,
         "device": "cpu",
         "cuda_graph": True,
+        "native": False,
         "revision": "v1",
     }
     assert invoke(fake).exit_code == 0

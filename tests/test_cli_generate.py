@@ -59,11 +59,11 @@ def test_generate_passes_every_option_on(tiny_bundle, monkeypatch, way, more):
     given += ["--stop=one", "--stop=two", "--logit-bias=5=-1.5", "--logit-bias=6=2", "--ignore-eos"]
     given += ["--stop-token=5", "--stop-token=<|pad|>", "--suppress-token= the"]
     given += ["--threads=1", "--prefill-chunk=4"]
-    given += ["--device=cpu", "--no-cuda-graph", "--verbose"]
+    given += ["--device=cpu", "--no-cuda-graph", "--no-native", "--verbose"]
     result = invoke("generate", tiny_bundle, PROMPT, *given, *more)
     assert result.exit_code == 0, result.output
     loading = {"device": "cpu", "threads": 1, "prefill_chunk": 4, "verbose": True}
-    loading |= {"cuda_graph": False, "revision": None}
+    loading |= {"cuda_graph": False, "native": False, "revision": None}
     several = {"stop": ["one", "two"], "logit_bias": {5: -1.5, 6: 2.0}, "ignore_eos": True}
     several |= {"stop_token_ids": [5, 2], "suppress_tokens": [268]}
     assert calls == [

@@ -18,6 +18,7 @@ from doge_onnx.runtime.cuda.executor import DeviceExecutor
 from doge_onnx.runtime.cuda.runner import CudaCopyingRunner, CudaGrowingRunner
 from doge_onnx.runtime.engine import state
 from doge_onnx.runtime.engine.graph_session import GraphSession, run_error
+from doge_onnx.runtime.engine.kernels import Kernels
 
 # Positions of the table that the damaged graph still has.
 LEFT = 5
@@ -162,4 +163,4 @@ def test_what_the_device_cannot_do_is_an_error_and_what_this_package_does_wrong_
 
 def test_a_name_that_is_not_utf8_is_named(tmp_path):
     with pytest.raises(BundleError, match="not UTF-8"):
-        GraphSession(tmp_path / "caf\udce9.onnx", ort.SessionOptions())
+        GraphSession(tmp_path / "caf\udce9.onnx", ort.SessionOptions(), Kernels(None))

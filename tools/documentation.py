@@ -22,7 +22,7 @@ from doge_onnx.export import exporter, verify
 from doge_onnx.measure import bench, evaluate, start_up, workload
 from doge_onnx.runtime import chat as conversation
 from doge_onnx.runtime import model
-from doge_onnx.runtime.engine import state
+from doge_onnx.runtime.engine import kernels, state
 from doge_onnx.runtime.generation import config as options
 from doge_onnx.runtime.generation import output as completion
 from doge_onnx.runtime.generation import processors, sampling
@@ -50,6 +50,7 @@ CLASSES: dict[str, tuple[type, ...]] = {
         processors.LogitsProcessor,
         sampling.Sampler,
         state.State,
+        kernels.Kernels,
     ),
     "Reports": (
         exporter.ExportReport,

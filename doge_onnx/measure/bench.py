@@ -28,6 +28,7 @@ from doge_onnx.measure.workload import Cell, Spread, generate_plain, random_prom
 from doge_onnx.runtime.cuda.device_memory import DeviceMemory
 from doge_onnx.runtime.engine.device import CPU
 from doge_onnx.runtime.engine.external_data import external_files
+from doge_onnx.runtime.engine.kernels import Kernels
 from doge_onnx.runtime.generation.output import Timings
 from doge_onnx.runtime.model import Model, load
 
@@ -90,6 +91,7 @@ class BenchReport:
         machine: Processor, cores, system, and versions of the libraries.
         device: Where the model ran, "cpu" or "cuda".
         cuda_graph: Whether CUDA may have replayed decode steps; see `load`.
+        kernels: Which kernels ran the model.
         threads: The number asked for, or else the default of `load`; the bandwidth is measured
             with the same number.
         read_bytes_per_second: Bytes per second that this many threads read from memory, at best; on
@@ -108,6 +110,7 @@ class BenchReport:
     machine: dict[str, Any]
     device: str
     cuda_graph: bool
+    kernels: Kernels
     threads: int
     read_bytes_per_second: float
     tokens: int
@@ -138,6 +141,7 @@ def bench(
     threads: int | None = None,
     device: str = "auto",
     cuda_graph: bool | None = None,
+    native: bool = True,
     progress: Callable[[str], None] | None = None,
 ) -> BenchReport:
     """Measure a bundle on this machine. See `doge_onnx.bench`."""
@@ -158,8 +162,8 @@ def bench(
         )
     # Before the fresh processes, so that this process holds no model while they run.
     report("loading and warming up")
-    model = load(opened, device, threads, cuda_graph=cuda_graph)
-    ran_on, captured = model.device, model.cuda_graph
+    model = load(opened, device, threads, cuda_graph=cuda_graph, native=native)
+    ran_on, captured, kernels = model.device, model.cuda_graph, model.kernels
     samples, bandwidth = _measure_model(
         model, cells, tokens, repetitions, threads or default_threads(), report
     )
@@ -171,7 +175,7 @@ def bench(
     for number in range(repetitions):
         report(f"starting a fresh process, {number + 1} of {repetitions}")
         starts.append(
-            measure_start(opened.path, threads, start_context, tokens, ran_on, cuda_graph)
+            measure_start(opened.path, threads, start_context, tokens, ran_on, cuda_graph, native)
         )
     graph = opened.graph
     files = {graph} | {graph.parent / name for name in external_files(graph)}
@@ -184,6 +188,7 @@ def bench(
         machine=_machine(),
         device=ran_on,
         cuda_graph=captured,
+        kernels=kernels,
         threads=threads or default_threads(),
         read_bytes_per_second=bandwidth,
         tokens=tokens,

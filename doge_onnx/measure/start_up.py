@@ -61,6 +61,7 @@ def measure_start(
     tokens: int,
     device: str = "auto",
     cuda_graph: bool | None = None,
+    native: bool = True,
 ) -> dict[str, Any]:
     """Load a bundle and generate with it in a fresh process.
 
@@ -71,6 +72,7 @@ def measure_start(
         tokens: Decode steps after the prompt.
         device: See `doge_onnx.load`.
         cuda_graph: See `doge_onnx.load`.
+        native: See `doge_onnx.load`.
 
     Returns:
         The figures that the process printed; see `print_start`.
@@ -78,7 +80,7 @@ def measure_start(
     Raises:
         BundleError: The process failed.
     """
-    arguments = json.dumps([str(path), threads, context, tokens, device, cuda_graph])
+    arguments = json.dumps([str(path), threads, context, tokens, device, cuda_graph, native])
     done = subprocess.run(
         [sys.executable, "-c", _FRESH, arguments], capture_output=True, check=False
     )
@@ -98,9 +100,9 @@ def print_start(import_seconds: float) -> None:
     Args:
         import_seconds: Time that the imports took.
     """
-    bundle, threads, context, tokens, device, cuda_graph = json.loads(sys.argv[1])
+    bundle, threads, context, tokens, device, cuda_graph, native = json.loads(sys.argv[1])
     started = time.perf_counter()
-    model = load(bundle, device, threads, cuda_graph=cuda_graph)
+    model = load(bundle, device, threads, cuda_graph=cuda_graph, native=native)
     loaded = time.perf_counter()
     vocab_size = model.manifest.vocab_size
     generate_plain(model, random_prompts(Cell(1, 1), vocab_size), 1)

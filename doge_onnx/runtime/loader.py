@@ -31,6 +31,7 @@ def open_runner(
     chunk: int | None = None,
     verbose: bool = False,
     cuda_graph: bool | None = None,
+    native: bool = True,
 ) -> Runner:
     """Load the graph of a bundle on a device.
 
@@ -41,9 +42,11 @@ def open_runner(
         chunk: Most tokens of a sequence in one run of the graph; None for the device's default.
         verbose: See `open_session`.
         cuda_graph: Whether to capture decode steps and replay them; None for yes where it works.
+        native: See `choose_kernels`.
 
     Raises:
-        InputError: There is no device of that name, or a number is out of its range.
+        InputError: There is no device of that name, or a number is out of its range; or see
+            `choose_kernels`.
         DeviceError: The device is missing or cannot run the bundle, or `cuda_graph` is True and
             its steps cannot be captured.
         BundleError: See `open_session`.
@@ -67,13 +70,15 @@ def open_runner(
             missing = devices.why_not_cuda(bundle.manifest) or "the device is to be the CPU"
             raise DeviceError(f"CUDA graphs need CUDA: {missing}")
         reason = devices.reason_for_cpu(bundle.manifest) if device == devices.AUTO else None
-    runner = _open_on_cpu(bundle, threads, chunk, verbose)
+    runner = _open_on_cpu(bundle, threads, chunk, verbose, native)
     runner.reason_for_cpu = reason
     return runner
 
 
-def _open_on_cpu(bundle: Bundle, threads: int | None, chunk: int | None, verbose: bool) -> Runner:
-    session = open_session(bundle, devices.CPU, threads, verbose)
+def _open_on_cpu(
+    bundle: Bundle, threads: int | None, chunk: int | None, verbose: bool, native: bool
+) -> Runner:
+    session = open_session(bundle, devices.CPU, threads, verbose, native=native)
     layout, chunk = bundle.manifest.state, chunk or DEFAULT_CHUNK
     if layout.kind == "window":
         return WindowRunner(session, bundle.manifest, chunk)

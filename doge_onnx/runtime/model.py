@@ -18,6 +18,7 @@ from doge_onnx.errors import InputError
 from doge_onnx.runtime.chat import Chat
 from doge_onnx.runtime.engine.device import AUTO
 from doge_onnx.runtime.engine.input_checks import check_room, check_state, token_mask, token_matrix
+from doge_onnx.runtime.engine.kernels import Kernels
 from doge_onnx.runtime.engine.runner import Runner
 from doge_onnx.runtime.engine.state import State
 from doge_onnx.runtime.generation.config import GenerationConfig, GenerationOptions
@@ -40,13 +41,14 @@ def load(
     prefill_chunk: int | None = None,
     verbose: bool = False,
     cuda_graph: bool | None = None,
+    native: bool = True,
 ) -> Model:
     """Load a bundle from its path, or one that is open already. See `doge_onnx.load`."""
     opened = Bundle.open(bundle)
     defaults = Defaults.read(opened)
     path = opened.file("tokenizer.json")
     tokenizer = None if path is None else Tokenizer(path)
-    runner = open_runner(opened, device, threads, prefill_chunk, verbose, cuda_graph)
+    runner = open_runner(opened, device, threads, prefill_chunk, verbose, cuda_graph, native)
     return Model(opened, runner, defaults, tokenizer)
 
 
@@ -76,6 +78,11 @@ class Model:
     def reason_for_cpu(self) -> str | None:
         """Why "auto" chose the CPU, if the bundle or the installation is for CUDA; else None."""
         return self._runner.reason_for_cpu
+
+    @property
+    def kernels(self) -> Kernels:
+        """Which kernels run the model: this package's own, or ONNX Runtime's and why."""
+        return self._runner.kernels
 
     @property
     def cuda_graph(self) -> bool:

@@ -17,6 +17,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as bindings
 
 from doge_onnx.errors import BundleError, DeviceError, NotEnoughMemoryError
 from doge_onnx.runtime.engine.device import captured_run, cuda_failure
+from doge_onnx.runtime.engine.kernels import Kernels, library
 
 # A class for each of its status codes, without a base class of their own, and what its C++ code
 # throws besides. TypeError is not among them: that is a call that this package gets wrong.
@@ -42,21 +43,32 @@ class GraphSession(ort.InferenceSession):  # type: ignore[misc]  # it has no typ
 
     Attributes:
         graph: The file.
+        kernels: Which kernels run its fused operators.
 
     Args:
         graph: The file.
         options: See `onnxruntime.InferenceSession`.
+        kernels: See `kernels.choose_kernels`.
         arguments: See `onnxruntime.InferenceSession`.
     """
 
-    def __init__(self, graph: Path, options: ort.SessionOptions, **arguments: Any) -> None:
+    def __init__(
+        self,
+        graph: Path,
+        options: ort.SessionOptions,
+        kernels: Kernels,
+        **arguments: Any,
+    ) -> None:
         self.graph = graph
+        self.kernels = kernels
         # 0 is the default. Without a number, ONNX Runtime raises and catches an error in each run,
         # which takes 40 µs.
         self._run_options = captured_run(0)
         # ONNX Runtime also prints what it raises, unless told not to.
         quiet = options.log_severity_level >= _ERROR
         self._run_options.log_severity_level = _FATAL if quiet else options.log_severity_level
+        if kernels.instructions is not None and (found := library()) is not None:
+            options.register_custom_ops_library(native_path(found))
         super().__init__(native_path(graph), options, **arguments)
 
     def run_with_iobinding(

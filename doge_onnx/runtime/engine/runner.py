@@ -29,6 +29,7 @@ from doge_onnx.bundle import Manifest
 from doge_onnx.errors import DogeOnnxError, NotEnoughMemoryError
 from doge_onnx.runtime.engine.graph_session import run_error
 from doge_onnx.runtime.engine.io_names import past_names, present_names
+from doge_onnx.runtime.engine.kernels import Kernels
 from doge_onnx.runtime.engine.state import State
 
 # Most tokens of a prompt in one run of the graph. Half as many are up to 13 % slower; twice as many
@@ -142,6 +143,12 @@ class Runner(ABC):
             raise
         except MemoryError as error:
             raise self.no_memory(error) from error
+
+    @property
+    def kernels(self) -> Kernels:
+        """Which kernels run the graph's fused operators."""
+        kernels: Kernels = self._session.kernels
+        return kernels
 
     def no_memory(self, error: MemoryError) -> DogeOnnxError:
         """The error of this package for a lack of memory, which names the bundle."""

@@ -25,6 +25,7 @@ from doge_onnx.runtime.engine.io_names import (
     past_names,
     present_names,
 )
+from doge_onnx.runtime.engine.kernels import choose_kernels
 from doge_onnx.runtime.engine.threads import MOST_THREADS, attention_by_heads, preferred_threads
 
 _WARNING, _ERROR, _FATAL = 2, 3, 4
@@ -56,6 +57,7 @@ def open_session(
     threads: int | None = None,
     verbose: bool = False,
     capture: bool = False,
+    native: bool = True,
 ) -> ort.InferenceSession:
     """Load a bundle's graph into ONNX Runtime.
 
@@ -65,9 +67,11 @@ def open_session(
         threads: Threads that one operator may use; None for `preferred_threads`.
         verbose: Show the warnings of ONNX Runtime.
         capture: Let CUDA capture runs that ask for it.
+        native: See `choose_kernels`.
 
     Raises:
-        InputError: `threads` is not a whole number from 1 to `MOST_THREADS`.
+        InputError: `threads` is not a whole number from 1 to `MOST_THREADS`; or see
+            `choose_kernels`.
         DeviceError: CUDA does not start, or lacks kernels for the graph.
         CaptureError: CUDA cannot capture the graph.
         BundleError: This version does not know the kind or element type of the state; or the graph
@@ -93,6 +97,7 @@ def open_session(
         raise BundleError(
             f"{bundle.path}: a window state has rows of float32, not of {state.dtype}; export again"
         )
+    kernels = choose_kernels(bundle.manifest, device, native)
     graph = bundle.graph
     # ONNX Runtime itself refuses paths that leave the directory, newer versions more reliably than
     # older ones. But only files in the manifest had their checksums compared.
@@ -126,6 +131,7 @@ def open_session(
             session = GraphSession(
                 graph,
                 options,
+                kernels,
                 providers=devices.providers(device, capture),
                 # With the fallback, ONNX Runtime would print to standard output and use the CPU.
                 enable_fallback=False,
