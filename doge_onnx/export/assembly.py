@@ -278,8 +278,10 @@ def _common_names(graph: ir.Graph) -> None:
     for value in (*graph.inputs, *chain(*(node.outputs for node in graph))):
         if value.shape is not None:
             value.shape = ir.Shape(
-                dim if isinstance(dim, int) else numbered.sub(r"\1", str(dim.value))
-                for dim in value.shape
+                [
+                    dim if isinstance(dim, int) else numbered.sub(r"\1", str(dim.value))
+                    for dim in value.shape
+                ]
             )
 
 
@@ -426,7 +428,7 @@ def _copied(
 
 def _initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
     value = ir.Value(name=name, const_value=tensor)
-    value.dtype, value.shape = tensor.dtype, ir.Shape(tensor.shape)
+    value.dtype, value.shape = tensor.dtype, ir.Shape(tensor.shape.numpy())
     graph.register_initializer(value)
     return value
 
