@@ -217,7 +217,7 @@ def _trace(calls: list[_Call], target: Target) -> _Traced:
             chosen.append((structure, call))
     first = [call for _, call in chosen]
     pieces = _Pieces(first).eval()
-    with _quiet(), _interruptible():
+    with _quiet(), _interruptible(), _different_weights(pieces):
         program = torch.onnx.export(
             pieces,
             # Copies, because the same tensor for two inputs would become one input.
@@ -254,6 +254,21 @@ def _trace(calls: list[_Call], target: Target) -> _Traced:
         _unify_sizes(nodes, sorted(given, key=lambda value: value.dtype != ir.DataType.INT64))
         bodies.append((structure, _Body(nodes, given, results)))
     return _Traced(bodies, dict(model.graph.opset_imports))
+
+
+@contextlib.contextmanager
+def _different_weights(pieces: nn.Module) -> Iterator[None]:
+    """Give each weight other values for a while: the tracer makes one tensor of equal ones."""
+    kept = [(weight, weight.data) for weight in chain(pieces.parameters(), pieces.buffers())]
+    generator = torch.Generator().manual_seed(0)
+    for weight, values in kept:
+        noise = torch.rand(values.shape, generator=generator)
+        weight.data = (noise if values.is_floating_point() else 255 * noise).to(values.dtype)
+    try:
+        yield
+    finally:
+        for weight, values in kept:
+            weight.data = values
 
 
 def _dynamic_axes(call: _Call, number: int) -> list[dict[int, Any]]:
