@@ -28,7 +28,9 @@ def rng():
 def assert_close(actual, expected, tolerance=2e-5):
     for name, value in expected.items():
         scale = max(1.0, float(np.nanmax(np.abs(value)))) if value.size else 1.0
-        np.testing.assert_allclose(actual[name], value, rtol=0, atol=tolerance * scale, err_msg=name)
+        np.testing.assert_allclose(
+            actual[name], value, rtol=0, atol=tolerance * scale, err_msg=name
+        )
 
 
 FEED_FORWARDS = [
