@@ -73,8 +73,9 @@ class Step {
     std::atomic<bool> failed{false};
     auto rank = [&](int chunk) {
       const int head = chunk / row_parts, index = chunk % row_parts;
-      rank_rows(head, index, row_parts);
-      if (single) attend_to_rows(head, 0, index, lowest_[chunk], parts, part_of(part, head, 0, parts));
+      copy_rows(head, index);
+      if (single) attend_to_rows(head, 0, index, true, parts, part_of(part, head, 0, parts));
+      else rank_rows(head, index);
     };
     // Little work is not worth waking others for.
     const int replacing = key_heads <= 4 && count <= kFewRows ? 1 : key_heads;
@@ -150,31 +151,38 @@ class Step {
     return static_cast<float>(in_.positions.as<int64_t>()[head / op_.kv_heads * length_ + token] + 1);
   }
 
-  double rank_of(const float* key) const {
-    double rank = key[op_.dim] * in_.lift + 32.0;
-    return rank + __builtin_fabs(rank) * (key[op_.dim + 1] * 0x1p-52);
+  // Of a gate, which the position follows.
+  double rank_of(const float* gate) const {
+    double rank = gate[0] * in_.lift + 32.0;
+    return rank + __builtin_fabs(rank) * (gate[1] * 0x1p-52);
   }
   // NaN is above all, as for TopK.
   static double ordered(double rank) { return rank == rank ? rank : HUGE_VAL; }
 
-  // Ranks a part of the rows of the past, and copies them if the present is another memory.
-  void rank_rows(int head, int index, int row_parts) {
+  // Copies a part of the rows if the present is another memory than the past.
+  void copy_rows(int head, int index) const {
     const int first = index * Parts::kKeys, last = first + Parts::kKeys < rows_ ? first + Parts::kKeys : rows_;
-    const float* past = in_.past_key.as<float>() + at(head, 0);
-    const size_t bytes = static_cast<size_t>(last - first) * row_ * sizeof(float);
-    if (keys_ != in_.past_key.data) memcpy(keys_ + at(head, first), past + static_cast<size_t>(first) * row_, bytes);
-    if (values_ != in_.past_value.data)
-      memcpy(values_ + at(head, first), in_.past_value.as<float>() + at(head, first), bytes);
+    const size_t from = at(head, first), bytes = static_cast<size_t>(last - first) * row_ * sizeof(float);
+    if (keys_ != in_.past_key.data) memcpy(keys_ + from, in_.past_key.as<float>() + from, bytes);
+    if (values_ != in_.past_value.data) memcpy(values_ + from, in_.past_value.as<float>() + from, bytes);
+  }
+
+  // Ranks a part of the rows, and finds the lowest.
+  void rank_rows(int head, int index) const {
+    const int first = index * Parts::kKeys, last = first + Parts::kKeys < rows_ ? first + Parts::kKeys : rows_;
     double* ranks = ranks_ + static_cast<size_t>(head) * rows_;
     float* stamps = stamps_ + static_cast<size_t>(head) * rows_;
+    const float* gate = keys_ + at(head, first) + op_.dim;
     int lowest = first;
-    for (int r = first; r < last; r++) {
-      const float* key = keys_ + at(head, r);
-      ranks[r] = rank_of(key);
-      stamps[r] = key[op_.dim + 1];
-      if (ordered(ranks[r]) < ordered(ranks[lowest])) lowest = r;
+    double least = HUGE_VAL;
+    for (int r = first; r < last; r++, gate += row_) {
+      ranks[r] = rank_of(gate);
+      stamps[r] = gate[1];
+      if (!(ranks[r] < least)) continue;
+      least = ranks[r];
+      lowest = r;
     }
-    lowest_[static_cast<size_t>(head) * row_parts + index] = lowest;
+    lowest_[static_cast<size_t>(head) * Parts::of(rows_) + index] = lowest;
   }
 
   // Chooses the rows of the lowest rank, and puts the new keys in order, the highest rank first.
@@ -182,7 +190,7 @@ class Step {
     const double* ranks = ranks_ + static_cast<size_t>(head) * rows_;
     double* fresh = new_ranks_ + static_cast<size_t>(head) * length_;
     int* slots = slots_ + static_cast<size_t>(head) * length_;
-    for (int s = 0; s < length_; s++) fresh[s] = rank_of(in_.k.as<float>() + new_at(head, s));
+    for (int s = 0; s < length_; s++) fresh[s] = rank_of(in_.k.as<float>() + new_at(head, s) + op_.dim);
     auto lower = [&](int a, int b) {
       const double x = ordered(ranks[a]), y = ordered(ranks[b]);
       return x < y || (x == y && a < b);
@@ -262,14 +270,16 @@ class Step {
   // NaN is open.
   bool is_open(const float* key) const { return !(key[op_.dim] <= op_.closed / 2); }
 
-  // Attention of one token to one part of the rows of a head. The row `without` weighs nothing; -1 for none.
-  void attend_to_rows(int head, int token, int index, int without, const Parts& parts, float* part) const {
+  // Attention of one token to one part of the rows of a head. If `ranks`, the rows are ranked, too, when they are
+  // in the cache, and the lowest weighs nothing.
+  void attend_to_rows(int head, int token, int index, bool ranks, const Parts& parts, float* part) const {
     const int first = index * Parts::kKeys, count = rows_ - first < Parts::kKeys ? rows_ - first : Parts::kKeys;
     const float* stamps = stamps_ + static_cast<size_t>(head) * rows_ + first;
     const float time = now(head, token);
-    auto mask = [&](int, float* scores) {
+    auto mask = [&](int i, float* scores) {
+      if (ranks && i == 0) rank_rows(head, index);
       kernels_.close_later(scores, stamps, count, time, op_.closed);
-      if (without >= 0) scores[without - first] = -INFINITY;
+      if (ranks) scores[lowest_[static_cast<size_t>(head) * Parts::of(rows_) + index] - first] = -INFINITY;
     };
     attend(kernels_, parts, in_.q.as<float>() + query_at(head, token), group_, keys_ + at(head, first),
            values_ + at(head, first), count, mask, part + index * parts.size());
@@ -278,7 +288,7 @@ class Step {
   // The same for a part of the rows, or behind those, of the keys without a row.
   void attend_to(int head, int token, int index, const Parts& parts, float* part) const {
     const int row_parts = Parts::of(rows_);
-    if (index < row_parts) return attend_to_rows(head, token, index, -1, parts, part);
+    if (index < row_parts) return attend_to_rows(head, token, index, false, parts, part);
     const int first = (index - row_parts) * Parts::kKeys;
     const int count = length_ - first < Parts::kKeys ? length_ - first : Parts::kKeys;
     const size_t fresh = static_cast<size_t>(head) * length_;
