@@ -9,6 +9,7 @@ OperatorList all_operators() {
       positions_operator(),
       project_heads_operator(),
       project_to_vocabulary_operator(),
+      window_attention_operator(),
   };
   return {list, sizeof list / sizeof *list};
 }

@@ -20,3 +20,4 @@ const OrtCustomOp* int8_attention_operator();
 const OrtCustomOp* positions_operator();
 const OrtCustomOp* project_heads_operator();
 const OrtCustomOp* project_to_vocabulary_operator();
+const OrtCustomOp* window_attention_operator();

@@ -34,19 +34,27 @@ REASON = "missing.txt"
 # Of the library, by system. Windows has no prefix.
 _NAMES = {"Windows": "doge_onnx.dll", "Darwin": "libdoge_onnx.dylib"}
 _MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
-# Flags of each instruction set, by machine. Its file is isa_NAME.cc.
+# Flags of each instruction set, by machine: those that the compiler knows, the first ones if
+# possible. Its file is isa_NAME.cc.
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni")
-_INSTRUCTION_SETS: dict[str, dict[str, tuple[str, ...]]] = {
+_INSTRUCTION_SETS: dict[str, dict[str, tuple[tuple[str, ...], ...]]] = {
     "x86_64": {
-        "avx2": _AVX2,
-        "avx_vnni": (*_AVX2, "-mavxvnni"),
-        "avx512_vnni": (*_AVX2, *_AVX512),
+        "avx2": (_AVX2,),
+        "avx_vnni": ((*_AVX2, "-mavxvnni"),),
+        "avx512_vnni": ((*_AVX2, *_AVX512),),
     },
     "aarch64": {
-        "neon": (),
-        "neon_dotprod": ("-march=armv8.2-a+dotprod",),
-        "neon_i8mm": ("-march=armv8.2-a+dotprod+i8mm",),
+        "neon": ((),),
+        # Zig knows processors, and no architectures.
+        "neon_dotprod": (
+            ("-march=armv8.2-a+dotprod",),
+            ("-mcpu=generic+v8_2a+dotprod",),
+        ),
+        "neon_i8mm": (
+            ("-march=armv8.2-a+dotprod+i8mm",),
+            ("-mcpu=generic+v8_2a+dotprod+i8mm",),
+        ),
     },
 }
 _FLAGS = (
@@ -133,8 +141,8 @@ def build(
     every = [name for sets in _INSTRUCTION_SETS.values() for name in sets]
     known = {
         name: extra
-        for name, extra in _INSTRUCTION_SETS.get(tools.machine, {}).items()
-        if _accepts(tools, extra)
+        for name, choices in _INSTRUCTION_SETS.get(tools.machine, {}).items()
+        if (extra := next((each for each in choices if _accepts(tools, each)), None)) is not None
     }
     common = [*_FLAGS, *(flag for flag in _OPTIONAL_FLAGS if _accepts(tools, [flag])), *flags]
     # The choice of an instruction set must not name the kernels that are left out.

@@ -54,6 +54,11 @@ SYSTEMS = (
 )
 
 
+def system(machine: str, name: str) -> System:
+    """The system of that processor and that name."""
+    return next(each for each in SYSTEMS if (each.machine, each.name) == (machine, name))
+
+
 def wheel(system: System | None) -> Path:
     """The wheel of the sources as they are, for a system or, with None, for all others.
 

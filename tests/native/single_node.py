@@ -114,4 +114,3 @@ def instruction_set(name: str) -> Iterator[None]:
 def floats(rng: np.random.Generator, *shape: int) -> Array:
     """Normally distributed numbers in float32."""
     return rng.standard_normal(shape).astype(np.float32)
-
