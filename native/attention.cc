@@ -166,8 +166,9 @@ class GrowingAttention : AttentionAttributes {
           for (int head = 0; head < op.heads; head++) {
             const float* first = part + (static_cast<size_t>(token) * op.heads + head) * parts.stride();
             kernels.join(first, parts.size(), own, row, out + static_cast<size_t>(head) * row);
+            scale_values(head, out + static_cast<size_t>(head) * row);
           }
-          give(token, out, product);
+          product.set_row(token, out);
         });
       };
       // The last tokens see most keys, so they come first.
@@ -177,8 +178,8 @@ class GrowingAttention : AttentionAttributes {
         if (!attend_all(head / op.kv_heads, head % op.kv_heads, slice * AttentionBlock::kTokens, attended))
           failed.store(true, std::memory_order_relaxed);
       };
-      auto give_rows = [&](int chunk) {
-        rows.each(chunk, [&](int token) { give(token, attended + token * width, product); });
+      auto give_rows = [&](int) {
+        for (int token = 0; token < count; token++) product.set_row(token, attended + token * width);
       };
       Team team;
       team.phase(extending, extend);
@@ -188,7 +189,7 @@ class GrowingAttention : AttentionAttributes {
       }
       if (prompt) {
         team.phase(key_heads * slices, attend_block);
-        team.phase(rows.chunks(), give_rows);
+        team.phase(1, give_rows);
       } else {
         team.phase(key_heads * parts.count, attend_part);
         team.phase(rows.chunks(), join);
@@ -283,19 +284,18 @@ class GrowingAttention : AttentionAttributes {
             [&](int i, int s, int count, float* scores) { close_lost(b, token + s, head, i, first, count, scores); });
       }
       for (int s = 0; s < tokens; s++)
-        for (int i = 0; i < group; i++) block.finish(i, s, attended + query + s * width + static_cast<size_t>(i) * row);
+        for (int i = 0; i < group; i++) {
+          float* out = attended + query + s * width + static_cast<size_t>(i) * row;
+          block.finish(i, s, out);
+          scale_values(head * group + i, out);
+        }
       return true;
     }
 
-    // Gives the attention of a token to the output product.
-    void give(int token, float* out, ResidualProduct& product) const {
-      if (kInt8State) {
-        for (int head = 0; head < op.heads; head++) {
-          const float* scale = in.value_scale.as<float>() + static_cast<size_t>(head / group) * row;
-          kernels.multiply(out + static_cast<size_t>(head) * row, scale, row, out + static_cast<size_t>(head) * row);
-        }
-      }
-      product.set_row(token, out);
+    // Of an int8 state, the values that were summed up are codes.
+    void scale_values(int head, float* out) const {
+      if (!kInt8State) return;
+      kernels.multiply(out, in.value_scale.as<float>() + static_cast<size_t>(head / group) * row, row, out);
     }
   };
 };

@@ -14,8 +14,12 @@
 extern "C" __declspec(dllimport) int __stdcall SwitchToThread();
 inline void yield_thread() { SwitchToThread(); }
 #else
-#include <sched.h>
-inline void yield_thread() { sched_yield(); }
+#include <time.h>
+inline void yield_thread() {
+  // Not sched_yield: a processor that sleeps takes over the threads that wait for another one.
+  const timespec moment = {0, 20000};
+  nanosleep(&moment, nullptr);
+}
 #endif
 
 #if defined(__x86_64__) || defined(_M_X64)
