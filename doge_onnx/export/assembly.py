@@ -137,7 +137,7 @@ def assemble(
         if operator is not None and made[operator][0] is body:
             graph.append(_call(operator, piece, given, results))
         else:
-            graph.extend(_copies(graph, body, given, results, f"{call.path}/body/"))
+            graph.extend(_copies(graph, piece, body, given, results, f"{call.path}/body/"))
         values |= {id(call.results[name]): value for name, value in results.items()}
     graph.outputs.extend(values[id(tensor)] for tensor in (logits, *chain(*present)))
     if made:
@@ -375,12 +375,12 @@ def _function(operator: str, piece: Piece, body: _Body, opsets: dict[str, int]) 
 
     for node in _copied(body, inputs, outputs, constant, "body/"):
         graph.append(node)
-    forms = {prefix_of(name): inputs[name] for name in piece.parts().products}
-    for node in graph:
-        if node.op_type == "MatMulNBits":
-            prefix = next(prefix for prefix, value in forms.items() if value is node.inputs[1])
-            for name in ("bits", "block_size"):
-                node.attributes[name] = ir.RefAttr(name, prefix + name, ir.AttributeType.INT)
+    _set_forms(
+        graph,
+        inputs,
+        lambda name, form: ir.RefAttr(name, form, ir.AttributeType.INT),
+        piece,
+    )
     attributes = [
         ir.Attr(attribute.name, attribute.type, None)
         for attribute in ir.convenience.convert_attributes(piece.attributes())
@@ -390,6 +390,7 @@ def _function(operator: str, piece: Piece, body: _Body, opsets: dict[str, int]) 
 
 def _copies(
     graph: ir.Graph,
+    piece: Piece,
     body: _Body,
     given: dict[str, ir.Value],
     results: dict[str, ir.Value],
@@ -404,7 +405,35 @@ def _copies(
             _initializer(graph, name, value.const_value)
         return graph.initializers[name]
 
-    return list(_copied(body, given, results, constant, prefix))
+    nodes = list(_copied(body, given, results, constant, prefix))
+    forms = piece.forms()
+    _set_forms(
+        nodes, given, lambda name, form: ir.Attr(name, ir.AttributeType.INT, forms[form]), piece
+    )
+    return nodes
+
+
+def _set_forms(
+    nodes: Iterable[ir.Node],
+    inputs: dict[str, ir.Value],
+    attribute: Callable[[str, str], ir.Attr],
+    piece: Piece,
+) -> None:
+    """Set the attributes of products that may differ from layer to layer.
+
+    Args:
+        nodes: A copy of the body.
+        inputs: What stands for the inputs in the copy.
+        attribute: Makes an attribute from its name, and the name that the piece has for it.
+        piece: The piece that the copy is for.
+    """
+    prefixes = {inputs[name]: prefix_of(name) for name in piece.parts().products}
+    for node in nodes:
+        if node.op_type == "MatMulNBits":
+            codes = node.inputs[1]
+            assert codes is not None
+            for name in ("bits", "block_size"):
+                node.attributes[name] = attribute(name, prefixes[codes] + name)
 
 
 def _copied(

@@ -54,8 +54,8 @@ class Recipe:
 
     Attributes:
         name: The name that users choose it by.
-        body: Matrices of all layers except the first, without `output` and `down`.
-        output: The output's matrix of attention.
+        body: Matrices of all layers except the first, without `qkv` and `down`.
+        qkv: The matrix of queries, keys and values.
         down: The second matrix of MLPs: its inputs have the largest outliers, and the kernels
             round inputs in the same blocks as weights.
         first: Matrices of the first layer, whose errors pass through all others.
@@ -66,7 +66,7 @@ class Recipe:
 
     name: str
     body: Form
-    output: Form
+    qkv: Form
     down: Form
     first: Form
     head: Form
@@ -78,7 +78,7 @@ RECIPES = {
     "int8": Recipe(
         name="int8",
         body=Form(8, 64),
-        output=Form(8, 64),
+        qkv=Form(8, 64),
         down=Form(8, 16),
         first=Form(8, 16),
         head=Form(8, 32),
@@ -87,7 +87,7 @@ RECIPES = {
     "int4": Recipe(
         name="int4",
         body=Form(4, 64),
-        output=Form(4, 128),
+        qkv=Form(4, 128),
         down=Form(4, 32),
         first=Form(8, 256),
         head=Form(8, 256),
@@ -148,7 +148,7 @@ def recipe_for(
             )
         sized = {
             name: replace(getattr(recipe, name), block_size=block_size)
-            for name in ("body", "output", "down", "first")
+            for name in ("body", "qkv", "down", "first")
         }
         recipe = replace(recipe, **sized)
     return recipe
@@ -317,7 +317,7 @@ def _quantize_layer(
         experts.up = _quantized_rows(experts.up, recipe, None, layer)
     for name, owner in _places(layer).items():
         linear = getattr(owner, name)
-        form = first or {"output": recipe.output, "down": recipe.down}.get(name, recipe.body)
+        form = first or {"qkv": recipe.qkv, "down": recipe.down}.get(name, recipe.body)
         blocks = _blocks(linear.weight.T, form, moments.get(linear))
         setattr(owner, name, QuantizedLinear(blocks, linear.bias, layer.ops))
 
@@ -346,10 +346,19 @@ def _quantize_ends(step: RecurrentStep, recipe: Recipe, moments: Tensor | None) 
 
 
 def _blocks(weight: Tensor, form: Form, moments: Tensor | None) -> Blocks:
-    size = min(form.block_size, _power_of_two(weight.shape[1]))
+    size = _smallest(form, weight.shape[1])
     if moments is None:
         return rounding.nearest(weight, form.bits, size)
     return rounding.compensated(weight, form.bits, size, moments)
+
+
+def _smallest(form: Form, width: int) -> int:
+    """The block size, at most that of the form, with which a row takes the fewest bytes.
+
+    The last block of a row is filled up, which may cost more than larger blocks save.
+    """
+    sizes = [size for size in BLOCK_SIZES if size <= min(form.block_size, _power_of_two(width))]
+    return min(reversed(sizes), key=lambda size: -(-width // size) * (size * form.bits // 8 + 4))
 
 
 def _dividing(form: Form, width: int) -> Form:
