@@ -43,20 +43,20 @@ class AttentionBlock {
   }
   bool ready() const { return wide_ != nullptr; }
 
-  // Attends to `count` keys and values, up to kKeys. A token sees the first seen(token) of them, and
+  // Attends to `count` keys and values, up to kKeys, which are `stride` apart. A token sees the first seen(token) of them, and
   // mask(head, token, seen, scores) may change their scores.
   template <class Element, class Seen, class Mask>
-  void add(const Element* keys, const Element* values, int count, Seen seen, Mask mask) {
+  void add(const Element* keys, const Element* values, size_t stride, int count, Seen seen, Mask mask) {
     const ProductKernels& product = kernels_.product;
     const LayerKernels& layer = kernels_.layer;
     const int row = queries_.row, tokens = queries_.tokens;
-    product.pack_transposed(widen(keys, count), row, count, row, panel_);
+    product.pack_transposed(widen(keys, count), stride, count, row, panel_);
     for (int head = 0; head < queries_.heads; head++) {
       float* scores = scores_ + static_cast<size_t>(head) * tokens * kKeys;
       product.gemm_panel(queries_.first + static_cast<size_t>(head) * row, queries_.stride, tokens, panel_, row, scores,
                          kKeys, count, false);
     }
-    product.pack(widen(values, count), row, row, count, panel_);
+    product.pack(widen(values, count), stride, row, count, panel_);
     for (int head = 0; head < queries_.heads; head++) {
       for (int token = 0; token < tokens; token++) {
         const size_t at = static_cast<size_t>(head) * tokens + token;

@@ -1,4 +1,5 @@
 // FeedForward: the MLP, then the residual and the norm before the next layer.
+#include "activation.h"
 #include "operators.h"
 #include "processor.h"
 #include "residual_product.h"
@@ -17,14 +18,8 @@ class FeedForward {
       : gate_up_(attributes, "gate_up_"),
         down_(attributes, "down_"),
         epsilon_(attributes.real("epsilon")),
-        kernels_(&chosen_kernels()) {
-    static constexpr const char* kNames[] = {"silu", "relu", "gelu", "gelu_tanh"};
-    char name[16] = "";
-    attributes.text("activation", name, sizeof name);
-    for (int i = 0; i < 4; i++)
-      if (strcmp(name, kNames[i]) == 0) activate_ = kernels_->layer.activations[i];
-    if (!activate_) attributes.fail("the activation %s is not known", name);
-  }
+        kernels_(&chosen_kernels()),
+        activate_(read_activation(attributes, *kernels_)) {}
 
   void run(Context& context) const {
     Tensor h = context.input("h", 0, kFloat, {kAny, kAny, kAny});
@@ -60,8 +55,8 @@ class FeedForward {
     // are a phase of their own.
     const bool halves = inner % Product::kColumns == 0;
     const Tiles tiles(first, count, halves ? inner : gate_up.outputs);
-    auto set_rows = [&](int chunk) {
-      rows.each(chunk, [&](int row) { first.set_row(row, h.as<float>() + row * hidden); });
+    auto set_rows = [&](int) {
+      for (int row = 0; row < count; row++) first.set_row(row, h.as<float>() + row * hidden);
     };
     auto multiply = [&](int chunk) {
       tiles.each(chunk, [&](int top, int bottom, int left, int right) {
@@ -71,16 +66,17 @@ class FeedForward {
         for (int row = top; row < bottom; row++) activate(both + row * width, inner, left, right);
       });
     };
-    auto give = [&](int chunk) {
-      rows.each(chunk, [&](int row) {
-        if (!halves) activate(both + row * width, inner, 0, inner);
-        second.set_row(row, both + row * width);
-      });
+    auto activate_rows = [&](int chunk) {
+      rows.each(chunk, [&](int row) { activate(both + row * width, inner, 0, inner); });
+    };
+    auto give = [&](int) {
+      for (int row = 0; row < count; row++) second.set_row(row, both + row * width);
     };
     Team team;
-    team.phase(rows.chunks(), set_rows);
+    team.phase(1, set_rows);
     team.phase(tiles.chunks(), multiply);
-    team.phase(rows.chunks(), give);
+    if (!halves) team.phase(rows.chunks(), activate_rows);
+    team.phase(1, give);
     second.add_phases(team, {x.as<float>(), residual.as<float>(), norm.as<float>(),
                              routed ? routed.as<float>() : nullptr, next_h, next_x, epsilon_});
     team.run(context);
@@ -94,7 +90,7 @@ class FeedForward {
   MatrixInput gate_up_, down_;
   float epsilon_;
   const Kernels* kernels_;
-  void (*activate_)(const float*, const float*, int, float*) = nullptr;
+  Activation activate_;
 };
 
 }  // namespace

@@ -173,17 +173,18 @@ ALWAYS_INLINE Floats widen_part(const int8_t* x, int count) {
 }
 
 static void to_int8(const float* x, const float* scale, int count, int8_t* out) {
-  for (int i = 0; i < count; i += W) {
-    int part = count - i < W ? count - i : W;
-    Floats v = load_part(x + i, part) / load_part(scale + i, part);
+  typedef int8_t Small __attribute__((vector_size(W)));
+  for_vectors(count, [&](int i, auto at) {
+    Floats v = at(x + i) / at(scale + i);
     v = v < -128.0f ? all(-128.0f) : v;
     v = v > 127.0f ? all(127.0f) : v;
     v = v == v ? v : Floats{};
-    int32_t codes[W];
-    Ints whole = __builtin_convertvector((v + 12582912.0f) - 12582912.0f, Ints);
-    *reinterpret_cast<IntsAt*>(codes) = whole;
-    for (int j = 0; j < part; j++) out[i + j] = static_cast<int8_t>(codes[j]);
-  }
+    // Adding 1.5 * 2^23 rounds to whole numbers.
+    Small codes = __builtin_convertvector(__builtin_convertvector((v + 12582912.0f) - 12582912.0f, Ints), Small);
+    int part = count - i < W ? count - i : W;
+    if (part == W) *reinterpret_cast<SmallAt*>(out + i) = codes;
+    else __builtin_memcpy(out + i, &codes, part);
+  });
 }
 
 static void widen_int8(const int8_t* x, int count, float* out) {

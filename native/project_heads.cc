@@ -76,8 +76,8 @@ class ProjectHeads {
     float* gates = scratch.take<float>(static_cast<size_t>(count) * pairs * 2);
 
     const Tiles tiles(product, count, matrix.outputs);
-    auto set_rows = [&](int chunk) {
-      rows.each(chunk, [&](int row) { product.set_row(row, h.as<float>() + row * hidden); });
+    auto set_rows = [&](int) {
+      for (int row = 0; row < count; row++) product.set_row(row, h.as<float>() + row * hidden);
     };
     // The products of the gates are chunks beside those of the large one.
     auto multiply = [&](int chunk) {
@@ -115,7 +115,7 @@ class ProjectHeads {
       });
     };
     Team team;
-    team.phase(rows.chunks(), set_rows);
+    team.phase(1, set_rows);
     team.phase(tiles.chunks() + rows.chunks(), multiply);
     team.phase(rows.chunks(), make_rows);
     team.run(context);

@@ -20,6 +20,7 @@ class ResidualProduct {
 
   void reserve(Scratch& scratch) const { product_.reserve(scratch); }
   void take(Scratch& scratch) { product_.take(scratch); }
+  // For many rows, this only notes where they are, which is not worth more than one chunk.
   void set_row(int row, const float* values) { product_.set_row(row, values); }
 
   // Adds the two phases. This object must live until the team has run.

@@ -41,3 +41,35 @@ inline Largest select_largest(const int32_t* numbers, int count, int wanted) {
   while (left > 0) left -= numbers[--kept.first] == kept.bound;
   return kept;
 }
+
+// Writes the `wanted` first of the numbers 0 to count - 1, in order; before(a, b) says whether a
+// comes before b, and no two are equal.
+template <class Before>
+void first_in_order(int* chosen, int wanted, int count, Before before) {
+  // A heap, of which the first number comes last in order.
+  auto sink = [&](int at, int size) {
+    for (;;) {
+      int last = 2 * at + 1;
+      if (last >= size) return;
+      if (last + 1 < size && before(chosen[last], chosen[last + 1])) last++;
+      if (!before(chosen[at], chosen[last])) return;
+      int moved = chosen[at];
+      chosen[at] = chosen[last];
+      chosen[last] = moved;
+      at = last;
+    }
+  };
+  for (int i = 0; i < wanted; i++) chosen[i] = i;
+  for (int i = wanted / 2 - 1; i >= 0; i--) sink(i, wanted);
+  for (int i = wanted; i < count; i++) {
+    if (!before(i, chosen[0])) continue;
+    chosen[0] = i;
+    sink(0, wanted);
+  }
+  for (int size = wanted - 1; size > 0; size--) {
+    int last = chosen[0];
+    chosen[0] = chosen[size];
+    chosen[size] = last;
+    sink(0, size);
+  }
+}

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from doge_onnx.export import checkpoint as checkpoint_reader
+from doge_onnx.export.attention import State
 from doge_onnx.export.checkpoint import Checkpoint
 from doge_onnx.export.growing_state import GrowingState
-from doge_onnx.export.layer import State
 from doge_onnx.export.operators import FUSED, STANDARD
 from doge_onnx.export.step import RecurrentStep
 from doge_onnx.export.window_state import WindowState

@@ -217,7 +217,7 @@ def _trace(calls: list[_Call], target: Target) -> _Traced:
             chosen.append((structure, call))
     first = [call for _, call in chosen]
     pieces = _Pieces(first).eval()
-    with _quiet(), _interruptible():
+    with _quiet(), _interruptible(), _different_weights(pieces):
         program = torch.onnx.export(
             pieces,
             # Copies, because the same tensor for two inputs would become one input.
@@ -256,6 +256,21 @@ def _trace(calls: list[_Call], target: Target) -> _Traced:
     return _Traced(bodies, dict(model.graph.opset_imports))
 
 
+@contextlib.contextmanager
+def _different_weights(pieces: nn.Module) -> Iterator[None]:
+    """Give each weight other values for a while: the tracer makes one tensor of equal ones."""
+    kept = [(weight, weight.data) for weight in chain(pieces.parameters(), pieces.buffers())]
+    generator = torch.Generator().manual_seed(0)
+    for weight, values in kept:
+        noise = torch.rand(values.shape, generator=generator)
+        weight.data = (noise if values.is_floating_point() else 255 * noise).to(values.dtype)
+    try:
+        yield
+    finally:
+        for weight, values in kept:
+            weight.data = values
+
+
 def _dynamic_axes(call: _Call, number: int) -> list[dict[int, Any]]:
     """The dynamic axes of what a piece is given.
 
@@ -278,8 +293,10 @@ def _common_names(graph: ir.Graph) -> None:
     for value in (*graph.inputs, *chain(*(node.outputs for node in graph))):
         if value.shape is not None:
             value.shape = ir.Shape(
-                dim if isinstance(dim, int) else numbered.sub(r"\1", str(dim.value))
-                for dim in value.shape
+                [
+                    dim if isinstance(dim, int) else numbered.sub(r"\1", str(dim.value))
+                    for dim in value.shape
+                ]
             )
 
 
@@ -426,7 +443,7 @@ def _copied(
 
 def _initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
     value = ir.Value(name=name, const_value=tensor)
-    value.dtype, value.shape = tensor.dtype, ir.Shape(tensor.shape)
+    value.dtype, value.shape = tensor.dtype, ir.Shape(tensor.shape.numpy())
     graph.register_initializer(value)
     return value
 

@@ -7,6 +7,8 @@ a window state keeps (`window_attention`).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +19,8 @@ from doge_onnx.export.piece import Attributes, Parts, Piece
 from doge_onnx.export.state_rows import Int8Rows, Tokens
 from doge_onnx.export.window_attention import attend_to_window
 from doge_onnx.export.window_state import WindowState
+
+State = GrowingState | WindowState
 
 _FIRST = ("q", "k", "v", "past_key", "past_value")
 _LAST = ("x", "output", "output_scales", "output_bias", "residual", "norm")
@@ -38,7 +42,7 @@ class _AnyAttention(Piece):
 
     def __init__(
         self,
-        state: GrowingState | WindowState,
+        state: State,
         output: Linear,
         residual: nn.Parameter,
         norm: nn.Parameter,
@@ -67,7 +71,7 @@ class _AnyAttention(Piece):
             "closed": self.closed,
             "epsilon": self.eps,
         }
-        plain = {"residual": self.residual, "norm": self.norm}
+        plain: dict[str, Tensor | None] = {"residual": self.residual, "norm": self.norm}
         return Parts({"output": self.output}, {}, plain, attributes)
 
 
@@ -77,8 +81,9 @@ class Attention(_AnyAttention):
     operator = "Attention"
     inputs = (*_FIRST, "columns", "lengths", "total_length", *_LAST)
 
-    def __init__(self, state: GrowingState, *args: object) -> None:
-        super().__init__(state, *args)  # type: ignore[arg-type]  # takes the same
+    def __init__(self, state: State, *args: Any) -> None:
+        super().__init__(state, *args)
+        assert isinstance(state, GrowingState)
         # In half precision both channels of each gate, else the gates and the closing channel.
         self._count = self.heads.gates + 1
         if state.activations != "float32":
@@ -233,8 +238,9 @@ class WindowAttention(_AnyAttention):
     operator = "WindowAttention"
     inputs = (*_FIRST, "positions", "lift", *_LAST)
 
-    def __init__(self, state: WindowState, *args: object) -> None:
-        super().__init__(state, *args)  # type: ignore[arg-type]  # takes the same
+    def __init__(self, state: State, *args: Any) -> None:
+        super().__init__(state, *args)
+        assert isinstance(state, WindowState)
         self.lift = state.lift
 
     def attend(
@@ -293,9 +299,7 @@ class WindowAttention(_AnyAttention):
 AnyAttention = Attention | Int8Attention | WindowAttention
 
 
-def attention_of(
-    state: GrowingState | WindowState, int8_rows: Int8Rows | None
-) -> type[AnyAttention]:
+def attention_of(state: State, int8_rows: Int8Rows | None) -> type[AnyAttention]:
     """The kind of attention that a state needs."""
     if isinstance(state, WindowState):
         return WindowAttention

@@ -23,11 +23,11 @@ from doge_onnx.bundle import Bundle
 from doge_onnx.errors import BundleError, ConfigError, DeviceError, DogeOnnxError
 from doge_onnx.export import card, half, metadata, ort_format, quality, sidecar
 from doge_onnx.export import checkpoint as checkpoints
+from doge_onnx.export.attention import State
 from doge_onnx.export.checkpoint import Checkpoint
 from doge_onnx.export.eager import EagerModel
 from doge_onnx.export.graph import trace
 from doge_onnx.export.growing_state import GrowingState
-from doge_onnx.export.layer import State
 from doge_onnx.export.lowering import Target, find_target, for_web, require_kernels
 from doge_onnx.export.model_config import CONFIG_NAME, DogeConfig
 from doge_onnx.export.quantize import RECIPES, Recipe, check_choices, quantize, recipe_for

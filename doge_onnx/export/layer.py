@@ -16,16 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from doge_onnx.export.attention import AnyAttention, attention_of
+from doge_onnx.export.attention import AnyAttention, State, attention_of
 from doge_onnx.export.checkpoint import Checkpoint
 from doge_onnx.export.growing_state import GrowingState
 from doge_onnx.export.matrices import Linear, QuantizedLinear, QuantizedRows, Rows
 from doge_onnx.export.operators import Operators
 from doge_onnx.export.piece import Parts, Piece
 from doge_onnx.export.state_rows import HalfRows, Int8Rows, Tokens
-from doge_onnx.export.window_state import WindowState
-
-State = GrowingState | WindowState
 
 
 class Layer(nn.Module):
@@ -411,7 +408,8 @@ class Experts(Piece):
         # [B, S, k, H] @ [B, S, H, 1], and back.
         neurons = (self.down(experts).to(h.dtype) @ h.unsqueeze(-1)).squeeze(-1)
         neurons = activate(self.activation, neurons) * weights.to(h.dtype)
-        return (neurons.unsqueeze(-2) @ self.up(experts).to(h.dtype)).squeeze(-2)
+        routed: Tensor = (neurons.unsqueeze(-2) @ self.up(experts).to(h.dtype)).squeeze(-2)
+        return routed
 
     def parts(self) -> Parts:
         """See `Piece`."""

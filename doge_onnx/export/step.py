@@ -10,9 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from doge_onnx.export.attention import State
 from doge_onnx.export.checkpoint import Checkpoint
 from doge_onnx.export.growing_state import GrowingState
-from doge_onnx.export.layer import Layer, State, constant, take_linear
+from doge_onnx.export.layer import Layer, constant, take_linear
 from doge_onnx.export.matrices import (
     Embedding,
     Linear,

@@ -193,3 +193,57 @@ def attention_attributes(heads, keys, dim, gates, window):
 def kind_of_state(inputs):
     """The element type of the outputs that hold the state."""
     return INT8 if inputs["past_key"].dtype == np.int8 else FLOAT
+
+
+def window_attention(
+    rng, rows=8, used=None, new=1, batch=1, padding=0, hidden=24, heads=2, keys=1, dim=8, window=8
+):
+    """Inputs and attributes of WindowAttention.
+
+    Args:
+        rng: Source of the numbers.
+        rows: R.
+        used: Rows that hold a key; None for all.
+        new: New tokens of each sequence.
+        batch: B.
+        padding: New tokens on the left of the last sequence that are padding.
+        hidden: H.
+        heads: Hq.
+        keys: Hkv.
+        dim: D.
+        window: W.
+    """
+    row = -(-(dim + 2) // 8) * 8
+    used = rows if used is None else used
+    past_key, past_value = (floats(rng, batch, keys, rows, row) for _ in range(2))
+    # As many positions as rows were used, and some that have lost their row.
+    first = 0 if used == 0 else used + 5
+    for key in past_key.reshape(-1, rows, row):
+        order = rng.permutation(rows)
+        key[:, dim] = np.round(2 * key[:, dim]) / 2
+        key[order, dim + 1] = np.where(np.arange(rows) < used, 1 + np.arange(rows), 0)
+        key[order[used:], dim] = CLOSED
+    new_key = floats(rng, batch, new, keys, row)
+    tokens = np.ones((batch, new), np.int64)
+    tokens[-1, :padding] = 0
+    positions = first + np.cumsum(tokens, axis=1) - tokens
+    new_key[..., dim] = np.where(tokens[..., None], np.round(2 * new_key[..., dim]) / 2, CLOSED)
+    new_key[..., dim + 1] = positions[..., None] + 1
+    queries = floats(rng, batch, new, heads, row)
+    queries[..., dim:] = np.arange(row - dim) == 0
+    inputs = {
+        "q": queries.reshape(batch, new, heads * row),
+        "k": new_key.reshape(batch, new, keys * row),
+        "v": floats(rng, batch, new, keys * row),
+        "past_key": past_key,
+        "past_value": past_value,
+        "positions": positions,
+        "lift": np.array(2.0**160),
+        "x": floats(rng, batch, new, hidden),
+        "output": floats(rng, heads * row, hidden),
+        "output_scales": None,
+        "output_bias": None,
+        "residual": floats(rng, hidden),
+        "norm": floats(rng, hidden),
+    }
+    return inputs, attention_attributes(heads, keys, dim, 1, window)

@@ -1,10 +1,17 @@
-"""What the operators of a layer compute, in float64: docs/native.md in NumPy."""
+"""What the operators of a layer compute, in float64: docs/native.md in NumPy.
+
+WindowAttention is what the exporter's own body computes.
+"""
 
 from __future__ import annotations
 
 import math
+from unittest import mock
 
 import numpy as np
+import torch
+
+from doge_onnx.export.window_attention import attend_to_window
 
 
 def rms_norm(x, weight, epsilon):
@@ -140,6 +147,27 @@ def attention(inputs, attributes):
     update = product(out.reshape(batch, length, -1), inputs, "output", "output_bias")
     streams = end_of_half(inputs["x"], update, inputs, attributes["epsilon"])
     return streams | {"present_key": present["key"], "present_value": present["value"]}
+
+
+def stable_topk(x, count, largest=True):
+    """TopK as ONNX defines it: of equal values, that with the lower index comes first."""
+    order = torch.argsort(x, dim=-1, descending=largest, stable=True)[..., :count]
+    return x.gather(-1, order), order
+
+
+def window_attention(inputs, attributes):
+    """WindowAttention."""
+    names = ("q", "k", "v", "past_key", "past_value", "positions", "lift")
+    inputs = wide(inputs)
+    sizes = [attributes[name] for name in ("heads", "kv_heads", "head_dim", "window")]
+    tensors = [torch.from_numpy(inputs[name]) for name in names]
+    # In float32, what closes a key is the same number wherever it stands.
+    closed = mock.patch("doge_onnx.export.window_attention.CLOSED_GATE", float(np.float32(-1e30)))
+    with mock.patch("torch.topk", stable_topk), closed:
+        out, key, value = (x.numpy() for x in attend_to_window(*tensors, *sizes))
+    update = product(out, inputs, "output", "output_bias")
+    streams = end_of_half(inputs["x"], update, inputs, attributes["epsilon"])
+    return streams | {"present_key": key, "present_value": value}
 
 
 def positions(inputs):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import references
 from layer_nodes import HEADS, POSITIONS, STREAMS
-from single_node import Node, instruction_set
+from single_node import FLOAT, Node, instruction_set
 
 SETS = ("scalar", "avx2", "avx512_vnni")
 # Batch and new tokens: one row, few, and many, with and without a remainder.
@@ -28,12 +28,17 @@ def rng():
 def assert_close(actual, expected, tolerance=2e-5):
     for name, value in expected.items():
         scale = max(1.0, float(np.nanmax(np.abs(value)))) if value.size else 1.0
-        np.testing.assert_allclose(actual[name], value, rtol=0, atol=tolerance * scale, err_msg=name)
+        np.testing.assert_allclose(
+            actual[name], value, rtol=0, atol=tolerance * scale, err_msg=name
+        )
 
 
+ACTIVATIONS = ["silu", "relu", "gelu", "gelu_tanh", "silu", "gelu"]
 FEED_FORWARDS = [
     {"rows": rows, "activation": activation}
-    for rows, activation in zip(ROWS, ["silu", "relu", "gelu", "gelu_tanh", "silu", "gelu"])
+    for rows, activation in zip(
+        ROWS, ["silu", "relu", "gelu", "gelu_tanh", "silu", "gelu"], strict=True
+    )
 ] + [
     {"hidden": 1, "inner": 1},
     {"hidden": 33, "inner": 64},
@@ -111,12 +116,42 @@ def check_attention(library, op, inputs, attributes, in_place):
         result = node.run_in_place(present_key="past_key", present_value="past_value")
     else:
         result = node.run()
-    length = inputs["q"].shape[1]
     for b, last in enumerate(inputs["lengths"]):
         for name in ("present_key", "present_value"):
             rows = slice(0, last + 1)
             np.testing.assert_array_equal(result[name][b, :, rows], expected[name][b, :, rows])
-    assert length and result["present_key"].shape == expected["present_key"].shape
+    assert result["present_key"].shape == expected["present_key"].shape
+    assert_close(result, {name: expected[name] for name in STREAMS})
+
+
+WINDOW_STATES = [
+    {"used": 0},
+    {"used": 3},
+    {},
+    {"rows": 200, "window": 200, "heads": 6, "keys": 3, "dim": 12},
+    {"rows": 9, "used": 9, "window": 20, "new": 3, "batch": 2},
+    {"rows": 8, "new": 8, "batch": 3, "padding": 5, "window": 8},
+    {"rows": 40, "used": 0, "new": 17, "window": 40, "heads": 1},
+    {"rows": 40, "used": 30, "new": 17, "batch": 2, "padding": 9, "window": 40},
+    {"rows": 20, "new": 20, "window": 20, "batch": 2, "padding": 20, "used": 0},
+    {"rows": 300, "used": 290, "new": 150, "window": 300, "heads": 4, "keys": 2, "dim": 40},
+    {"rows": 16, "new": 11, "window": 13, "batch": 2},
+]
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["copied", "in place"])
+@pytest.mark.parametrize("sizes", WINDOW_STATES, ids=str)
+def test_window_attention(native_library, rng, sizes, in_place):
+    inputs, attributes = layer_nodes.window_attention(rng, **sizes)
+    expected = references.window_attention(inputs, attributes)
+    outputs = layer_nodes.outputs_of_attention(FLOAT)
+    node = Node(native_library, "WindowAttention", inputs, attributes, outputs)
+    if in_place:
+        result = node.run_in_place(present_key="past_key", present_value="past_value")
+    else:
+        result = node.run()
+    for name in ("present_key", "present_value"):
+        np.testing.assert_array_equal(result[name], expected[name], err_msg=name)
     assert_close(result, {name: expected[name] for name in STREAMS})
 
 

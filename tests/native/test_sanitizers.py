@@ -13,7 +13,7 @@ from pathlib import Path
 
 import build_library
 import pytest
-from conftest import LIBRARY
+from native_library import LIBRARY
 
 pytestmark = pytest.mark.external
 

@@ -1,4 +1,4 @@
-"""The native library, built once for all its tests."""
+"""The library of native kernels, built once for all its tests."""
 
 import os
 from pathlib import Path
