@@ -17,7 +17,7 @@ DEMO := build/demo
 # Two processes, and each file in one of them: what a file's tests share is made once.
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile
 
-.PHONY: demo check test lint types quick rest environments docs bench peers precisions edge clean
+.PHONY: demo check test lint types quick rest environments docs wheels bench peers precisions edge clean
 
 demo: $(KERNELS)
 	@mkdir -p build
@@ -58,6 +58,10 @@ environments: $(KERNELS)
 docs: $(KERNELS)
 	$(BIN)/python tools/documentation.py
 
+# For all systems, into dist/.
+wheels: $(KERNELS)
+	$(BIN)/python tools/wheels.py
+
 bench: $(KERNELS)
 	$(BIN)/python benchmarks/speed.py
 
@@ -78,8 +82,8 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@touch $@
 
 # The editable install has the library, too; this brings it up to date.
-$(KERNELS): $(STAMP) $(wildcard native/*.*)
-	$(BIN)/python native/build_library.py
+$(KERNELS): $(STAMP) $(wildcard native/*) tools/build_library.py
+	$(BIN)/python tools/build_library.py
 	@touch $@
 
 clean:

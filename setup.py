@@ -12,7 +12,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT / "native"))
+sys.path.insert(0, str(ROOT / "tools"))
 
 import build_library  # noqa: E402  # its directory had to be added first
 

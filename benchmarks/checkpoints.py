@@ -17,7 +17,14 @@ SHAPES = {
     "320M": (1024, 2048, 32, 8, 4, 0, 0),
     "20M-MoE": (256, 512, 8, 2, 1, 1024, 16),
     "120M-MoE": (512, 1024, 16, 4, 2, 4096, 32),
+    "20M-128k": (256, 512, 8, 2, 1, 0, 0),
+    "60M-128k": (512, 1024, 16, 4, 2, 0, 0),
 }
+
+
+def vocabulary(shape: str) -> int:
+    """Tokens of a shape: as in the released models, or as in those with the largest tokenizers."""
+    return 128256 if shape.endswith("-128k") else 32768
 
 
 def random_checkpoint(directory: Path, shape: str, **overrides: Any) -> Path:
@@ -27,7 +34,7 @@ def random_checkpoint(directory: Path, shape: str, **overrides: Any) -> Path:
     """
     hidden, middle, layers, heads, kv_heads, experts, per_token = SHAPES[shape]
     settings: dict[str, Any] = {
-        "vocab_size": 32768,
+        "vocab_size": vocabulary(shape),
         "hidden_size": hidden,
         "intermediate_size": middle,
         "num_hidden_layers": layers,

@@ -1,3 +1,5 @@
+// The build says which instruction sets its compiler does not know, DOGE_ONNX_NO_NAME: their kernels
+// are not in the library.
 #include "processor.h"
 
 #include <cstdlib>
@@ -43,15 +45,15 @@ bool keeps(unsigned parts) {
   return (low & parts) == parts;
 }
 
-bool has_avx2() {
+[[maybe_unused]] bool has_avx2() {
   const Leaf first(1, 0);
   // FMA, AVX, F16C; AVX2.
   return bit(first.ecx, 12) && bit(first.ecx, 28) && bit(first.ecx, 29) && bit(Leaf(7, 0).ebx, 5) && keeps(0x06);
 }
 
-bool has_avx_vnni() { return has_avx2() && Leaf(7, 0).eax >= 1 && bit(Leaf(7, 1).eax, 4); }
+[[maybe_unused]] bool has_avx_vnni() { return has_avx2() && Leaf(7, 0).eax >= 1 && bit(Leaf(7, 1).eax, 4); }
 
-bool has_avx512_vnni() {
+[[maybe_unused]] bool has_avx512_vnni() {
   const Leaf seventh(7, 0);
   // F, DQ, BW, VL; VNNI.
   return has_avx2() && bit(seventh.ebx, 16) && bit(seventh.ebx, 17) && bit(seventh.ebx, 30) &&
@@ -61,22 +63,22 @@ bool has_avx512_vnni() {
 #elif defined(__aarch64__)
 
 #if defined(__linux__)
-bool has_dotprod() { return getauxval(AT_HWCAP) >> 20 & 1; }
-bool has_i8mm() { return has_dotprod() && (getauxval(AT_HWCAP2) >> 13 & 1); }
+[[maybe_unused]] bool has_dotprod() { return getauxval(AT_HWCAP) >> 20 & 1; }
+[[maybe_unused]] bool has_i8mm() { return has_dotprod() && (getauxval(AT_HWCAP2) >> 13 & 1); }
 #elif defined(__APPLE__)
 bool has(const char* name) {
   int value = 0;
   size_t size = sizeof value;
   return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value;
 }
-bool has_dotprod() { return has("hw.optional.arm.FEAT_DotProd"); }
-bool has_i8mm() { return has_dotprod() && has("hw.optional.arm.FEAT_I8MM"); }
+[[maybe_unused]] bool has_dotprod() { return has("hw.optional.arm.FEAT_DotProd"); }
+[[maybe_unused]] bool has_i8mm() { return has_dotprod() && has("hw.optional.arm.FEAT_I8MM"); }
 #elif defined(_WIN32)
-bool has_dotprod() { return IsProcessorFeaturePresent(43); }
-bool has_i8mm() { return has_dotprod() && IsProcessorFeaturePresent(66); }
+[[maybe_unused]] bool has_dotprod() { return IsProcessorFeaturePresent(43); }
+[[maybe_unused]] bool has_i8mm() { return has_dotprod() && IsProcessorFeaturePresent(66); }
 #else
-bool has_dotprod() { return false; }
-bool has_i8mm() { return false; }
+[[maybe_unused]] bool has_dotprod() { return false; }
+[[maybe_unused]] bool has_i8mm() { return false; }
 #endif
 
 #endif
@@ -84,12 +86,22 @@ bool has_i8mm() { return false; }
 // From the best to the least.
 const Candidate kCandidates[] = {
 #if defined(__x86_64__)
+#if !defined(DOGE_ONNX_NO_AVX512_VNNI)
     {&kAvx512VnniKernels, has_avx512_vnni},
+#endif
+#if !defined(DOGE_ONNX_NO_AVX_VNNI)
     {&kAvxVnniKernels, has_avx_vnni},
+#endif
+#if !defined(DOGE_ONNX_NO_AVX2)
     {&kAvx2Kernels, has_avx2},
+#endif
 #elif defined(__aarch64__)
+#if !defined(DOGE_ONNX_NO_NEON_I8MM)
     {&kNeonI8mmKernels, has_i8mm},
+#endif
+#if !defined(DOGE_ONNX_NO_NEON_DOTPROD)
     {&kNeonDotprodKernels, has_dotprod},
+#endif
     {&kNeonKernels, [] { return true; }},
 #endif
     {&kScalarKernels, [] { return true; }},

@@ -10,6 +10,18 @@
 
 #include "context.h"
 
+#if defined(_WIN32)
+extern "C" __declspec(dllimport) int __stdcall SwitchToThread();
+inline void yield_thread() { SwitchToThread(); }
+#else
+#include <time.h>
+inline void yield_thread() {
+  // Not sched_yield: a processor that sleeps takes over the threads that wait for another one.
+  const timespec moment = {0, 20000};
+  nanosleep(&moment, nullptr);
+}
+#endif
+
 #if defined(__x86_64__) || defined(_M_X64)
 inline void pause_thread() { __builtin_ia32_pause(); }
 #elif defined(__aarch64__)
@@ -44,6 +56,7 @@ class Team {
 
  private:
   static constexpr int kSeats = 64;
+  static constexpr int kTurns = 1000;  // pauses before a thread lets others run; some tens of microseconds
   struct Phase {
     void (*call)(void*, int);
     void* data;
@@ -65,7 +78,11 @@ class Team {
         phase.call(phase.data, chunk);
         if (phase.done.fetch_add(1, std::memory_order_acq_rel) == phase.chunks - 1) end(i);
       }
-      while (!phase.over.load(std::memory_order_acquire)) pause_thread();
+      // On a busy machine, whoever is waited for may be waiting for this processor.
+      for (int turns = 0; !phase.over.load(std::memory_order_acquire); turns++) {
+        if (turns < kTurns) pause_thread();
+        else yield_thread();
+      }
     }
   }
 

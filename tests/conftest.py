@@ -8,7 +8,7 @@ import pytest
 
 import doge_onnx
 
-pytest_plugins = ["exported"]
+pytest_plugins = ["exported", "native_library"]
 
 TINY_CHECKPOINT = Path(__file__).parent.parent / "examples" / "doge-tiny"
 # Fixtures that export a real checkpoint; a test with one of them is marked as slow.

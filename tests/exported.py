@@ -127,7 +127,7 @@ def in_ort_format(path: Path, out: Path) -> Path:
     shutil.copytree(path, out)
     manifest = bundles.read_manifest(path)
     graph = ort_format.convert(out / manifest.graph)
-    bundles.seal(out, replace(manifest, graph=graph.name))
+    bundles.seal(out, replace(manifest, graph=graph.name, native_operators=False))
     return out
 
 

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from doge_onnx.export import checkpoint as checkpoint_reader
+from doge_onnx.export.attention import State
 from doge_onnx.export.checkpoint import Checkpoint
 from doge_onnx.export.growing_state import GrowingState
 from doge_onnx.export.operators import FUSED, STANDARD
-from doge_onnx.export.step import RecurrentStep, State
+from doge_onnx.export.step import RecurrentStep
 from doge_onnx.export.window_state import WindowState
 
 OPERATORS = {"fused": FUSED, "standard": STANDARD}
@@ -42,7 +43,7 @@ def build(checkpoint: Checkpoint, state: State, operators: str) -> RecurrentStep
     """The step, with gates that do not depend on the length of a piece."""
     step = RecurrentStep(checkpoint, state, OPERATORS[operators]).eval()
     for layer in step.layers:
-        layer.attention.gate = RowByRow(layer.attention.gate)
+        layer.project.gate = RowByRow(layer.project.gate)
     return step
 
 

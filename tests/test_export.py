@@ -226,13 +226,16 @@ def test_half_precision_and_sharded_checkpoints(dtype, tmp_path, monkeypatch):
     assert manifest.files[WEIGHTS_NAME]["size"] > 4 * 97 * 48
     assert manifest.files[GRAPH_NAME]["size"] < 4 * 97 * 48
     model = onnx.load(path / GRAPH_NAME, load_external_data=False)
-    located = {
-        entry.value
+    places = [
+        {entry.key: entry.value for entry in tensor.external_data}
         for tensor in model.graph.initializer
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
-    assert located == {WEIGHTS_NAME}
+        if tensor.external_data
+    ]
+    assert {place["location"] for place in places} == {WEIGHTS_NAME}
+    # A whole number of cache lines begins with one.
+    sizes = [(int(place["offset"]) % 64, int(place["length"]) % 64) for place in places]
+    assert [offset for offset, size in sizes if size == 0]
+    assert not any(offset for offset, size in sizes if size == 0)
     # Copied to another place, it still works.
     moved = path.rename(tmp_path / "moved")
     assert_close(token_by_token(moved, ids[:3]), reference_logits(directory, ids[:3]))

@@ -305,7 +305,7 @@ def test_keys_fit_the_int8_state_at_every_position(tmp_path):
     for start in range(0, 56, 8):
         tokens = state.tokens(ids, mask[:, : start + 8])
         past = torch.zeros(1, state.heads.num_keys, start, state.heads.row, dtype=torch.int8)
-        step.layers[0](step.embedding(ids), None, tokens, past, past)
+        step.layers[0](*step.embed(ids), tokens, past, past)
     keys = torch.cat(seen, dim=1).unflatten(-1, (state.heads.num_keys, -1))[..., :32]
     assert keys.shape[1] == 56
     assert (keys.abs() <= reach * 1.0001).all()

@@ -53,10 +53,10 @@ def counted(path: Path, tied: bool) -> tuple[int, int]:
         # The scales of tables, in the shape that their operator wants.
         tables = (checkpoints.SMALL["vocab_size"], EXPERTS)
         scales = len(tensor.dims) == 3 and tensor.dims[2] == 1 and tensor.dims[0] in tables
-        expert = tensor.dims[:1] == [EXPERTS] and re.match(r"layers\.\d+\.mlp\.", tensor.name)
+        expert = tensor.dims[:1] == [EXPERTS] and re.match(r"layers\.\d+\.experts\.", tensor.name)
         if expert or (scales and tensor.dims[0] == EXPERTS):
             rows += PER_TOKEN * size // EXPERTS
-        elif scales or (tensor.name.startswith("embedding.") and not tied):
+        elif scales or (tensor.name.startswith("embed.table.") and not tied):
             rows += size // tensor.dims[0]
         else:
             whole += size

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import base_install
+import wheels
 from environments import ROOT
 
 DIRECTORY = ROOT / "build" / "aarch64"
@@ -58,8 +59,9 @@ def make() -> None:
         shutil.rmtree(DIRECTORY, ignore_errors=True)
         _make_system()
         (DIRECTORY / "system.txt").touch()
-    wheel = base_install.wheel()
-    if base_install.is_new(PACKAGES, wheel.parent.name):
+    wheel = wheels.wheel(wheels.system("aarch64", "Linux"))
+    version = wheel.parent.parent.name
+    if base_install.is_new(PACKAGES, version):
         shutil.rmtree(PACKAGES, ignore_errors=True)
         platforms = [part for name in _PLATFORMS for part in ("--platform", f"{name}_aarch64")]
         base_install.pip(
@@ -70,7 +72,7 @@ def make() -> None:
             *("--constraint", base_install.CONSTRAINTS),
             wheel,
         )
-        base_install.mark(PACKAGES, wheel.parent.name)
+        base_install.mark(PACKAGES, version)
 
 
 def run(cpu: str, *arguments: str | Path, timeout: float = 300) -> str:
@@ -89,6 +91,8 @@ def run(cpu: str, *arguments: str | Path, timeout: float = 300) -> str:
     return subprocess.run(
         [emulator, "-cpu", cpu, "-L", SYSTEM, python, "-X", "utf8", *arguments],
         env=base_install.variables() | {"PYTHONPATH": str(PACKAGES)},
+        # Not the repository, whose package Python would import in place of the wheel's.
+        cwd=DIRECTORY,
         check=True,
         capture_output=True,
         encoding="utf-8",

@@ -14,27 +14,41 @@ import sys
 import tempfile
 from pathlib import Path
 
+import build_library
 from environments import ROOT, interpreter
 
 CONSTRAINTS = ROOT / "constraints.txt"
 DIRECTORY = ROOT / "build" / "base-install"
 # The files and directories that the wheel is built from.
-_SOURCES = ("pyproject.toml", "README.md", "LICENSE", "doge_onnx", "optimum")
+_SOURCES = (
+    *("pyproject.toml", "setup.py", "README.md", "LICENSE"),
+    *("doge_onnx", "native", "optimum", "tools/build_library.py"),
+)
 
 
-def wheel() -> Path:
-    """The wheel of the sources as they are; built if it is not there."""
+# What setup built into the package of an editable install.
+_BUILT = ROOT / build_library.PLACE
+
+
+def wheel(compiler: str | None = None) -> Path:
+    """The wheel of the sources as they are; built if it is not there.
+
+    Args:
+        compiler: The C++ compiler that builds the native kernels, which may be one that does not
+            exist; None for the usual one.
+    """
     files = [
         path
         for name in _SOURCES
         for path in sorted([ROOT / name, *(ROOT / name).rglob("*")])
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file() and "__pycache__" not in path.parts and _BUILT not in path.parents
     ]
     digest = hashlib.sha256()
     for path in files:
         digest.update(f"{path.relative_to(ROOT)}\0{path.stat().st_size}\0".encode())
         digest.update(path.read_bytes())
-    directory = DIRECTORY / "wheel" / digest.hexdigest()[:16]
+    kind = "wheel" if compiler is None else "wheel-without-compiler"
+    directory = DIRECTORY / kind / digest.hexdigest()[:16]
     if not directory.is_dir():
         shutil.rmtree(directory.parent, ignore_errors=True)
         # Built from a copy: among the sources, setuptools would leave a build directory, and a
@@ -45,7 +59,7 @@ def wheel() -> Path:
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, copy)
             built = Path(scratch) / "wheel"
-            pip("wheel", "--no-deps", "--wheel-dir", built, scratch)
+            pip("wheel", "--no-deps", "--wheel-dir", built, scratch, compiler=compiler)
             directory.parent.mkdir(parents=True)
             shutil.move(built, directory)
     (path,) = directory.glob("*.whl")
@@ -80,10 +94,11 @@ def _constraints() -> str:
     return "\n" + CONSTRAINTS.read_text(encoding="utf-8")
 
 
-def pip(*arguments: str | Path) -> None:
-    """Run pip of this environment."""
+def pip(*arguments: str | Path, compiler: str | None = None) -> None:
+    """Run pip of this environment, with another C++ compiler than the usual one if it is given."""
     command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*command, *arguments], check=True, env=variables())
+    chosen = {} if compiler is None else {"CXX": compiler}
+    subprocess.run([*command, *arguments], check=True, env=variables() | chosen)
 
 
 def variables() -> dict[str, str]:

@@ -4,7 +4,8 @@
 
 doge-onnx and transformers run a Doge with random weights, llama.cpp and onnxruntime-genai,
 which do not know Doge, a Qwen3 of the same shape. Prints a table, its averages and, as the last
-line, one JSON object. All models run with batch 1, greedily, and with the same prompts.
+line, one JSON object. All models run greedily and with the same prompts. --batches adds cells in
+which several sequences are decoded at once.
 
 Each model runs in a process of its own, in the environment of its runtime; environments
 are made under build/peers once. All models of a shape are loaded together, and each round
@@ -39,7 +40,7 @@ from report import Row, markdown, summarise
 # Python puts only this directory there.
 sys.path += [str(Path(__file__).parent.parent), str(Path(__file__).parents[2] / "tools")]
 
-from checkpoints import SHAPES, random_checkpoint
+from checkpoints import SHAPES, random_checkpoint, vocabulary
 from environments import environment
 
 from doge_onnx.measure.bandwidth import read_bandwidth
@@ -74,6 +75,8 @@ RUNTIMES = {
         None,
         {
             "fp32": {"precision": "fp32"},
+            "fp32-window": {"precision": "fp32", "state": "window"},
+            "bf16": {"precision": "bf16"},
             "int8": {"precision": "int8", "rounding": "nearest"},
             "int4": {"precision": "int4", "rounding": "nearest"},
             "int8-kv8": {"precision": "int8", "kv_cache": "int8", "rounding": "nearest"},
@@ -83,7 +86,12 @@ RUNTIMES = {
     "llama.cpp": Runtime(
         "peer_llama_cpp",
         "llama_cpp.txt",
-        {"fp32": {"type": "F32"}, "int8": {"type": "Q8_0"}, "int4": {"type": "Q4_0"}},
+        {
+            "fp32": {"type": "F32"},
+            "bf16": {"type": "BF16"},
+            "int8": {"type": "Q8_0"},
+            "int4": {"type": "Q4_0"},
+        },
     ),
     "genai": Runtime(
         "peer_genai",
@@ -157,6 +165,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", default=["20M", "160M"], choices=dense)
     parser.add_argument("--precisions", nargs="+", default=ours, choices=ours)
     parser.add_argument("--contexts", nargs="+", type=int, default=[16, 512, 1900])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1])
     parser.add_argument("--peers", nargs="+", default=list(RUNTIMES), choices=RUNTIMES)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=32, help="to decode in one measurement")
@@ -202,11 +211,12 @@ def start(
             print(f"{shape}: building {name} {variant}", file=sys.stderr)
             job = Job(
                 name=f"{name}-{variant}",
-                shape=Shape(*SHAPES[shape][:5]),
+                shape=Shape(*SHAPES[shape][:5], vocabulary(shape)),
                 checkpoint=checkpoint,
                 directory=scratch,
                 options=runtime.variants[variant],
                 threads=arguments.threads,
+                batch=max(arguments.batches),
             )
             log = BUILD / f"{shape}-{job.name}.log"
             try:
@@ -230,20 +240,27 @@ def measure(
     shape: str, workers: dict[Key, Worker], bandwidth: float, arguments: argparse.Namespace
 ) -> list[Row]:
     """All rows of one shape."""
-    cells: list[tuple[str, int, dict[str, Any]]] = [
-        ("decode", context, {"do": "decode", "context": context, "tokens": arguments.tokens})
-        for context in arguments.contexts
+    cells: list[tuple[str, int, int]] = [
+        ("decode", context, batch) for batch in arguments.batches for context in arguments.contexts
     ]
-    cells.append(("prefill", PREFILL, {"do": "prefill", "length": PREFILL}))
+    cells.append(("prefill", PREFILL, 1))
     rows = []
-    for what, tokens, request in cells:
-        print(f"{shape}: {what} @ {tokens}", file=sys.stderr)
+    for what, tokens, batch in cells:
+        print(f"{shape}: {what} @ {tokens}, batch {batch}", file=sys.stderr)
+        request: dict[str, Any] = {"do": "prefill", "length": tokens}
+        if what == "decode":
+            request = {
+                "do": "decode",
+                "context": tokens,
+                "batch": batch,
+                "tokens": arguments.tokens,
+            }
         times = alternate(workers, request, arguments.rounds)
-        # The time of a decode step is that of one token.
-        count = tokens if what == "prefill" else 1
+        # The time of a decode step is that of one token of each sequence.
+        count = tokens if what == "prefill" else batch
         per_second = {key: count / seconds for key, (seconds, _) in times.items()}
         for variant in arguments.precisions:
-            row = Row(shape, variant, what, tokens, {}, {})
+            row = Row(shape, variant, what, tokens, batch, {}, {})
             for name in arguments.peers:
                 key = name, variant if name == OURS else counterpart(name, base(variant))
                 if key in per_second:
@@ -253,7 +270,7 @@ def measure(
                 speed = row.speeds[OURS]
                 row.ratios = {n: speed / other for n, other in row.speeds.items() if n != OURS}
                 about = workers[OURS, variant].about
-                if what == "decode" and about.weight_bytes is not None:
+                if what == "decode" and batch == 1 and about.weight_bytes is not None:
                     cache = (about.row_bytes or 0) * (tokens + arguments.tokens / 2)
                     row.mbu = (about.weight_bytes + cache) * speed / bandwidth
             rows.append(row)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 # The same for all models of the comparison, and as in the released ones.
-VOCABULARY = 32768
 HEAD_DIM = 128
 CONTEXT_LENGTH = 2048
 
@@ -26,6 +25,7 @@ class Shape:
     layers: int
     heads: int
     kv_heads: int
+    vocabulary: int
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Job:
         directory: Where models are written; all jobs of the shape share it.
         options: What the runtime's module needs to know about the precision.
         threads: Threads to run with.
+        batch: Most sequences at once.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Job:
     directory: Path
     options: dict[str, Any]
     threads: int
+    batch: int
 
     @property
     def model(self) -> Path:
@@ -89,8 +91,11 @@ class Peer(Protocol):
     def about(self) -> About:
         """What there is to know of it."""
 
-    def decode(self, prompt: list[int], tokens: int) -> float:
-        """Seconds for each of `tokens` greedy tokens, after the first, which prefill makes."""
+    def decode(self, prompts: list[list[int]], tokens: int) -> float:
+        """Seconds of a step that gives each sequence one more greedy token.
+
+        The mean over `tokens` steps after the prefill, which gives the first token.
+        """
 
     def prefill(self, prompt: list[int]) -> float:
         """Seconds until the logits after the prompt are there."""
@@ -106,6 +111,6 @@ class PeerModule(Protocol):
         """Load what `build` wrote."""
 
 
-def random_prompt(length: int, seed: int) -> list[int]:
+def random_prompt(length: int, seed: int, vocabulary: int) -> list[int]:
     """Token ids, the same for every runtime; none of them is special."""
-    return random.Random(seed).choices(range(2, VOCABULARY), k=length)
+    return random.Random(seed).choices(range(2, vocabulary), k=length)

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from peer import About, Job
 
 import doge_onnx
+from doge_onnx.measure.workload import generate_plain
 
 
 def build(job: Job) -> None:
@@ -37,8 +38,12 @@ class Bundle:
             manifest.state.token_bytes,
         )
 
-    def decode(self, prompt: list[int], tokens: int) -> float:
-        """Seconds per token that a consumer of the stream waits."""
+    def decode(self, prompts: list[list[int]], tokens: int) -> float:
+        """Seconds per step that a consumer of the stream waits, or the generation of a batch."""
+        if len(prompts) > 1:
+            timings = generate_plain(self.model, prompts, 1 + tokens)[0].timings
+            return timings.decode_seconds / tokens
+        (prompt,) = prompts
         pieces = self.model.stream(prompt, max_new_tokens=1 + tokens, temperature=0.0)
         next(pieces)
         started = time.perf_counter()

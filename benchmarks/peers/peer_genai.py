@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime_genai
-from peer import CONTEXT_LENGTH, HEAD_DIM, VOCABULARY, About, Job
+from peer import CONTEXT_LENGTH, HEAD_DIM, About, Job
 
 
 def build(job: Job) -> None:
@@ -35,7 +35,7 @@ def random_qwen3(path: Path, job: Job) -> None:
 
     torch.manual_seed(0)
     config = transformers.Qwen3Config(
-        vocab_size=VOCABULARY,
+        vocab_size=job.shape.vocabulary,
         hidden_size=job.shape.hidden,
         intermediate_size=job.shape.middle,
         num_hidden_layers=job.shape.layers,
@@ -49,7 +49,8 @@ def random_qwen3(path: Path, job: Job) -> None:
         pad_token_id=1,
     )
     # Prompts are token ids, but the builder needs a tokenizer.
-    words = tokenizers.models.WordLevel({f"<{i}>": i for i in range(VOCABULARY)}, unk_token="<0>")
+    tokens = {f"<{i}>": i for i in range(job.shape.vocabulary)}
+    words = tokenizers.models.WordLevel(tokens, unk_token="<0>")
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizers.Tokenizer(words)
     ).save_pretrained(path)
@@ -78,10 +79,10 @@ class Model:
             "prune_lm_head=true; its KV cache is in float32",
         )
 
-    def decode(self, prompt: list[int], tokens: int) -> float:
-        """Seconds per token of the loop that its documentation shows."""
-        generator = self._generator(len(prompt) + 1 + tokens)
-        generator.append_tokens(np.array([prompt], np.int32))
+    def decode(self, prompts: list[list[int]], tokens: int) -> float:
+        """Seconds per step of the loop that its documentation shows."""
+        generator = self._generator(len(prompts[0]) + 1 + tokens, len(prompts))
+        generator.append_tokens(np.array(prompts, np.int32))
         # Only chooses from the logits of the prompt.
         generator.generate_next_token()
         generator.get_next_tokens()
@@ -104,8 +105,10 @@ class Model:
         generator.append_tokens(ids)
         return time.perf_counter() - started
 
-    def _generator(self, length: int) -> onnxruntime_genai.Generator:
+    def _generator(self, length: int, batch: int = 1) -> onnxruntime_genai.Generator:
         parameters = onnxruntime_genai.GeneratorParams(self.model)
         # The least length keeps the end-of-text token away.
-        parameters.set_search_options(do_sample=False, min_length=length, max_length=length)
+        parameters.set_search_options(
+            do_sample=False, min_length=length, max_length=length, batch_size=batch
+        )
         return onnxruntime_genai.Generator(self.model, parameters)

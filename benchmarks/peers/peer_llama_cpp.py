@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from typing import Any
 
 import gguf
 import numpy as np
 import xllamacpp
-from peer import CONTEXT_LENGTH, HEAD_DIM, VOCABULARY, About, Job
+from peer import CONTEXT_LENGTH, HEAD_DIM, About, Job
 
 FILE_TYPES = {
     "F32": gguf.LlamaFileType.ALL_F32,
+    "BF16": gguf.LlamaFileType.MOSTLY_BF16,
     "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
     "Q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
 }
@@ -34,12 +36,12 @@ def build(job: Job) -> None:
         writer.add_value_length(HEAD_DIM)
         writer.add_rope_freq_base(10000.0)
         writer.add_layer_norm_rms_eps(1e-6)
-        writer.add_vocab_size(VOCABULARY)
+        writer.add_vocab_size(shape.vocabulary)
         # Prompts are token ids, but a file without a tokenizer does not load.
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre("qwen2")
-        writer.add_token_list([f"<t{i}>" for i in range(VOCABULARY)])
-        writer.add_token_types([gguf.TokenType.NORMAL] * VOCABULARY)
+        writer.add_token_list([f"<t{i}>" for i in range(shape.vocabulary)])
+        writer.add_token_types([gguf.TokenType.NORMAL] * shape.vocabulary)
         writer.add_token_merges(["< t"])
         writer.add_bos_token_id(0)
         writer.add_eos_token_id(1)
@@ -62,7 +64,7 @@ def add_tensors(writer: Any, job: Job, kind: gguf.GGMLQuantizationType) -> None:
     def norm(name: str, size: int) -> None:
         writer.add_tensor(f"{name}.weight", np.ones(size, dtype=np.float32))
 
-    matrix("token_embd", VOCABULARY, hidden)
+    matrix("token_embd", job.shape.vocabulary, hidden)
     norm("output_norm", hidden)
     for layer in range(job.shape.layers):
         block = f"blk.{layer}"
@@ -90,8 +92,9 @@ class Server:
     def __init__(self, job: Job) -> None:
         parameters = xllamacpp.CommonParams()
         parameters.model.path = str(job.model)
-        parameters.n_ctx = CONTEXT_LENGTH
-        parameters.n_parallel = 1
+        # The context is divided among the sequences.
+        parameters.n_ctx = CONTEXT_LENGTH * job.batch
+        parameters.n_parallel = job.batch
         parameters.cpuparams.n_threads = job.threads
         parameters.cpuparams_batch.n_threads = job.threads
         # It would keep the KV caches of earlier prompts.
@@ -110,13 +113,15 @@ class Server:
             f"{features()}",
         )
 
-    def decode(self, prompt: list[int], tokens: int) -> float:
-        """Seconds per token by the server's own clock."""
-        timings = self._complete(prompt, 1 + tokens)
-        if timings["predicted_n"] != 1 + tokens:
-            raise RuntimeError(f"{timings['predicted_n']} tokens instead of {1 + tokens}")
-        # From the first token to the last.
-        return float(timings["predicted_ms"]) / 1e3 / tokens
+    def decode(self, prompts: list[list[int]], tokens: int) -> float:
+        """Seconds per step by the server's own clock."""
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            answers = list(pool.map(lambda prompt: self._complete(prompt, 1 + tokens), prompts))
+        for timings in answers:
+            if timings["predicted_n"] != 1 + tokens:
+                raise RuntimeError(f"{timings['predicted_n']} tokens instead of {1 + tokens}")
+        # From the first token to the last, of the sequence that had the others beside it longest.
+        return min(float(timings["predicted_ms"]) for timings in answers) / 1e3 / tokens
 
     def prefill(self, prompt: list[int]) -> float:
         """Seconds for the prompt by the server's own clock."""

@@ -39,12 +39,12 @@ class Checkpoint:
         )
 
     @torch.no_grad()
-    def decode(self, prompt: list[int], tokens: int) -> float:
-        """Seconds per token of `generate`."""
+    def decode(self, prompts: list[list[int]], tokens: int) -> float:
+        """Seconds per step of `generate`."""
         clock = Clock()
         self.model.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+            torch.tensor(prompts),
+            attention_mask=torch.ones(len(prompts), len(prompts[0]), dtype=torch.int64),
             max_new_tokens=1 + tokens,
             do_sample=False,
             streamer=clock,

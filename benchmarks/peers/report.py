@@ -19,6 +19,7 @@ class Row:
         variant: Of doge-onnx, which the others are compared with.
         what: "decode" or "prefill".
         tokens: In the context of a decode step, or of the prompt.
+        batch: Sequences at once.
         speeds: Tokens per second by name of the runtime; those that failed are missing.
         spreads: Slowest less fastest round, as a share of the median, by name.
         ratios: Of doge-onnx's speed to each other one's, by its name.
@@ -29,6 +30,7 @@ class Row:
     variant: str
     what: str
     tokens: int
+    batch: int
     speeds: dict[str, float]
     spreads: dict[str, float]
     ratios: dict[str, float] = field(default_factory=dict)
@@ -36,13 +38,16 @@ class Row:
 
 
 def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Geometric mean and minimum of the ratios, by variant, kind of cell and runtime."""
+    """Geometric mean and minimum of the ratios, by variant, kind of cell and runtime.
+
+    Of cells with one sequence.
+    """
     entries = []
     for variant in dict.fromkeys(row.variant for row in rows):
         for kinds in (["decode"], ["prefill"], ["decode", "prefill"]):
             ratios: dict[str, list[float]] = {}
             for row in rows:
-                if row.variant == variant and row.what in kinds:
+                if row.variant == variant and row.what in kinds and row.batch == 1:
                     for name, ratio in row.ratios.items():
                         ratios.setdefault(name, []).append(ratio)
             entries.append(
@@ -73,7 +78,7 @@ def markdown(
     ratios = [[_number(row.ratios.get(name), ".2f") for name in others] for row in rows]
     mbus = [_number(row.mbu, ".0%") for row in rows]
     cells = [
-        [row.shape, row.variant, f"{row.what} @ {row.tokens}", *speed, *ratio, mbu]
+        [row.shape, row.variant, _cell(row), *speed, *ratio, mbu]
         for row, speed, ratio, mbu in zip(rows, speeds, ratios, mbus, strict=True)
     ]
     against = [f"/ {name}" for name in others]
@@ -93,6 +98,11 @@ def markdown(
             *(f"- {note}" for note in notes),
         ]
     )
+
+
+def _cell(row: Row) -> str:
+    batch = f", batch {row.batch}" if row.batch > 1 else ""
+    return f"{row.what} @ {row.tokens}{batch}"
 
 
 def _number(value: float | None, form: str) -> str:

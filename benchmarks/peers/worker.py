@@ -6,8 +6,10 @@
 `serve` answers every line of standard input with a line of standard output, all of them JSON
 objects. The first line that it writes describes the model. Then:
 
-    {"do": "decode", "context": 512, "tokens": 32, "seed": 3}  ->  {"seconds": ...}, per token
-    {"do": "prefill", "length": 512, "seed": 3}                ->  {"seconds": ...}
+    {"do": "decode", "context": 512, "batch": 1, "tokens": 32, "seed": 3}  ->  {"seconds": ...}
+    {"do": "prefill", "length": 512, "seed": 3}                            ->  {"seconds": ...}
+
+The seconds of a decode are those of one step.
 """
 
 from __future__ import annotations
@@ -36,23 +38,28 @@ def main() -> None:
     if action == "build":
         module.build(job)
     else:
-        serve(module.load(job), answers)
+        serve(module.load(job), job.shape.vocabulary, answers)
 
 
-def serve(peer: Peer, answers: IO[str]) -> None:
+def serve(peer: Peer, vocabulary: int, answers: IO[str]) -> None:
     """Answer requests until there are no more."""
     print(json.dumps(asdict(peer.about())), file=answers)
     for line in sys.stdin:
-        print(json.dumps({"seconds": measure(peer, json.loads(line))}), file=answers)
+        seconds = measure(peer, vocabulary, json.loads(line))
+        print(json.dumps({"seconds": seconds}), file=answers)
 
 
-def measure(peer: Peer, request: dict[str, Any]) -> float:
+def measure(peer: Peer, vocabulary: int, request: dict[str, Any]) -> float:
     """Carry out one request."""
+    seed = request["seed"]
     if request["do"] == "decode":
-        prompt = random_prompt(request["context"], request["seed"])
-        peer.decode(prompt[:WARM_UP], request["tokens"])
-        return peer.decode(prompt, request["tokens"])
-    prompt = random_prompt(request["length"], request["seed"])
+        prompts = [
+            random_prompt(request["context"], 100 * seed + row, vocabulary)
+            for row in range(request["batch"])
+        ]
+        peer.decode([prompt[:WARM_UP] for prompt in prompts], request["tokens"])
+        return peer.decode(prompts, request["tokens"])
+    prompt = random_prompt(request["length"], seed, vocabulary)
     peer.prefill(prompt)
     return peer.prefill(prompt)
 

@@ -23,6 +23,7 @@ from doge_onnx.bundle import Bundle
 from doge_onnx.errors import BundleError, ConfigError, DeviceError, DogeOnnxError
 from doge_onnx.export import card, half, metadata, ort_format, quality, sidecar
 from doge_onnx.export import checkpoint as checkpoints
+from doge_onnx.export.attention import State
 from doge_onnx.export.checkpoint import Checkpoint
 from doge_onnx.export.eager import EagerModel
 from doge_onnx.export.graph import trace
@@ -30,7 +31,7 @@ from doge_onnx.export.growing_state import GrowingState
 from doge_onnx.export.lowering import Target, find_target, for_web, require_kernels
 from doge_onnx.export.model_config import CONFIG_NAME, DogeConfig
 from doge_onnx.export.quantize import RECIPES, Recipe, check_choices, quantize, recipe_for
-from doge_onnx.export.step import RecurrentStep, State
+from doge_onnx.export.step import RecurrentStep
 from doge_onnx.export.step_bytes import weights_read
 from doge_onnx.export.torch_threads import thread_limit
 from doge_onnx.export.verify import ParityReport, compare, parity_figures
@@ -48,6 +49,7 @@ FORMATS = ("onnx", "ort")
 MAX_EMBEDDED_BYTES = 100 * 2**20
 # The graph has rotary tables with a row for each position up to the context length.
 MAX_CONTEXT_LENGTH = 2**20
+_CACHE_LINE = 64
 # Disk space of a bundle beside its weights: graph, tokenizer, tables.
 _SMALL_FILES_BYTES = 32 * 2**20
 # Seed and length of the texts that the model writes for its calibration; not the seed of the
@@ -230,6 +232,8 @@ def export(
             graph=path.relative_to(directory).as_posix(),
             source=_origin(source),
             versions=_versions(),
+            # ONNX Runtime's own format has no functions: their bodies take their places.
+            native_operators=chosen.functions and activations == "float32" and format != "ort",
             ignored_fields=checkpoint.config.ignored,
             notes=tuple(notes),
         )
@@ -434,6 +438,7 @@ def _write_graph(
     report("writing the graph")
     path.parent.mkdir(exist_ok=True)
     weights = path.name + bundle.WEIGHTS_SUFFIX
+    _align_weights(model.graph)
     ir.save(model, path, external_data=None if embedded else weights)
     report("checking the graph")
     try:
@@ -441,6 +446,23 @@ def _write_graph(
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise BundleError(f"the exported graph is not valid ONNX: {error}") from error
     return read
+
+
+def _align_weights(graph: ir.Graph) -> None:
+    """Order weights so that each begins at a multiple of 64 bytes in a file, if its size is one.
+
+    Loads of kernels then stay in one cache line. Sizes of smaller powers of 2 come behind, the
+    largest first, so that no element is cut by its alignment either.
+    """
+
+    def alignment(value: ir.Value) -> int:
+        size = 0 if value.const_value is None else value.const_value.nbytes
+        return min(size & -size, _CACHE_LINE)
+
+    ordered = sorted(graph.initializers.values(), key=alignment, reverse=True)
+    graph.initializers.clear()
+    for value in ordered:
+        graph.initializers.add(value)
 
 
 def _origin(source: checkpoints.Source) -> dict[str, str | None]:

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from doge_onnx.errors import CheckpointError, DogeOnnxError
 from doge_onnx.export.checkpoint import Checkpoint
 from doge_onnx.export.growing_state import GrowingState
+from doge_onnx.export.layer import Experts, Layer
 from doge_onnx.export.matrices import Linear
 from doge_onnx.export.operators import STANDARD
 from doge_onnx.export.state_rows import GATE_RANGES
-from doge_onnx.export.step import CDMoE, Layer, RecurrentStep
+from doge_onnx.export.step import RecurrentStep
 from doge_onnx.manifest import DEVICES
 
 # Element types of weights and activations.
@@ -136,7 +137,7 @@ def _attach(watch: _Watch, step: RecurrentStep) -> None:
 
         return hook
 
-    def neurons(module: CDMoE) -> None:
+    def neurons(module: Experts) -> None:
         """Watch the input of the experts' activation, which no module returns."""
         entered: list[Tensor] = []
 
@@ -156,7 +157,7 @@ def _attach(watch: _Watch, step: RecurrentStep) -> None:
             # Gates and the scores of routers are not rounded.
             if isinstance(module, Linear) and not name.endswith((".gate", ".router")):
                 module.register_forward_hook(matrix(name))
-            if isinstance(module, CDMoE):
+            if isinstance(module, Experts):
                 module.register_forward_hook(matrix("the experts"))
                 neurons(module)
 

@@ -40,6 +40,7 @@ class Target:
         in_place: Whether past and present may share a buffer.
         logits_to_keep: Whether the graph has the input `logits_to_keep`.
         quantized: Whether the target has operators for weights and states of few bits.
+        functions: Whether the operators of docs/native.md stand in the graph, as functions.
     """
 
     operators: Operators
@@ -48,6 +49,7 @@ class Target:
     in_place: bool
     logits_to_keep: bool
     quantized: bool
+    functions: bool
 
 
 def find_target(name: str) -> Target:
@@ -224,7 +226,7 @@ def _lower_causal_attention(
 
 
 def _lower_all_gates(
-    past_key: Any, key: Any, columns: Any, total_length: Any, total: Any, first: int, count: int
+    past_key: Any, key: Any, columns: Any, total_length: Any, first: int, count: int
 ) -> Any:
     _, heads, _, row = past_key.shape
     start, end = [first], op.Constant(value_ints=[first + count])
@@ -413,6 +415,7 @@ TARGETS = {
         in_place=True,
         logits_to_keep=True,
         quantized=True,
+        functions=True,
     ),
     "portable": Target(
         operators=replace(STANDARD, project_to_vocabulary=FUSED.project_to_vocabulary),
@@ -426,5 +429,6 @@ TARGETS = {
         in_place=False,
         logits_to_keep=False,
         quantized=False,
+        functions=False,
     ),
 }

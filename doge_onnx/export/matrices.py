@@ -1,6 +1,7 @@
 """The matrices of a step: a linear map, a table of rows, and an embedding that is a head too.
 
-Each exists in float32 and in quantized blocks, and both forms have the same interface. Knows how
+Each exists in floating point and in quantized blocks, and both forms have the same interface: the
+numbers or codes are its `weight`. Knows how
 matrices are stored and which operators multiply them. Does not know how codes are chosen
 (`rounding`), or which matrix gets which form (`quantize`).
 """
@@ -28,9 +29,14 @@ class Linear(nn.Module):
         self.weight = _constant(weight)
         self.bias = None if bias is None else _constant(bias)
 
+    @property
+    def width(self) -> int:
+        """Number of inputs."""
+        return self.weight.shape[0]
+
     def forward(self, x: Tensor) -> Tensor:
         """`[..., inputs]` to `[..., outputs]`."""
-        product = x @ self.weight
+        product = x @ self.weight.to(x.dtype)
         return product if self.bias is None else product + self.bias
 
 
@@ -41,8 +47,13 @@ class Rows(nn.Module):
         super().__init__()
         self.weight = _constant(weight)
 
+    @property
+    def width(self) -> int:
+        """Length of a row."""
+        return self.weight.shape[1]
+
     def forward(self, indices: Tensor) -> Tensor:
-        """int64 `[...]` to `[..., width]`."""
+        """int64 `[...]` to `[..., width]`, in the type of the weights."""
         return F.embedding(indices, self.weight)
 
 
@@ -55,7 +66,7 @@ class Embedding(Rows):
 
     def project(self, x: Tensor) -> Tensor:
         """`[..., width]` to `[..., rows]`."""
-        return self.ops.project_to_vocabulary(x, self.weight)
+        return self.ops.project_to_vocabulary(x, self.weight.to(x.dtype))
 
 
 @dataclass(frozen=True)
@@ -79,9 +90,14 @@ class _Blocks(nn.Module):
     def __init__(self, blocks: Blocks, operators: Operators) -> None:
         super().__init__()
         self.ops = operators
-        self.codes = nn.Buffer(blocks.codes.contiguous())
+        self.weight = nn.Buffer(blocks.codes.contiguous())
         self.scales = nn.Buffer(blocks.scales.contiguous())
         self.bits, self.width = blocks.bits, blocks.width
+
+    @property
+    def block_size(self) -> int:
+        """Number of codes that share a scale."""
+        return self.weight.shape[2] * 8 // self.bits
 
 
 class QuantizedLinear(_Blocks):
@@ -94,7 +110,7 @@ class QuantizedLinear(_Blocks):
     def forward(self, x: Tensor) -> Tensor:
         """`[..., inputs]` to `[..., outputs]`."""
         return self.ops.quantized_linear(
-            x, self.codes, self.scales, self.bias, self.width, self.bits
+            x, self.weight, self.scales, self.bias, self.width, self.bits
         )
 
 
@@ -103,7 +119,7 @@ class QuantizedRows(_Blocks):
 
     def forward(self, indices: Tensor) -> Tensor:
         """int64 `[...]` to `[..., width]`."""
-        rows: Tensor = self.ops.quantized_rows(self.codes, self.scales, indices, self.bits)
+        rows: Tensor = self.ops.quantized_rows(self.weight, self.scales, indices, self.bits)
         return rows if rows.shape[-1] == self.width else rows[..., : self.width]
 
 
@@ -112,7 +128,7 @@ class QuantizedEmbedding(QuantizedRows):
 
     def project(self, x: Tensor) -> Tensor:
         """`[..., width]` to `[..., rows]`."""
-        return self.ops.quantized_linear(x, self.codes, self.scales, None, self.width, self.bits)
+        return self.ops.quantized_linear(x, self.weight, self.scales, None, self.width, self.bits)
 
 
 def pack(values: Tensor, bits: int) -> Tensor:

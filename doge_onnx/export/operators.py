@@ -155,7 +155,6 @@ def _all_gates(
     key: Tensor,
     columns: Tensor | None,
     total_length: Tensor,
-    total: int,
     first: int,
     count: int,
 ) -> Tensor:
@@ -166,7 +165,6 @@ def _all_gates(
         key: `[B, S, num_kv_heads * W]`.
         columns: int64 `[B, S]`, the columns of the new tokens; None for the last S columns.
         total_length: T as an int32 scalar.
-        total: T as a number.
         first: The first gate channel.
         count: Number of gate channels.
 
@@ -178,7 +176,7 @@ def _all_gates(
     every = torch.cat([past_key[..., channels], new], dim=2)
     if columns is not None:
         index = columns[:, None, :, None].expand(new.shape)
-        every = every[:, :, :total].scatter(2, index, new)
+        every = every[:, :, : int(total_length)].scatter(2, index, new)
     return every.transpose(2, 3).flatten(1, 2)
 
 
@@ -342,7 +340,7 @@ class Operators:
     skip_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     rotary_embedding: Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
     causal_attention: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    all_gates: Callable[[Tensor, Tensor, Tensor | None, Tensor, int, int, int], Tensor]
+    all_gates: Callable[[Tensor, Tensor, Tensor | None, Tensor, int, int], Tensor]
     log_sum_exp: Callable[[Tensor], Tensor]
     project_to_vocabulary: Callable[[Tensor, Tensor], Tensor]
     keep_last: Callable[[Tensor, Tensor], Tensor]
@@ -398,12 +396,12 @@ FUSED = Operators(
         "rotary_embedding", _rotary_embedding, lambda x, *_: torch.empty_like(x)
     ),
     causal_attention=opaque("causal_attention", _causal_attention, _attention_shapes),
-    # The length is `total`, because the past may have spare rows.
+    # The length is in a tensor, because the past may have spare rows: a size of its own.
     all_gates=opaque(
         "all_gates",
         _all_gates,
-        lambda past_key, key, columns, total_length, total, first, count: key.new_empty(
-            key.shape[0], past_key.shape[1] * count, total
+        lambda past_key, key, columns, total_length, first, count: key.new_empty(
+            key.shape[0], past_key.shape[1] * count, torch.library.get_ctx().new_dynamic_size(min=2)
         ),
     ),
     log_sum_exp=opaque("log_sum_exp", _log_sum_exp, lambda x: x.new_empty(x.shape[:-1])),

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from doge_onnx.errors import DogeOnnxError
 from doge_onnx.export import rounding
 from doge_onnx.export.growing_state import GrowingState
+from doge_onnx.export.layer import Layer
 from doge_onnx.export.matrices import (
     Blocks,
     Embedding,
@@ -31,7 +32,7 @@ from doge_onnx.export.matrices import (
     Rows,
 )
 from doge_onnx.export.model_config import DogeConfig
-from doge_onnx.export.step import MLP, Attention, CDMoE, Layer, RecurrentStep
+from doge_onnx.export.step import RecurrentStep
 
 ROUNDINGS = ("gptq", "nearest")
 BLOCK_SIZES = (16, 32, 64, 128, 256)
@@ -173,7 +174,7 @@ def quantize(
         assert isinstance(layer, Layer)
         progress(f"quantizing layer {index + 1} of {len(step.layers)}")
         linears = _linears(layer) if compensates else []
-        with _Moments(linears) as moments, _Ranges(layer.attention) as ranges:
+        with _Moments(linears) as moments, _Ranges(layer) as ranges:
             if walk is not None:
                 walk.through(layer)
         if recipe is not None:
@@ -202,13 +203,13 @@ class _Walk:
         if isinstance(step.state, GrowingState):
             tokens = step.state.tokens(ids, mask)
             past = torch.zeros(len(ids), heads.num_keys, 0, heads.row)
-            return [step.embedding(ids), None, tokens, past, past]
+            return [*step.embed(ids), tokens, past, past]
         positions = torch.arange(ids.shape[1]).expand_as(ids)
         key = torch.zeros(len(ids), heads.num_keys, ids.shape[1], heads.row)
         value = torch.zeros_like(key)
         closing = step.state.closing
         key[..., closing.channels] = closing.value
-        return [step.embedding(ids), None, step.state.tokens(ids, mask, positions), key, value]
+        return [*step.embed(ids), step.state.tokens(ids, mask, positions), key, value]
 
     def through(self, layer: Layer) -> None:
         for batch in self._batches:
@@ -217,8 +218,7 @@ class _Walk:
     def end_moments(self) -> Tensor:
         """Sum of x xᵀ over the inputs x of the head."""
         total = torch.zeros(())
-        for x, update, *_ in self._batches:
-            h, _ = self._step.ops.skip_rms_norm(update, x, self._step.norm, self._step.eps)
+        for h, *_ in self._batches:
             total = total + _outer(h)
         return total
 
@@ -250,24 +250,26 @@ class _Moments:
 class _Ranges:
     """A context that notes the largest keys, values and gates of a layer with int8 rows."""
 
-    def __init__(self, attention: Attention) -> None:
-        self._attention = attention
-        heads = attention.heads
+    def __init__(self, layer: Layer) -> None:
+        self._layer = layer
+        heads = layer.attention.heads
         self._key = torch.zeros(heads.num_keys, heads.dim)
         self._value = torch.zeros_like(self._key)
         self._gate = 0.0
 
     def __enter__(self) -> _Ranges:
-        self._attend = self._attention.attend
-        if self._attention.int8_rows is not None:
-            self._attention.attend = self._watch  # type: ignore[assignment]  # takes the same
+        self._hook = None
+        if self._layer.int8_rows is not None:
+            self._hook = self._layer.attention.register_forward_pre_hook(self._watch)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._attention.attend = self._attend
+        if self._hook is not None:
+            self._hook.remove()
 
-    def _watch(self, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-        heads = self._attention.heads
+    def _watch(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        _, k, v, *_ = inputs
+        heads = self._layer.attention.heads
         keys, values = (x.flatten(0, 1).unflatten(-1, (heads.num_keys, -1)) for x in (k, v))
         # The length of each pair of channels, which rotation keeps. The largest value of a single
         # channel would be too small: other positions rotate the pair further into that channel.
@@ -277,45 +279,41 @@ class _Ranges:
         self._value = torch.maximum(self._value, values[..., : heads.dim].abs().amax(0))
         parts = keys[..., heads.dim : heads.dim + heads.gate_channels].unflatten(-1, (2, -1))
         self._gate = max(self._gate, float(parts.sum(-2).abs().max()))
-        return self._attend(q, k, v, *rest)
 
     def fix(self) -> None:
         """Set the layer's steps to the ranges that were seen."""
-        if self._attention.int8_rows is not None:
-            self._attention.int8_rows.set_ranges(self._key, self._value, self._gate)
+        if self._layer.int8_rows is not None:
+            self._layer.int8_rows.set_ranges(self._key, self._value, self._gate)
 
 
-def _mlp(layer: Layer) -> MLP:
-    mlp = layer.mlp
-    return mlp.shared if isinstance(mlp, CDMoE) else mlp
-
-
-def _linears(layer: Layer) -> list[Linear]:
-    """The large linear maps of a layer.
+def _places(layer: Layer) -> dict[str, nn.Module]:
+    """The large linear maps of a layer, by attribute, and the modules that hold them.
 
     A mixture's experts are tables and not among them; they multiply the input of the MLP.
     """
-    mlp = _mlp(layer)
-    return [layer.attention.qkv, layer.attention.output, mlp.gate_up, mlp.down]
+    return {
+        "qkv": layer.project,
+        "output": layer.attention,
+        "gate_up": layer.feed_forward,
+        "down": layer.feed_forward,
+    }
+
+
+def _linears(layer: Layer) -> list[Linear]:
+    return [getattr(owner, name) for name, owner in _places(layer).items()]
 
 
 def _quantize_layer(
     layer: Layer, recipe: Recipe, first: Form | None, moments: dict[nn.Module, Tensor]
 ) -> None:
-    attention, mlp = layer.attention, _mlp(layer)
-    body, down = first or recipe.body, first or recipe.down
-    if isinstance(layer.mlp, CDMoE):
-        experts = layer.mlp
-        seen = moments.get(mlp.gate_up)
+    experts = layer.experts
+    if experts is not None:
+        seen = moments.get(layer.feed_forward.gate_up)
         experts.down = _quantized_rows(experts.down, recipe, seen, layer)
         experts.up = _quantized_rows(experts.up, recipe, None, layer)
-    for owner, name, form in (
-        (attention, "qkv", body),
-        (attention, "output", body),
-        (mlp, "gate_up", body),
-        (mlp, "down", down),
-    ):
+    for name, owner in _places(layer).items():
         linear = getattr(owner, name)
+        form = first or (recipe.down if name == "down" else recipe.body)
         blocks = _blocks(linear.weight.T, form, moments.get(linear))
         setattr(owner, name, QuantizedLinear(blocks, linear.bias, layer.ops))
 
@@ -329,19 +327,18 @@ def _quantized_rows(
 
 
 def _quantize_ends(step: RecurrentStep, recipe: Recipe, moments: Tensor | None) -> None:
-    table = step.embedding
+    table, head = step.embed.table, step.head.matrix
     assert isinstance(table, Embedding)
     form = _dividing(recipe.head, table.weight.shape[1])
-    if step.head is None:
-        blocks = _blocks(table.weight, form, moments)
-        step.embedding = QuantizedEmbedding(blocks, step.ops)
+    tied = head is table
+    blocks = _blocks(table.weight, form, moments if tied else None)
+    step.embed.table = QuantizedEmbedding(blocks, step.ops)
+    if tied:
+        step.head.matrix = step.embed.table
         return
-    blocks = _blocks(table.weight, form, None)
-    step.embedding = QuantizedEmbedding(blocks, step.ops)
-    head = step.head
     assert isinstance(head, Linear)
     blocks = _blocks(head.weight.T, recipe.head, moments)
-    step.head = QuantizedLinear(blocks, head.bias, step.ops)
+    step.head.matrix = QuantizedLinear(blocks, head.bias, step.ops)
 
 
 def _blocks(weight: Tensor, form: Form, moments: Tensor | None) -> Blocks:

@@ -112,7 +112,6 @@ class Tokens(NamedTuple):
         columns: int64 `[B, S]`, the column of each token; None if all sequences end with the mask.
         lengths: int32 `[B]`, P + S - 1 of each sequence; None for a window state.
         total_length: P + S as an int32 scalar; None for a window state.
-        total: P + S as a number; 0 for a window state.
     """
 
     rows: Tensor
@@ -124,7 +123,6 @@ class Tokens(NamedTuple):
     columns: Tensor | None = None
     lengths: Tensor | None = None
     total_length: Tensor | None = None
-    total: int = 0
 
 
 class HalfRows(nn.Module):

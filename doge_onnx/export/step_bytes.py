@@ -15,6 +15,10 @@ from doge_onnx.manifest import WeightsRead
 # For each operator, the inputs of which it reads only some rows: embeddings, experts and their
 # scales, rotary tables, and the numbers of new columns. Another input says which rows.
 _TABLES = {
+    "Positions": {3},
+    "Embed": {1, 2},
+    "ProjectHeads": {10, 11},
+    "Experts": {3, 4, 5, 6},
     "Slice": {0},
     "Gather": {0},
     "GatherBlockQuantized": {0, 2, 3},
@@ -68,6 +72,8 @@ def _rows_per_token(value: ir.Value, constants: set[ir.Value]) -> int | None:
 
 def _looked_up(node: ir.Node) -> int:
     """How many rows of a table an operator looks up for each token."""
+    if node.op_type == "Experts":
+        return node.attributes["experts_per_token"].as_int()
     if node.op_type not in _INDICES:
         return 1
     indices = node.inputs[_INDICES[node.op_type]]

@@ -1,7 +1,7 @@
 """Attention with a window state: which keys keep a row, and which keys a query attends to.
 
 Knows the channels of a row that hold the gate and the position. Does not know how queries, keys and
-values are computed (`step`) or how tokens get their positions (`window_state`).
+values are computed (`layer`) or how tokens get their positions (`window_state`).
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from doge_onnx.export.operators import opaque
 from doge_onnx.export.state_rows import CLOSED_GATE
 
 
@@ -125,13 +124,3 @@ def _mask(scores: Tensor, keeps: Tensor, group: int) -> Tensor:
     grouped = scores.view(batch, heads, group, length, keys)
     closed = torch.where(keeps.unsqueeze(2), grouped, CLOSED_GATE)
     return closed.view(batch, heads, group * length, keys)
-
-
-# The same as one operator, of which the tracer sees the shapes only; `traced_once` has the reason.
-window_attention = opaque(
-    "window_attention",
-    attend_to_window,
-    lambda q, k, v, past_key, past_value, *_: tuple(
-        torch.empty_like(x) for x in (q, past_key, past_value)
-    ),
-)

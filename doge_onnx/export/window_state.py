@@ -1,7 +1,7 @@
 """The window state: at most as many rows as the window has keys.
 
 Knows the positions of tokens and what a row holds after the gate. Does not know how queries, keys
-and values are computed (`step`), which keys keep a row (`window_attention`) or how the channels of
+and values are computed (`layer`), which keys keep a row (`window_attention`) or how the channels of
 a row are laid out (`state_rows`).
 """
 
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from doge_onnx.export.checkpoint import Checkpoint
+from doge_onnx.export.model_config import DogeConfig
+from doge_onnx.export.piece import Parts, Piece
 from doge_onnx.export.rope import inverse_wavelengths
-from doge_onnx.export.state_rows import CLOSED_GATE, Heads, Int8Rows, Tokens
-from doge_onnx.export.window_attention import window_attention
+from doge_onnx.export.state_rows import CLOSED_GATE, Heads, Tokens
 from doge_onnx.manifest import ClosedRow
 
 # Upper bound of gates that are not closed: the largest float32, which limits nothing.
@@ -45,15 +46,12 @@ class WindowState(nn.Module):
         super().__init__()
         config = checkpoint.config
         assert config.keep_window_size is not None
-        self.config = config
         self.window = config.keep_window_size
         self.heads = Heads.of(config, checkpoint.gate_heads, gates=1)
-        # Computed here, because torch's exporter rounds differently when it folds constants.
-        fixed = config.rope.kind != "dynamic"
-        self.frequencies = nn.Buffer(inverse_wavelengths(config, torch.zeros(1))) if fixed else None
+        self.closed = CLOSED_GATE
         # A tensor, because torch's exporter converts numbers to float32.
         self.lift = nn.Buffer(torch.tensor(2.0**160, dtype=torch.float64))
-        self.is_key = nn.Buffer(self.heads.is_key())
+        self.positions = WindowPositions(config, self.heads)
 
     @property
     def table_size(self) -> int:
@@ -65,11 +63,6 @@ class WindowState(nn.Module):
         """The values that close a row and so mark it as free."""
         return ClosedRow((self.heads.dim,), CLOSED_GATE)
 
-    @property
-    def sizes(self) -> tuple[int, int, int, int]:
-        """The numbers that `window_attention` takes after its tensors."""
-        return self.heads.num_queries, self.heads.num_keys, self.heads.dim, self.window
-
     def tokens(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tokens:
         """Positions and padding of a step's tokens.
 
@@ -78,45 +71,62 @@ class WindowState(nn.Module):
             attention_mask: int64 `[B, S]`, for the new ids only: 1 for a token, 0 for padding.
             position_ids: int64 `[B, S]`, the number of tokens before each id, without padding.
         """
-        batch, length = input_ids.shape
+        rows, cos, sin, rest, gate_limit = self.positions(attention_mask, position_ids)
+        return Tokens(
+            rows=rows,
+            cos=cos,
+            sin=sin,
+            rest=rest,
+            positions=position_ids,
+            gate_limit=gate_limit,
+        )
+
+
+class WindowPositions(Piece):
+    """Rotations and limits of the new tokens of a step.
+
+    Args:
+        config: The model's.
+        heads: Layout of the state.
+    """
+
+    inputs = ("token_mask", "positions", "frequencies", "is_key")
+    outputs = ("rows", "cos", "sin", "rest", "gate_limit")
+
+    def __init__(self, config: DogeConfig, heads: Heads) -> None:
+        super().__init__()
+        self.config, self.heads = config, heads
+        # Computed here, because torch's exporter rounds differently when it folds constants.
+        fixed = config.rope.kind != "dynamic"
+        self.frequencies = nn.Buffer(inverse_wavelengths(config, torch.zeros(1))) if fixed else None
+        self.is_key = nn.Buffer(heads.is_key())
+
+    def forward(
+        self, token_mask: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """See `Tokens`."""
+        batch, length = positions.shape
         # Positions have no limit, so the rotation is computed and not looked up in a table.
         frequencies: Tensor = (
-            inverse_wavelengths(self.config, position_ids)
+            inverse_wavelengths(self.config, positions)
             if self.frequencies is None
             else self.frequencies
         )
-        angles = position_ids.unsqueeze(-1).float() * frequencies
+        angles = positions.unsqueeze(-1).float() * frequencies
         half = self.heads.dim // 2
-        stamps = (position_ids + 1)[..., None, None].float() * self.is_key
+        stamps = (positions + 1)[..., None, None].float() * self.is_key
         rest = torch.nn.functional.pad(stamps, (0, self.heads.rest - 1))
-        return Tokens(
-            rows=torch.arange(batch * length).view(batch, length),
-            cos=angles.cos().view(batch * length, half),
-            sin=angles.sin().view(batch * length, half),
-            rest=rest,
-            positions=position_ids,
-            gate_limit=_gate_limit(attention_mask, self.is_key),
+        return (
+            torch.arange(batch * length).view(batch, length),
+            angles.cos().view(batch * length, half),
+            angles.sin().view(batch * length, half),
+            rest,
+            _gate_limit(token_mask, self.is_key),
         )
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        tokens: Tokens,
-        past_key: Tensor,
-        past_value: Tensor,
-        int8_rows: Int8Rows | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Decide which keys keep a row, then attend: `window_attention`.
-
-        Arguments and results are those of `GrowingState.attend`, with R rows instead of P and
-        P + S. Rows are never int8.
-        """
-        out, key, value = window_attention(
-            q, k, v, past_key, past_value, tokens.positions, self.lift, *self.sizes
-        )
-        return out, key, value
+    def parts(self) -> Parts:
+        """See `Piece`."""
+        return Parts({}, {}, {"frequencies": self.frequencies, "is_key": self.is_key}, {})
 
 
 def _gate_limit(mask: Tensor, is_key: Tensor) -> Tensor:

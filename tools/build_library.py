@@ -1,4 +1,4 @@
-"""Compiles the library of native kernels.
+"""Compiles the library of native kernels, `native/`.
 
 Knows its sources, the flags of each file, and how to find a compiler. Setup (`setup.py`), tests and
 the tool that makes wheels call it; called as a program, it builds the library into the package.
@@ -25,8 +25,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-SOURCES = Path(__file__).resolve().parent
-ROOT = SOURCES.parent
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ROOT / "native"
 # Where the package looks for the library, below the directory that holds `doge_onnx`.
 PLACE = Path("doge_onnx", "runtime", "native")
 # In place of the library: why it is not there.
@@ -34,19 +34,27 @@ REASON = "missing.txt"
 # Of the library, by system. Windows has no prefix.
 _NAMES = {"Windows": "doge_onnx.dll", "Darwin": "libdoge_onnx.dylib"}
 _MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
-# Flags of each instruction set, by machine. Its file is isa_NAME.cc.
+# Flags of each instruction set, by machine: those that the compiler knows, the first ones if
+# possible. Its file is isa_NAME.cc.
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni")
-_INSTRUCTION_SETS: dict[str, dict[str, tuple[str, ...]]] = {
+_INSTRUCTION_SETS: dict[str, dict[str, tuple[tuple[str, ...], ...]]] = {
     "x86_64": {
-        "avx2": _AVX2,
-        "avx_vnni": (*_AVX2, "-mavxvnni"),
-        "avx512_vnni": (*_AVX2, *_AVX512),
+        "avx2": (_AVX2,),
+        "avx_vnni": ((*_AVX2, "-mavxvnni"),),
+        "avx512_vnni": ((*_AVX2, *_AVX512),),
     },
     "aarch64": {
-        "neon": (),
-        "neon_dotprod": ("-march=armv8.2-a+dotprod",),
-        "neon_i8mm": ("-march=armv8.2-a+dotprod+i8mm",),
+        "neon": ((),),
+        # Zig knows processors, and no architectures.
+        "neon_dotprod": (
+            ("-march=armv8.2-a+dotprod",),
+            ("-mcpu=generic+v8_2a+dotprod",),
+        ),
+        "neon_i8mm": (
+            ("-march=armv8.2-a+dotprod+i8mm",),
+            ("-mcpu=generic+v8_2a+dotprod+i8mm",),
+        ),
     },
 }
 _FLAGS = (
@@ -72,14 +80,12 @@ class Toolchain:
         link: The command that links objects.
         machine: "x86_64", "aarch64", or another processor's name in lower case.
         system: "Linux", "Darwin", "Windows" or another name, as `platform.system` has it.
-        strip: Whether to leave out the names of what the library does not export.
     """
 
     compile: tuple[str, ...]
     link: tuple[str, ...]
     machine: str
     system: str
-    strip: bool = False
 
     @property
     def library_name(self) -> str:
@@ -135,8 +141,8 @@ def build(
     every = [name for sets in _INSTRUCTION_SETS.values() for name in sets]
     known = {
         name: extra
-        for name, extra in _INSTRUCTION_SETS.get(tools.machine, {}).items()
-        if _accepts(tools, extra)
+        for name, choices in _INSTRUCTION_SETS.get(tools.machine, {}).items()
+        if (extra := next((each for each in choices if _accepts(tools, each)), None)) is not None
     }
     common = [*_FLAGS, *(flag for flag in _OPTIONAL_FLAGS if _accepts(tools, [flag])), *flags]
     # The choice of an instruction set must not name the kernels that are left out.
@@ -216,7 +222,10 @@ def _link(tools: Toolchain, objects: Sequence[Path], flags: Sequence[str], cache
     command = [*tools.link, "-shared", *map(str, objects), *flags]
     if tools.system == "Linux":
         # The C++ compiler would name its standard library as needed, although nothing of it is.
-        command += ["-Wl,--as-needed", "-lm", *(["-Wl,-s"] if tools.strip else [])]
+        command += ["-Wl,--as-needed", "-lm"]
+    elif tools.system == "Darwin":
+        # Without a name, it would hold the path of the place where it was built.
+        command.append(f"-Wl,-install_name,@rpath/{tools.library_name}")
     name = Path(tools.library_name)
     return _made(command, cache, name.stem, name.suffix, "\0".join(command).encode())
 
