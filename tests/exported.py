@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from checkpoints import SHAPES, rope
+from onnx import inliner
 
 import doge_onnx
 from doge_onnx import bundle as bundles
@@ -43,6 +44,18 @@ class Exported:
 
     def graph(self) -> onnx.ModelProto:
         return onnx.load(self.path / GRAPH_NAME)
+
+
+def inlined(path: Path) -> onnx.ModelProto:
+    """A bundle's graph with the bodies of its functions, as ONNX Runtime sees it.
+
+    Constants of the bodies become weights, which they are in the other graphs.
+    """
+    model = inliner.inline_local_functions(onnx.load(path / GRAPH_NAME))
+    constants = [node for node in model.graph.node if node.op_type == "Constant"]
+    for node in constants:
+        model.graph.node.remove(node)
+    return model
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ import onnxruntime
 import pytest
 import torch
 from checkpoints import SHAPES, assert_close, random_ids, reference_logits
-from exported import CONTEXT, TOKENIZER_FILES, token_by_token, tree
+from exported import CONTEXT, TOKENIZER_FILES, inlined, token_by_token, tree
 from onnx import numpy_helper
 
 import doge_onnx
@@ -81,11 +81,11 @@ def test_a_portable_graph_has_standard_operators_only(each):
     if each.manifest.target == "portable":
         assert domains == {""}
     else:
-        assert domains == {"", "com.microsoft"}
+        assert domains == {"", "com.microsoft", "doge_onnx"}
 
 
 def test_a_graph_for_onnx_runtime_uses_its_fused_attention(main):
-    counts = Counter(node.op_type for node in main.graph().graph.node)
+    counts = Counter(node.op_type for node in inlined(main.path).graph.node)
     assert counts["GroupQueryAttention"] == 2
     assert counts["RotaryEmbedding"] == 2
     # One norm begins, every other one is fused with the sum before it; and q/k norms.

@@ -294,7 +294,7 @@ OVERFLOWS = {
     ),
     "a product": (
         lambda t: t["model.layers.0.mlp.up_proj.weight"].mul_(2e4),
-        r"the (in|out)put of mlp\.\w+ in layer 0 reaches .*bf16 or fp32",
+        r"the (in|out)put of feed_forward\.\w+ in layer 0 reaches .*bf16 or fp32",
     ),
     "a gate": (
         lambda t: t["model.layers.0.self_attn.A"].fill_(30.0),

@@ -57,7 +57,8 @@ def trace(step: RecurrentStep, target: Target) -> ir.Model:
     dtype, activations, rows = torch.float32, "float32", PAST_LENGTH
     if isinstance(state, GrowingState):
         dtype, activations, rows = getattr(torch, state.dtype), state.activations, TOTAL_LENGTH
-        mask = torch.ones(_BATCH, _PAST + _LENGTH, dtype=torch.int64)
+        # No tokens, so that all positions are within the rotary tables, however short these are.
+        mask = torch.zeros(_BATCH, _PAST + _LENGTH, dtype=torch.int64)
         fed.append(feed("attention_mask", mask, BATCH, TOTAL_LENGTH))
         if target.in_place:
             # A separate axis, because the default has one element for any batch. If the axis had
