@@ -191,21 +191,39 @@ def _signature(piece: Piece) -> inspect.Signature:
 
 
 class _Pieces(nn.Module):
-    """Pieces side by side, so that one run of the tracer does for all of them."""
+    """Pieces side by side, so that one run of the tracer does for all of them.
+
+    Weights are inputs, not parameters: the tracer would compute what depends on parameters alone,
+    and so put the weights of one layer into the function of all.
+    """
 
     def __init__(self, calls: list[_Call]) -> None:
         super().__init__()
         self.pieces = nn.ModuleList(call.piece for call in calls)
-        self._names = [list(call.given) for call in calls]
+        self._calls = calls
 
-    def forward(self, tensors: list[list[Tensor]]) -> list[Tensor]:
+    def forward(self, tensors: list[list[Tensor]], weights: list[list[Tensor]]) -> list[Tensor]:
         results: list[Tensor] = []
-        for piece, names, given in zip(self.pieces, self._names, tensors, strict=True):
-            assert isinstance(piece, Piece)
-            named = dict(zip(names, given, strict=True))
-            output = piece(**{name: named.get(name) for name in _signature(piece).parameters})
+        for call, given, own in zip(self._calls, tensors, weights, strict=True):
+            named = dict(zip(call.given, given, strict=True))
+            output = torch.func.functional_call(
+                call.piece,
+                dict(zip(_weight_paths(call.piece), own, strict=True)),
+                (),
+                {name: named.get(name) for name in _signature(call.piece).parameters},
+            )
             results.extend(output if isinstance(output, tuple) else (output,))
         return [tensor for tensor in results if tensor is not None]
+
+
+def _weight_paths(piece: Piece) -> dict[str, tuple[str, Tensor]]:
+    """For the path of each weight in a piece, its name among the inputs, and the weight."""
+    names = {id(tensor): name for name, tensor in piece.weights().items()}
+    return {
+        path: (names[id(tensor)], tensor)
+        for path, tensor in chain(piece.named_parameters(), piece.named_buffers())
+        if id(tensor) in names
+    }
 
 
 def _trace(calls: list[_Call], target: Target) -> _Traced:
@@ -216,59 +234,39 @@ def _trace(calls: list[_Call], target: Target) -> _Traced:
         if all(structure != known for known, _ in chosen):
             chosen.append((structure, call))
     first = [call for _, call in chosen]
-    pieces = _Pieces(first).eval()
-    with _quiet(), _interruptible(), _different_weights(pieces):
+    weights = [_weight_paths(call.piece) for call in first]
+    # Copies, because the same tensor for two inputs would become one input.
+    tensors = [[tensor.clone() for tensor in call.given.values()] for call in first]
+    own = [[tensor.clone() for _, tensor in found.values()] for found in weights]
+    axes = [_dynamic_axes(call, number) for number, call in enumerate(first)]
+    with _quiet(), _interruptible():
         program = torch.onnx.export(
-            pieces,
-            # Copies, because the same tensor for two inputs would become one input.
-            ([[tensor.clone() for tensor in call.given.values()] for call in first],),
+            _Pieces(first).eval(),
+            (tensors, own),
             dynamo=True,
             opset_version=target.opset,
-            dynamic_shapes=([_dynamic_axes(call, number) for number, call in enumerate(first)],),
+            dynamic_shapes=(axes, [[{} for _ in found] for found in weights]),
             custom_translation_table=target.lowerings,
         )
     assert program is not None
     model = program.model
+    forgotten = [name for name in model.graph.initializers if name.startswith("pieces.")]
+    assert not forgotten, f"{forgotten} must be among the weights of their pieces"
     _common_names(model.graph)
     _fix_shapes(model)
     drop_training_statistics(model.graph)
-    weights = {
-        model.graph.initializers[name]: id(tensor)
-        for name, tensor in chain(
-            pieces.named_parameters(remove_duplicate=False),
-            pieces.named_buffers(remove_duplicate=False),
-        )
-        if name in model.graph.initializers
-    }
     inputs, outputs = iter(model.graph.inputs), iter(model.graph.outputs)
+    given = [{next(inputs): name for name in call.given} for call in first]
+    for known, found in zip(given, weights, strict=True):
+        known |= {next(inputs): name for name, _ in found.values()}
     bodies: list[tuple[object, _Body]] = []
-    for structure, call in chosen:
-        given = {next(inputs): name for name in call.given}
+    for (structure, call), known in zip(chosen, given, strict=True):
         results = {next(outputs): name for name in call.results}
-        names = {id(tensor): name for name, tensor in call.piece.weights().items()}
         nodes = _needed(results)
-        for value in chain(*(node.inputs for node in nodes)):
-            if value in weights:
-                given[value] = names[weights[value]]
         # Whole numbers are positions, which all layers share.
-        _unify_sizes(nodes, sorted(given, key=lambda value: value.dtype != ir.DataType.INT64))
-        bodies.append((structure, _Body(nodes, given, results)))
+        _unify_sizes(nodes, sorted(known, key=lambda value: value.dtype != ir.DataType.INT64))
+        bodies.append((structure, _Body(nodes, known, results)))
     return _Traced(bodies, dict(model.graph.opset_imports))
-
-
-@contextlib.contextmanager
-def _different_weights(pieces: nn.Module) -> Iterator[None]:
-    """Give each weight other values for a while: the tracer makes one tensor of equal ones."""
-    kept = [(weight, weight.data) for weight in chain(pieces.parameters(), pieces.buffers())]
-    generator = torch.Generator().manual_seed(0)
-    for weight, values in kept:
-        noise = torch.rand(values.shape, generator=generator)
-        weight.data = (noise if values.is_floating_point() else 255 * noise).to(values.dtype)
-    try:
-        yield
-    finally:
-        for weight, values in kept:
-            weight.data = values
 
 
 def _dynamic_axes(call: _Call, number: int) -> list[dict[int, Any]]:
@@ -294,7 +292,9 @@ def _common_names(graph: ir.Graph) -> None:
         if value.shape is not None:
             value.shape = ir.Shape(
                 [
-                    dim if isinstance(dim, int) else numbered.sub(r"\1", str(dim.value))
+                    numbered.sub(r"\1", dim.value)
+                    if isinstance(dim, ir.SymbolicDim) and dim.value is not None
+                    else dim
                     for dim in value.shape
                 ]
             )

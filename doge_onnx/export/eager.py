@@ -30,6 +30,7 @@ class EagerModel:
         context_length: Most tokens that a text may have.
         dtype: Of weights and state.
         name: Of the model in `description`.
+        matrices: Element type that matrices are rounded to; None to leave them as they are.
 
     Attributes:
         description: Name, engine and element type, for a person.
@@ -44,6 +45,7 @@ class EagerModel:
         context_length: int,
         dtype: torch.dtype = torch.float32,
         name: str = "the checkpoint",
+        matrices: torch.dtype | None = None,
     ) -> None:
         checkpoint = checkpoint.shared()
         config = checkpoint.config
@@ -57,6 +59,8 @@ class EagerModel:
         rows = str(dtype).removeprefix("torch.") if half else "float32"
         self.state = GrowingState(checkpoint, context_length, STANDARD, rows, rows)
         step = RecurrentStep(checkpoint, self.state, STANDARD)
+        if matrices is not None:
+            step.shorten(matrices)
         self._step = (step.halve() if half else step.to(dtype)).eval()
 
     @torch.no_grad()

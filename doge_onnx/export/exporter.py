@@ -125,8 +125,10 @@ def export(
         context_length: Most tokens that a sequence may have; None for the length that the model was
             trained for.
         target: "ort" for ONNX Runtime's fused kernels, "portable" for standard ONNX.
-        device: The device that the graph is made for, "cpu" or "cuda". With quantized weights,
-            activations are float32 on the CPU and float16 on CUDA.
+        device: The device that the graph is made for, "cpu" or "cuda". Activations are float32 on
+            the CPU, where "fp16" and "bf16" are the precision of the weights alone; with the layout
+            "hub" or the target "portable", they are that of the activations, too. On CUDA,
+            activations are float16, or bfloat16 with that precision.
         state: "growing" for a state with one row for each token, "window" for a state with at most
             as many rows as the model's window has keys, however long the text is.
         layout: "flat" for a graph next to the other files, "hub" for the place where
@@ -157,13 +159,17 @@ def export(
     chosen = for_web(find_target(target)) if layout == "hub" else find_target(target)
     default = half.default_precision(device)
     precision = default if precision is None else precision
-    activations = half.activation_type(precision, device)
+    activations = half.activation_type(precision, device, target, layout)
+    weights = half.weight_type(precision, activations)
     quantized = precision in RECIPES or kv_cache == "int8"
     check_choices(precision, block_size, rounding)
     _check_combination(chosen, state, layout, format, kv_cache, quantized, verify, max_kl)
     _check_activations(activations, device, target, state, kv_cache)
-    if format == "ort" and activations != "float32":
-        raise DogeOnnxError("the ORT format is for the CPU, half precision for others: drop one")
+    if format == "ort" and precision in half.HALVES:
+        raise DogeOnnxError(
+            "the ORT format would hold 16-bit weights in float32; choose another precision, or the "
+            "format onnx"
+        )
     if max_kl is not None and activations == "bfloat16" and (missing := missing_for_cuda()):
         raise DeviceError(f"a loss in bf16 can be measured on CUDA only, and {missing}")
     graph = bundle.graph_name(layout, precision)
@@ -174,7 +180,7 @@ def export(
     taken_over = metadata.inherited(source, notes.append)
     checkpoint = checkpoints.read_source(source, report, ignore_config_fields)
     _check_ignored(ignore_config_fields, checkpoint.config)
-    if activations == "float16":
+    if "float16" in (activations, half.HALVES.get(precision)):
         half.check_weights(checkpoint)
     length = _context_length(context_length, checkpoint.config)
     if quantized and verify and length < 2:
@@ -184,7 +190,7 @@ def export(
         )
     recipe = recipe_for(precision, block_size, rounding, checkpoint.config)
     built = _build_state(state, kv_cache, activations, checkpoint, length, chosen)
-    size = round(_bytes_per_weight(recipe, activations) * checkpoint.parameters)
+    size = round(_bytes_per_weight(recipe, precision) * checkpoint.parameters)
     size += 4 * built.table_size
     if format == "ort":
         ort_format.check_size(size)
@@ -206,9 +212,13 @@ def export(
         if text is not None and activations == "float16":
             half.check_activations(checkpoint, text, report)
         report("building the recurrent step")
+        if weights is not None:
+            half.round_weights(own, weights)
         step = RecurrentStep(own, built, chosen.operators)
         if quantized:
             quantize(step, recipe, text if calibrates else None, report)
+        if weights is not None:
+            step.shorten(weights)
         if activations != "float32":
             step.halve()
         path = directory / graph
@@ -344,10 +354,10 @@ def _check_activations(
         )
 
 
-def _bytes_per_weight(recipe: Recipe | None, activations: str) -> float:
+def _bytes_per_weight(recipe: Recipe | None, precision: str) -> float:
     """Approximate bytes of a weight in the file, with its share of the scales."""
     if recipe is None:
-        return 4.0 if activations == "float32" else 2.0
+        return 2.0 if precision in half.HALVES else 4.0
     return max(recipe.body.bits / 8 + 4 / recipe.body.block_size, 1.0)
 
 

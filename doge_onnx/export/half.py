@@ -1,4 +1,4 @@
-"""Half precisions: which export gets one, and whether a checkpoint fits into float16.
+"""16-bit precisions: which export gets one, and whether a checkpoint fits into float16.
 
 float16 has finer steps, and its largest number is 65504; bfloat16 has the range of float32, and
 steps eight times as coarse. Knows which values of a model are rounded to half precision, and how
@@ -24,12 +24,12 @@ from doge_onnx.export.state_rows import GATE_RANGES
 from doge_onnx.export.step import RecurrentStep
 from doge_onnx.manifest import DEVICES
 
-# Element types of weights and activations.
+# Element types of weights, and of activations where those are 16 bits, too.
 HALVES = {"fp16": "float16", "bf16": "bfloat16"}
 _LARGEST = torch.finfo(torch.float16).max
 # Other texts may reach larger values than the one that is read here.
 _HEADROOM = 2.0
-# Weights that stay float32: the ends of their names.
+# Weights that stay float32 where activations are float16: the ends of their names.
 _WIDE = (".A", ".dt_proj.weight", ".dt_proj.bias", ".router_gate.weight")
 # Sequences of the text that go through the model at once.
 _BATCH = 4
@@ -46,11 +46,35 @@ def default_precision(device: str) -> str:
     return "fp16" if device == "cuda" else "fp32"
 
 
-def activation_type(precision: str, device: str) -> str:
-    """Element type of the activations: CUDA's attention takes half precisions only."""
+def activation_type(precision: str, device: str, target: str, layout: str) -> str:
+    """Element type of the activations.
+
+    CUDA's attention takes half precisions only, and WebGPU is fastest with them. The CPU computes
+    in float32, so there a half precision is that of the weights alone.
+    """
     if precision in HALVES:
-        return HALVES[precision]
+        weights_only = (device, target, layout) == ("cpu", "ort", "flat")
+        return "float32" if weights_only else HALVES[precision]
     return "float16" if device == "cuda" and precision != "fp32" else "float32"
+
+
+def weight_type(precision: str, activations: str) -> torch.dtype | None:
+    """Element type of matrices if they have 16 bits and activations do not; else None."""
+    if precision in HALVES and activations == "float32":
+        dtype: torch.dtype = getattr(torch, HALVES[precision])
+        return dtype
+    return None
+
+
+def round_weights(checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    """Round the matrices of a checkpoint to 16 bits, and keep them in float32.
+
+    Done before anything is computed from them, so that a step is exactly that of the rounded
+    checkpoint.
+    """
+    for name, tensor in checkpoint.tensors.items():
+        if tensor.dim() == 2 and not name.endswith(_WIDE):
+            checkpoint.tensors[name] = tensor.to(dtype).to(tensor.dtype)
 
 
 def made_for(activations: str, device: str) -> str:

@@ -1,6 +1,7 @@
 """`verify`: compare the logits of a bundle with those of its checkpoint.
 
-The reference is transformers in float32 with eager attention, fed one token at a time. Its
+The reference is transformers in float32 with eager attention, fed one token at a time. If the
+bundle's weights have 16 bits, the reference's are rounded likewise. Its
 forward of several tokens may differ from that (dynamic RoPE past the trained context, the routing
 of experts); then the token-by-token result counts. transformers cannot run other generations and,
 below 5.0, experts. Their reference is this package's own step in PyTorch in float64: that checks
@@ -24,6 +25,7 @@ from doge_onnx import text_files
 from doge_onnx.bundle import Bundle, write_parity
 from doge_onnx.errors import BundleError, CheckpointError, ParityError
 from doge_onnx.export import checkpoint as checkpoints
+from doge_onnx.export import half
 from doge_onnx.export.checkpoint import Checkpoint, Source
 from doge_onnx.export.eager import EagerModel, Past
 from doge_onnx.export.model_config import CONFIG_NAME, DogeConfig
@@ -260,6 +262,10 @@ def _open_reference(source: Source, manifest: Manifest) -> tuple[_Reference, Dog
     """The reference, its config, and how many tokens a text of the comparison may have."""
     directory = source.directory
     checkpoint = checkpoints.read_source(source, ignore=manifest.ignored_fields)
+    rounded = half.weight_type(manifest.precision, manifest.activations)
+    if rounded is not None:
+        # What rounding the weights loses is not an error of the graph.
+        half.round_weights(checkpoint, rounded)
     config = checkpoint.config
     asked = (config.vocab_size, config.num_hidden_layers)
     got = (manifest.vocab_size, manifest.state.num_layers)
@@ -272,12 +278,12 @@ def _open_reference(source: Source, manifest: Manifest) -> tuple[_Reference, Dog
     if manifest.state.kind != "window":
         room = manifest.context_length
     if not checkpoint.is_native or (config.is_moe and _BELOW_5):
-        return _Step(checkpoint, room), config, room
+        return _Step(checkpoint, room, rounded), config, room
     if config.keep_window_size is not None and _has_equal_gates(checkpoint):
         # transformers drops an arbitrary one of equal gates from the window.
         room = min(room, config.keep_window_size)
     # Where transformers finds the tensors by itself, what this package reads is checked as well.
-    tensors = None if checkpoint.as_saved else checkpoint.tensors
+    tensors = None if checkpoint.as_saved and rounded is None else checkpoint.tensors
     del checkpoint
     return _Transformers(directory, config, tensors), config, room
 
@@ -369,8 +375,10 @@ class _Step:
 
     description = "the step in PyTorch, float64 (transformers cannot run this checkpoint)"
 
-    def __init__(self, checkpoint: Checkpoint, context_length: int) -> None:
-        self._model = EagerModel(checkpoint, context_length, torch.float64)
+    def __init__(
+        self, checkpoint: Checkpoint, context_length: int, rounded: torch.dtype | None
+    ) -> None:
+        self._model = EagerModel(checkpoint, context_length, torch.float64, matrices=rounded)
 
     def start(self) -> None:
         self._past: Past | None = None
