@@ -271,14 +271,10 @@ ALWAYS_INLINE void add_inputs(const typename F::Type* weight, size_t pitch, cons
   float x[ROWS][COUNT];
   for (int r = 0; r < ROWS; r++)
     for (int i = 0; i < COUNT; i++) x[r][i] = rows[r][k + i];
-  int c = 0;
-  for (; c + W <= width; c += W) {
+  auto add = [&](int c) __attribute__((always_inline)) {
     Floats w[COUNT];
     UNROLLED
-    for (int i = 0; i < COUNT; i++) {
-      prefetch(weight + (i + COUNT) * pitch + c);
-      w[i] = F::vector(weight + i * pitch + c);
-    }
+    for (int i = 0; i < COUNT; i++) w[i] = F::vector(weight + i * pitch + c);
     UNROLLED
     for (int r = 0; r < ROWS; r++) {
       Floats total = load(sums[r] + c);
@@ -286,7 +282,16 @@ ALWAYS_INLINE void add_inputs(const typename F::Type* weight, size_t pitch, cons
       for (int i = 0; i < COUNT; i++) total += x[r][i] * w[i];
       store(sums[r] + c, total);
     }
+  };
+  constexpr int kLine = 64 / sizeof(typename F::Type);
+  int c = 0;
+  for (; c + kLine <= width; c += kLine) {
+    UNROLLED
+    for (int i = 0; i < COUNT; i++) prefetch(weight + (i + COUNT) * pitch + c);
+    UNROLLED
+    for (int j = 0; j < kLine; j += W) add(c + j);
   }
+  for (; c + W <= width; c += W) add(c);
   for (; c < width; c++)
     for (int r = 0; r < ROWS; r++)
       for (int i = 0; i < COUNT; i++) sums[r][c] += x[r][i] * F::number(weight[i * pitch + c]);
@@ -313,29 +318,54 @@ static void few_forward(const Matrix& matrix, const float* const* rows, int firs
   }
 }
 
-// Weights [outputs, inputs].
+// COLUMNS outputs of weights [outputs, inputs], from n on. A sum is built in the same order whatever
+// COLUMNS and ROWS are.
+template <class F, int COLUMNS, int ROWS>
+static void some_transposed(const Matrix& matrix, const float* const* rows, int n, float* out, size_t stride) {
+  constexpr int kLine = 64 / sizeof(typename F::Type);
+  const size_t pitch = matrix.inputs;
+  const typename F::Type* weight = static_cast<const typename F::Type*>(matrix.weight) + n * pitch;
+  Floats sums[COLUMNS][ROWS];
+  UNROLLED
+  for (int c = 0; c < COLUMNS; c++) {
+    UNROLLED
+    for (int r = 0; r < ROWS; r++) sums[c][r] = Floats{};
+  }
+  auto add = [&](int k) __attribute__((always_inline)) {
+    UNROLLED
+    for (int c = 0; c < COLUMNS; c++) {
+      const Floats w = F::vector(weight + c * pitch + k);
+      UNROLLED
+      for (int r = 0; r < ROWS; r++) sums[c][r] += load(rows[r] + k) * w;
+    }
+  };
+  int k = 0;
+  for (; k + kLine <= matrix.inputs; k += kLine) {
+    // The columns lie one behind the other, and are asked for in that order.
+    UNROLLED
+    for (int c = 0; c < COLUMNS; c++)
+      prefetch(reinterpret_cast<const char*>(weight + static_cast<size_t>(k) * COLUMNS + c * kLine) + kAhead);
+    UNROLLED
+    for (int j = 0; j < kLine; j += W) add(k + j);
+  }
+  for (; k + W <= matrix.inputs; k += W) add(k);
+  for (int c = 0; c < COLUMNS; c++) {
+    for (int r = 0; r < ROWS; r++) {
+      float total = sum_four(sums[c][r], Floats{}, Floats{}, Floats{})[0];
+      for (int i = k; i < matrix.inputs; i++) total += rows[r][i] * F::number(weight[c * pitch + i]);
+      out[r * stride + n + c] = total;
+    }
+  }
+}
+
 template <class F, int ROWS>
 static void few_transposed(const Matrix& matrix, const float* const* rows, int first_column, int last_column,
                            float* out, size_t stride) {
-  const typename F::Type* weight = static_cast<const typename F::Type*>(matrix.weight);
-  for (int n = first_column; n < last_column; n++) {
-    const typename F::Type* at = weight + static_cast<size_t>(n) * matrix.inputs;
-    Floats sums[ROWS] = {};
-    int k = 0;
-    for (; k + W <= matrix.inputs; k += W) {
-      prefetch(reinterpret_cast<const char*>(at + k) + kAhead);
-      Floats w = F::vector(at + k);
-      UNROLLED
-      for (int r = 0; r < ROWS; r++) sums[r] += load(rows[r] + k) * w;
-    }
-    float rest[ROWS] = {};
-    for (; k < matrix.inputs; k++)
-      for (int r = 0; r < ROWS; r++) rest[r] += rows[r][k] * F::number(at[k]);
-    for (int r = 0; r < ROWS; r++) {
-      float total = sum_four(sums[r], Floats{}, Floats{}, Floats{})[0] + rest[r];
-      out[r * stride + n] = matrix.bias ? total + matrix.bias[n] : total;
-    }
-  }
+  constexpr int kColumns = ROWS == 1 ? 4 : 1;
+  int n = first_column;
+  for (; n + kColumns <= last_column; n += kColumns) some_transposed<F, kColumns, ROWS>(matrix, rows, n, out, stride);
+  for (; n < last_column; n++) some_transposed<F, 1, ROWS>(matrix, rows, n, out, stride);
+  add_bias(matrix, ROWS, first_column, last_column, out, stride);
 }
 
 template <class F, int ROWS>
@@ -544,13 +574,15 @@ ALWAYS_INLINE void transpose_bytes(Bytes16* r) {
 // 16 codes of a row, minus their zero point.
 template <int BITS>
 ALWAYS_INLINE Bytes16 signed_codes(const uint8_t* codes) {
-  Bytes16 v{};
   if constexpr (BITS == 8) {
+    Bytes16 v;
     __builtin_memcpy(&v, codes, 16);
     return v ^ 0x80;
   } else {
-    __builtin_memcpy(&v, codes, 8);
-    return interleave<0>(v & 15, v >> 4) - 8;
+    uint64_t bytes;
+    __builtin_memcpy(&bytes, codes, 8);
+    Bytes16 v = (Bytes16)Words2{bytes, 0};
+    return interleave<0>(v & 15, (Bytes16)((Words8)v >> 4) & 15) - 8;
   }
 }
 
