@@ -54,7 +54,8 @@ class Recipe:
 
     Attributes:
         name: The name that users choose it by.
-        body: Matrices of all layers except the first, without `down`.
+        body: Matrices of all layers except the first, without `output` and `down`.
+        output: The output's matrix of attention.
         down: The second matrix of MLPs: its inputs have the largest outliers, and the kernels
             round inputs in the same blocks as weights.
         first: Matrices of the first layer, whose errors pass through all others.
@@ -65,6 +66,7 @@ class Recipe:
 
     name: str
     body: Form
+    output: Form
     down: Form
     first: Form
     head: Form
@@ -76,6 +78,7 @@ RECIPES = {
     "int8": Recipe(
         name="int8",
         body=Form(8, 64),
+        output=Form(8, 64),
         down=Form(8, 16),
         first=Form(8, 16),
         head=Form(8, 32),
@@ -84,9 +87,10 @@ RECIPES = {
     "int4": Recipe(
         name="int4",
         body=Form(4, 64),
-        down=Form(4, 64),
-        first=Form(8, 64),
-        head=Form(8, 64),
+        output=Form(4, 128),
+        down=Form(4, 32),
+        first=Form(8, 256),
+        head=Form(8, 256),
         experts=Form(4, 32),
     ),
 }
@@ -144,7 +148,7 @@ def recipe_for(
             )
         sized = {
             name: replace(getattr(recipe, name), block_size=block_size)
-            for name in ("body", "down", "first")
+            for name in ("body", "output", "down", "first")
         }
         recipe = replace(recipe, **sized)
     return recipe
@@ -313,7 +317,7 @@ def _quantize_layer(
         experts.up = _quantized_rows(experts.up, recipe, None, layer)
     for name, owner in _places(layer).items():
         linear = getattr(owner, name)
-        form = first or (recipe.down if name == "down" else recipe.body)
+        form = first or {"output": recipe.output, "down": recipe.down}.get(name, recipe.body)
         blocks = _blocks(linear.weight.T, form, moments.get(linear))
         setattr(owner, name, QuantizedLinear(blocks, linear.bias, layer.ops))
 

@@ -16,6 +16,8 @@ from doge_onnx.export.matrices import Blocks, pack
 # Added to the Hessian, as a part of the inputs' mean square: keeps it invertible when inputs are
 # linearly dependent.
 _DAMPING = 0.01
+# How often all scales and codes are visited again; more changes the loss by less than 1 percent.
+_REFINEMENTS = 3
 # Number of columns whose errors are passed on together; changes only the speed.
 _PANEL = 128
 # Scales to try, relative to the one that just reaches the largest number of a block. With 16 steps
@@ -44,7 +46,8 @@ def compensated(weight: Tensor, bits: int, block_size: int, moments: Tensor) -> 
 
     Frantar et al. 2023. Columns are taken in the order of their inputs' power, the largest
     first, and scales are chosen beforehand. Minimises the error of the product with typical
-    inputs, not that of the single numbers.
+    inputs, not that of the single numbers. With 4 bits, `_refine` then lowers that error further;
+    with 8 bits there is next to nothing to gain.
 
     Args:
         weight: float32 `[rows, width]`.
@@ -58,8 +61,9 @@ def compensated(weight: Tensor, bits: int, block_size: int, moments: Tensor) -> 
     damping = _DAMPING * power.mean().clamp(min=1e-12)
     # Damped as well, so that a block whose inputs are all 0 gets sensible scales.
     scales = _search(weight, bits, block_size, (power + damping).float())
-    hessian = moments.double()[order][:, order]
-    hessian.diagonal().add_(damping)
+    damped = moments.double().clone()
+    damped.diagonal().add_(damping)
+    hessian = damped[order][:, order]
     # An input that is always 0 causes no error to compensate for.
     hessian.diagonal()[power[order] == 0] = 1.0
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
@@ -80,7 +84,64 @@ def compensated(weight: Tensor, bits: int, block_size: int, moments: Tensor) -> 
         rest[end:] -= factor[start:end, end:].T @ errors
     unordered = torch.empty_like(values)
     unordered[order] = values
+    if bits == 4:
+        scales = _refine(weight, unordered, scales, block_size, damped.float(), order)
     return Blocks(pack(_cut(unordered.T, block_size), bits), scales, bits, width)
+
+
+def _refine(
+    weight: Tensor,
+    values: Tensor,
+    scales: Tensor,
+    block_size: int,
+    hessian: Tensor,
+    order: Tensor,
+) -> Tensor:
+    """Lower the error of a product by coordinate descent: each scale, then each code, in turns.
+
+    Each step sets one number to its best value while all others stay, so the error never grows.
+
+    Args:
+        weight: float32 `[rows, width]`.
+        values: `[width, rows]`, signed codes of 4 bits; is changed.
+        scales: `[rows, blocks]`.
+        block_size: Numbers that share a scale.
+        hessian: `[width, width]`, damped moments of the inputs.
+        order: `[width]`, the columns in the order in which codes are visited.
+
+    Returns:
+        The new scales.
+    """
+    width = weight.shape[1]
+    steps = scales.T.repeat_interleave(block_size, dim=0)[:width].clone()
+    error = weight.T - values * steps
+    # Half of the derivative of the squared error by each number.
+    slope = hessian @ error
+    for _ in range(_REFINEMENTS):
+        for start in range(0, width, block_size):
+            block = slice(start, start + block_size)
+            power = (values[block] * (hessian[block, block] @ values[block])).sum(0)
+            change = (values[block] * slope[block]).sum(0) / power
+            # A block of zeros needs no scale.
+            change = torch.where(power > 0, change, 0.0)
+            steps[block] += change
+            error[block] -= change * values[block]
+            slope -= hessian[:, block] @ (change * values[block])
+        for panel in order.split(_PANEL):
+            inner, inside = hessian[panel][:, panel], slope[panel]
+            before, sizes, codes = error[panel], steps[panel], values[panel]
+            after = before.clone()
+            for column in range(len(panel)):
+                best = codes[column] * sizes[column] + inside[column] / inner[column, column]
+                code = _round(best, sizes[column], 4)
+                code = torch.where(code.isfinite(), code, codes[column])
+                change = (codes[column] - code) * sizes[column]
+                codes[column] = code
+                after[column] += change
+                inside += inner[:, column].unsqueeze(-1) * change
+            values[panel], error[panel] = codes, after
+            slope += hessian[:, panel] @ (after - before)
+    return steps[::block_size].T.contiguous()
 
 
 def _search(weight: Tensor, bits: int, block_size: int, importance: Tensor | None) -> Tensor:
