@@ -1,4 +1,5 @@
 // FeedForward: the MLP, then the residual and the norm before the next layer.
+#include "activation.h"
 #include "operators.h"
 #include "processor.h"
 #include "residual_product.h"
@@ -17,14 +18,8 @@ class FeedForward {
       : gate_up_(attributes, "gate_up_"),
         down_(attributes, "down_"),
         epsilon_(attributes.real("epsilon")),
-        kernels_(&chosen_kernels()) {
-    static constexpr const char* kNames[] = {"silu", "relu", "gelu", "gelu_tanh"};
-    char name[16] = "";
-    attributes.text("activation", name, sizeof name);
-    for (int i = 0; i < 4; i++)
-      if (strcmp(name, kNames[i]) == 0) activate_ = kernels_->layer.activations[i];
-    if (!activate_) attributes.fail("the activation %s is not known", name);
-  }
+        kernels_(&chosen_kernels()),
+        activate_(read_activation(attributes, *kernels_)) {}
 
   void run(Context& context) const {
     Tensor h = context.input("h", 0, kFloat, {kAny, kAny, kAny});
@@ -95,7 +90,7 @@ class FeedForward {
   MatrixInput gate_up_, down_;
   float epsilon_;
   const Kernels* kernels_;
-  void (*activate_)(const float*, const float*, int, float*) = nullptr;
+  Activation activate_;
 };
 
 }  // namespace

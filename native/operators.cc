@@ -4,6 +4,7 @@ OperatorList all_operators() {
   static const OrtCustomOp* const list[] = {
       attention_operator(),
       embed_operator(),
+      experts_operator(),
       feed_forward_operator(),
       int8_attention_operator(),
       positions_operator(),

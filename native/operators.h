@@ -15,6 +15,7 @@ OperatorList all_operators();
 // Defined in the operator's own file.
 const OrtCustomOp* attention_operator();
 const OrtCustomOp* embed_operator();
+const OrtCustomOp* experts_operator();
 const OrtCustomOp* feed_forward_operator();
 const OrtCustomOp* int8_attention_operator();
 const OrtCustomOp* positions_operator();

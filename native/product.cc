@@ -101,8 +101,16 @@ int Product::parts(int columns) const {
                                                        : 16;
   const int64_t weights = static_cast<int64_t>(columns) * matrix_.inputs;
   const int64_t reading = weights * bits / 8, computing = weights * (rows_ + 1) / 2;
-  // A part of many rows unpacks its own weights, so it should not be narrow.
-  const int64_t most = rows_ > kFewRows ? 16 : 64;
+  int64_t most = 64;
+  if (rows_ > kFewRows) {
+    // Each part unpacks its own weights, so it should not be narrow.
+    most = 16;
+  } else if (!matrix_.transposed) {
+    // Memory is slow where a part reads less than 1 KB of each row of weights. An even number of
+    // few parts, since an odd one would leave one of two threads idle.
+    most = static_cast<int64_t>(columns) * bits / 8 / 1024;
+    if (most > 2) most -= most % 2;
+  }
   int64_t parts = (reading > computing ? reading : computing) / kWorth;
   const int64_t units = (columns + kColumns - 1) / kColumns;
   if (parts > most) parts = most;

@@ -9,7 +9,6 @@ constexpr int kStrip = W < 16 ? 16 : 32;      // columns that a strip of float32
 constexpr int kStripVectors = kStrip / W;
 constexpr int kDepth = 256;                   // rows of a strip that are unpacked at a time
 constexpr int kAhead = 4096;                  // bytes between reading weights and asking for them
-constexpr int kShortRow = 640;                // bytes; shorter rows of codes are read four at a time
 
 // Rows of a block of a product that is kept in registers.
 #if defined(KERNEL_PLAIN)
@@ -49,7 +48,7 @@ struct Codes {
   static constexpr int kCount = 4 * W * 8 / BITS;  // codes of a vector
   static constexpr int kVectors = 16 / BITS;       // vectors of int16 they become
   // Vectors that are summed in integers: no more than registers hold.
-  static constexpr int kTogether = W == 16 || BITS == 8 ? 2 : 1;
+  static constexpr int kTogether = BITS == 8 ? 2 : 1;
 
   ALWAYS_INLINE void unpack(Shorts codes, Shorts* out) {
     // The top bit of a code minus the zero point is its sign.
@@ -127,51 +126,51 @@ template <int BITS, int BLOCK, int COLUMNS, int ROWS>
 ALWAYS_INLINE void sum_codes(const uint8_t* codes, size_t row_bytes, const float* scales, int blocks,
                              const int16_t* x, size_t stride, Floats (*sums)[ROWS]) {
   using C = Codes<BITS>;
-  constexpr int kBytes = 4 * W;
+  // A unit is what is summed in integers: a block, a part of one, or several blocks of one vector.
+  constexpr int kPerBlock = BLOCK / C::kCount;  // vectors
+  constexpr int kUnit = kPerBlock < 1 ? 1 : kPerBlock < C::kTogether ? kPerBlock : C::kTogether;
+  constexpr int kSteps = kPerBlock < 1 ? C::kCount / BLOCK : 1;     // scales of a unit
+  constexpr int kUnits = kPerBlock < 1 ? 1 : kPerBlock / kUnit;     // units of a block
+  constexpr int kBytes = kUnit * 4 * W, kVectors = kUnit * C::kVectors;
   UNROLLED
   for (int c = 0; c < COLUMNS; c++) {
     UNROLLED
     for (int r = 0; r < ROWS; r++) sums[c][r] = Floats{};
   }
-  // `unit` is how many vectors of codes are summed in integers, `steps` how many blocks they cover.
-  constexpr int kPerBlock = BLOCK / C::kCount;
-  constexpr int kUnit = kPerBlock < 1 ? 1 : kPerBlock < C::kTogether ? kPerBlock : C::kTogether;
-  constexpr int kSteps = kPerBlock < 1 ? C::kCount / BLOCK : 1;
-  constexpr int kUnits = kPerBlock < 1 ? 1 : kPerBlock / kUnit;  // of a block
-  auto add = [&](int c, const uint8_t* from, const float* steps, const int16_t* at) __attribute__((always_inline)) {
-    Shorts signed_codes[kUnit * C::kVectors];
+  // Adds unit `at` of column c.
+  auto add = [&](int c, const uint8_t* from, const float* steps, size_t at) __attribute__((always_inline)) {
+    Shorts signed_codes[kVectors];
     UNROLLED
-    for (int u = 0; u < kUnit; u++)
-      C::unpack(load_shorts(from + u * kBytes), signed_codes + u * C::kVectors);
-    Floats step = spread<kSteps>(steps);
+    for (int u = 0; u < kUnit; u++) C::unpack(load_shorts(from + u * 4 * W), signed_codes + u * C::kVectors);
+    const Floats step = spread<kSteps>(steps);
     UNROLLED
     for (int r = 0; r < ROWS; r++) {
-      const int16_t* row = at + r * stride;
+      const int16_t* row = x + r * stride + at * kUnit * C::kCount;
       Ints total = multiply_pairs(signed_codes[0], load_shorts(row));
       UNROLLED
-      for (int i = 1; i < kUnit * C::kVectors; i++)
-        total = add_pairs(total, signed_codes[i], load_shorts(row + i * 2 * W));
+      for (int i = 1; i < kVectors; i++) total = add_pairs(total, signed_codes[i], load_shorts(row + i * 2 * W));
       sums[c][r] += to_floats(total) * step;
     }
   };
   const int whole = blocks / kSteps * kUnits;
   for (int i = 0; i < whole; i++) {
+    const size_t at = static_cast<size_t>(i);
+    // The columns lie one behind the other, and are asked for in that order.
     UNROLLED
-    for (int c = 0; c < COLUMNS; c++) {
-      const uint8_t* from = codes + c * row_bytes + static_cast<size_t>(i) * kUnit * kBytes;
-      prefetch(from + kAhead);
-      if constexpr (kUnit * kBytes > 64) prefetch(from + kAhead + 64);
-      add(c, from, scales + static_cast<size_t>(c) * blocks + i / kUnits * kSteps, x + static_cast<size_t>(i) * kUnit * C::kCount);
-    }
+    for (int p = 0; p < COLUMNS * kBytes; p += 64) prefetch(codes + kAhead + at * COLUMNS * kBytes + p);
+    UNROLLED
+    for (int c = 0; c < COLUMNS; c++)
+      add(c, codes + c * row_bytes + at * kBytes, scales + static_cast<size_t>(c) * blocks + i / kUnits * kSteps, at);
   }
   if constexpr (kSteps > 1) {
     if (int rest = blocks % kSteps) {
+      const size_t at = static_cast<size_t>(whole);
       for (int c = 0; c < COLUMNS; c++) {
         uint8_t last[kBytes] = {};
         float steps[kSteps] = {};
-        __builtin_memcpy(last, codes + c * row_bytes + static_cast<size_t>(whole) * kBytes, rest * BLOCK * BITS / 8);
-        __builtin_memcpy(steps, scales + static_cast<size_t>(c) * blocks + whole * kSteps, rest * sizeof(float));
-        add(c, last, steps, x + static_cast<size_t>(whole) * C::kCount);
+        __builtin_memcpy(last, codes + c * row_bytes + at * kBytes, rest * BLOCK * BITS / 8);
+        __builtin_memcpy(steps, scales + static_cast<size_t>(c) * blocks + at * kSteps, rest * sizeof(float));
+        add(c, last, steps, at);
       }
     }
   }
@@ -189,58 +188,46 @@ struct CodesProduct {
     p.out[row * p.stride + column] = sum * p.rows.scales[row];
   }
 
-  // One row: four columns together where that keeps the reads of activations apart from each other.
-  static void one(const CodesProduct& p) {
+  // COLUMNS columns from n on.
+  template <int COLUMNS, int ROWS>
+  static void some(const CodesProduct& p, int n) {
     const size_t bytes = static_cast<size_t>(p.matrix.blocks) * BLOCK * BITS / 8;
-    const uint8_t* codes = static_cast<const uint8_t*>(p.matrix.weight);
-    const int blocks = p.matrix.blocks;
-    for (int n = p.first_column; n < p.last_column; n += 4) {
-      Floats sums[4][1] = {};
-      int there = least(4, p.last_column - n);
-      if (there == 4 && bytes < kShortRow) {
-        sum_codes<BITS, BLOCK, 4, 1>(codes + n * bytes, bytes, p.matrix.scales + static_cast<size_t>(n) * blocks, blocks,
-                                     p.rows.values, p.rows.stride, sums);
-      } else {
-        for (int i = 0; i < there; i++)
-          sum_codes<BITS, BLOCK, 1, 1>(codes + (n + i) * bytes, bytes,
-                                       p.matrix.scales + static_cast<size_t>(n + i) * blocks, blocks, p.rows.values,
-                                       p.rows.stride, sums + i);
-      }
-      Floats4 total = sum_four(sums[0][0], sums[1][0], sums[2][0], sums[3][0]);
-      for (int i = 0; i < there; i++) set(p, 0, n + i, total[i]);
+    Floats sums[COLUMNS][ROWS];
+    sum_codes<BITS, BLOCK, COLUMNS, ROWS>(static_cast<const uint8_t*>(p.matrix.weight) + n * bytes, bytes,
+                                          p.matrix.scales + static_cast<size_t>(n) * p.matrix.blocks, p.matrix.blocks,
+                                          p.rows.values, p.rows.stride, sums);
+    // Four sums at a time, whatever they belong to.
+    UNROLLED
+    for (int i = 0; i < COLUMNS * ROWS; i += 4) {
+      auto at = [&](int j) __attribute__((always_inline)) {
+        return j < COLUMNS * ROWS ? sums[j / ROWS][j % ROWS] : Floats{};
+      };
+      Floats4 total = sum_four(at(i), at(i + 1), at(i + 2), at(i + 3));
+      UNROLLED
+      for (int j = 0; j < 4; j++)
+        if (i + j < COLUMNS * ROWS) set(p, (i + j) % ROWS, n + (i + j) / ROWS, total[j]);
     }
   }
 
   template <int ROWS>
-  static void several(const CodesProduct& p) {
-    const size_t bytes = static_cast<size_t>(p.matrix.blocks) * BLOCK * BITS / 8;
-    const uint8_t* codes = static_cast<const uint8_t*>(p.matrix.weight);
-    const int blocks = p.matrix.blocks;
-    for (int n = p.first_column; n < p.last_column; n++) {
-      Floats sums[1][ROWS];
-      sum_codes<BITS, BLOCK, 1, ROWS>(codes + n * bytes, bytes, p.matrix.scales + static_cast<size_t>(n) * blocks,
-                                      blocks, p.rows.values, p.rows.stride, sums);
-      UNROLLED
-      for (int r = 0; r < ROWS; r += 4) {
-        auto at = [&](int i) __attribute__((always_inline)) { return r + i < ROWS ? sums[0][r + i] : Floats{}; };
-        Floats4 total = sum_four(at(0), at(1), at(2), at(3));
-        UNROLLED
-        for (int i = 0; i < 4; i++)
-          if (r + i < ROWS) set(p, r + i, n, total[i]);
-      }
-    }
+  static void all_columns(const CodesProduct& p) {
+    // One row has too few sums to keep the multipliers busy with one column.
+    constexpr int kColumns = ROWS == 1 ? 4 : 1;
+    int n = p.first_column;
+    for (; n + kColumns <= p.last_column; n += kColumns) some<kColumns, ROWS>(p, n);
+    for (; n < p.last_column; n++) some<1, ROWS>(p, n);
   }
 
   static void run(const CodesProduct& p) {
     switch (p.rows.rows) {
-      case 1: return one(p);
-      case 2: return several<2>(p);
-      case 3: return several<3>(p);
-      case 4: return several<4>(p);
-      case 5: return several<5>(p);
-      case 6: return several<6>(p);
-      case 7: return several<7>(p);
-      default: return several<8>(p);
+      case 1: return all_columns<1>(p);
+      case 2: return all_columns<2>(p);
+      case 3: return all_columns<3>(p);
+      case 4: return all_columns<4>(p);
+      case 5: return all_columns<5>(p);
+      case 6: return all_columns<6>(p);
+      case 7: return all_columns<7>(p);
+      default: return all_columns<8>(p);
     }
   }
 };
@@ -284,14 +271,10 @@ ALWAYS_INLINE void add_inputs(const typename F::Type* weight, size_t pitch, cons
   float x[ROWS][COUNT];
   for (int r = 0; r < ROWS; r++)
     for (int i = 0; i < COUNT; i++) x[r][i] = rows[r][k + i];
-  int c = 0;
-  for (; c + W <= width; c += W) {
+  auto add = [&](int c) __attribute__((always_inline)) {
     Floats w[COUNT];
     UNROLLED
-    for (int i = 0; i < COUNT; i++) {
-      prefetch(weight + (i + COUNT) * pitch + c);
-      w[i] = F::vector(weight + i * pitch + c);
-    }
+    for (int i = 0; i < COUNT; i++) w[i] = F::vector(weight + i * pitch + c);
     UNROLLED
     for (int r = 0; r < ROWS; r++) {
       Floats total = load(sums[r] + c);
@@ -299,7 +282,16 @@ ALWAYS_INLINE void add_inputs(const typename F::Type* weight, size_t pitch, cons
       for (int i = 0; i < COUNT; i++) total += x[r][i] * w[i];
       store(sums[r] + c, total);
     }
+  };
+  constexpr int kLine = 64 / sizeof(typename F::Type);
+  int c = 0;
+  for (; c + kLine <= width; c += kLine) {
+    UNROLLED
+    for (int i = 0; i < COUNT; i++) prefetch(weight + (i + COUNT) * pitch + c);
+    UNROLLED
+    for (int j = 0; j < kLine; j += W) add(c + j);
   }
+  for (; c + W <= width; c += W) add(c);
   for (; c < width; c++)
     for (int r = 0; r < ROWS; r++)
       for (int i = 0; i < COUNT; i++) sums[r][c] += x[r][i] * F::number(weight[i * pitch + c]);
@@ -326,29 +318,54 @@ static void few_forward(const Matrix& matrix, const float* const* rows, int firs
   }
 }
 
-// Weights [outputs, inputs].
+// COLUMNS outputs of weights [outputs, inputs], from n on. A sum is built in the same order whatever
+// COLUMNS and ROWS are.
+template <class F, int COLUMNS, int ROWS>
+static void some_transposed(const Matrix& matrix, const float* const* rows, int n, float* out, size_t stride) {
+  constexpr int kLine = 64 / sizeof(typename F::Type);
+  const size_t pitch = matrix.inputs;
+  const typename F::Type* weight = static_cast<const typename F::Type*>(matrix.weight) + n * pitch;
+  Floats sums[COLUMNS][ROWS];
+  UNROLLED
+  for (int c = 0; c < COLUMNS; c++) {
+    UNROLLED
+    for (int r = 0; r < ROWS; r++) sums[c][r] = Floats{};
+  }
+  auto add = [&](int k) __attribute__((always_inline)) {
+    UNROLLED
+    for (int c = 0; c < COLUMNS; c++) {
+      const Floats w = F::vector(weight + c * pitch + k);
+      UNROLLED
+      for (int r = 0; r < ROWS; r++) sums[c][r] += load(rows[r] + k) * w;
+    }
+  };
+  int k = 0;
+  for (; k + kLine <= matrix.inputs; k += kLine) {
+    // The columns lie one behind the other, and are asked for in that order.
+    UNROLLED
+    for (int c = 0; c < COLUMNS; c++)
+      prefetch(reinterpret_cast<const char*>(weight + static_cast<size_t>(k) * COLUMNS + c * kLine) + kAhead);
+    UNROLLED
+    for (int j = 0; j < kLine; j += W) add(k + j);
+  }
+  for (; k + W <= matrix.inputs; k += W) add(k);
+  for (int c = 0; c < COLUMNS; c++) {
+    for (int r = 0; r < ROWS; r++) {
+      float total = sum_four(sums[c][r], Floats{}, Floats{}, Floats{})[0];
+      for (int i = k; i < matrix.inputs; i++) total += rows[r][i] * F::number(weight[c * pitch + i]);
+      out[r * stride + n + c] = total;
+    }
+  }
+}
+
 template <class F, int ROWS>
 static void few_transposed(const Matrix& matrix, const float* const* rows, int first_column, int last_column,
                            float* out, size_t stride) {
-  const typename F::Type* weight = static_cast<const typename F::Type*>(matrix.weight);
-  for (int n = first_column; n < last_column; n++) {
-    const typename F::Type* at = weight + static_cast<size_t>(n) * matrix.inputs;
-    Floats sums[ROWS] = {};
-    int k = 0;
-    for (; k + W <= matrix.inputs; k += W) {
-      prefetch(reinterpret_cast<const char*>(at + k) + kAhead);
-      Floats w = F::vector(at + k);
-      UNROLLED
-      for (int r = 0; r < ROWS; r++) sums[r] += load(rows[r] + k) * w;
-    }
-    float rest[ROWS] = {};
-    for (; k < matrix.inputs; k++)
-      for (int r = 0; r < ROWS; r++) rest[r] += rows[r][k] * F::number(at[k]);
-    for (int r = 0; r < ROWS; r++) {
-      float total = sum_four(sums[r], Floats{}, Floats{}, Floats{})[0] + rest[r];
-      out[r * stride + n] = matrix.bias ? total + matrix.bias[n] : total;
-    }
-  }
+  constexpr int kColumns = ROWS == 1 ? 4 : 1;
+  int n = first_column;
+  for (; n + kColumns <= last_column; n += kColumns) some_transposed<F, kColumns, ROWS>(matrix, rows, n, out, stride);
+  for (; n < last_column; n++) some_transposed<F, 1, ROWS>(matrix, rows, n, out, stride);
+  add_bias(matrix, ROWS, first_column, last_column, out, stride);
 }
 
 template <class F, int ROWS>
@@ -557,13 +574,15 @@ ALWAYS_INLINE void transpose_bytes(Bytes16* r) {
 // 16 codes of a row, minus their zero point.
 template <int BITS>
 ALWAYS_INLINE Bytes16 signed_codes(const uint8_t* codes) {
-  Bytes16 v{};
   if constexpr (BITS == 8) {
+    Bytes16 v;
     __builtin_memcpy(&v, codes, 16);
     return v ^ 0x80;
   } else {
-    __builtin_memcpy(&v, codes, 8);
-    return interleave<0>(v & 15, v >> 4) - 8;
+    uint64_t bytes;
+    __builtin_memcpy(&bytes, codes, 8);
+    Bytes16 v = (Bytes16)Words2{bytes, 0};
+    return interleave<0>(v & 15, (Bytes16)((Words8)v >> 4) & 15) - 8;
   }
 }
 

@@ -37,6 +37,8 @@ typedef int16_t ShortHalfAt __attribute__((vector_size(2 * KERNEL_WIDTH), aligne
 typedef int8_t SmallAt __attribute__((vector_size(KERNEL_WIDTH), aligned(1), may_alias));
 // Vectors of 16 bytes, for transposing.
 typedef uint8_t Bytes16 __attribute__((vector_size(16)));
+typedef uint16_t Words8 __attribute__((vector_size(16)));
+typedef uint64_t Words2 __attribute__((vector_size(16)));
 typedef float Floats4 __attribute__((vector_size(16)));
 typedef float Floats4At __attribute__((vector_size(16), aligned(4), may_alias));
 
@@ -58,7 +60,14 @@ ALWAYS_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 
 // W numbers of 16 bits as float32.
 ALWAYS_INLINE Floats load_bfloat16(const uint16_t* x) {
+#if KERNEL_WIDTH == 16
+  const __m512i wide = _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+  return (Floats)((Words)wide << 16);
+#elif KERNEL_WIDTH == 8
+  return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))), 16);
+#else
   return (Floats)(__builtin_convertvector(*reinterpret_cast<const HalvesAt*>(x), Words) << 16);
+#endif
 }
 ALWAYS_INLINE float from_bfloat16(uint16_t x) {
   uint32_t bits = static_cast<uint32_t>(x) << 16;

@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import base_install
+import build_library
 import pytest
 
 import doge_onnx
@@ -73,7 +74,44 @@ def test_the_wheel_holds_the_package_and_nothing_else():
         for path in (ROOT / package).rglob("*")
         if path.suffix in (".py", ".typed")
     }
-    assert names == {path.relative_to(ROOT).as_posix() for path in sources}
+    kernels = {name for name in names if name.startswith(build_library.PLACE.as_posix())}
+    assert len(kernels) == 1
+    assert names - kernels == {path.relative_to(ROOT).as_posix() for path in sources}
+
+
+def test_the_install_has_native_kernels_if_there_is_a_compiler(python, tiny_bundle, tmp_path):
+    try:
+        build_library.host()
+    except build_library.BuildError as error:
+        expected = str(error)
+    else:
+        expected = "doge_onnx ("
+    (line,) = kernels_shown(python, tiny_bundle, tmp_path)
+    assert expected in line
+
+
+def test_without_a_compiler_the_install_says_so_and_works(python, tiny_bundle, tmp_path):
+    wheel = base_install.wheel("/nonexistent/c++")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    place = tmp_path / "packages"
+    with zipfile.ZipFile(wheel) as packed:
+        packed.extractall(place)
+    (line,) = kernels_shown(python, tiny_bundle, place)
+    assert line.split(maxsplit=1)[1] == (
+        "ONNX Runtime's, because doge-onnx was installed without native kernels: there is no C++ "
+        "compiler (CXX is '/nonexistent/c++')"
+    )
+    options = ["--max-new-tokens", "5", "--temperature", "0"]
+    result = run(python, "-m", "doge_onnx", "generate", tiny_bundle, PROMPT, *options, cwd=place)
+    expected = doge_onnx.load(tiny_bundle).generate(PROMPT, max_new_tokens=5, temperature=0)
+    assert result.stdout == expected.text + "\n"
+
+
+def kernels_shown(python: Path, bundle: Path, directory: Path) -> list[str]:
+    """The lines of `info` about kernels; a package in the directory comes before others."""
+    result = run(python, "-m", "doge_onnx", "info", bundle, cwd=directory)
+    assert result.returncode == 0, result.stderr
+    return [line for line in result.stdout.splitlines() if line.split()[:1] == ["kernels"]]
 
 
 def test_exactly_these_packages_come_along(python):

@@ -221,8 +221,9 @@ def _compile(
 def _link(tools: Toolchain, objects: Sequence[Path], flags: Sequence[str], cache: Path) -> Path:
     command = [*tools.link, "-shared", *map(str, objects), *flags]
     if tools.system == "Linux":
-        # The C++ compiler would name its standard library as needed, although nothing of it is.
-        command += ["-Wl,--as-needed", "-lm"]
+        # The C++ compiler would name its standard library as needed, although nothing of it is. And
+        # what is nowhere defined is an error here, not when the library is loaded.
+        command += ["-Wl,--as-needed", "-Wl,-z,defs", "-lm"]
     elif tools.system == "Darwin":
         # Without a name, it would hold the path of the place where it was built.
         command.append(f"-Wl,-install_name,@rpath/{tools.library_name}")

@@ -6,7 +6,7 @@ Knows how a model is made and run. Does not know what an operator computes (`ref
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 Array = NDArray[Any]
 Outputs = dict[str, int]
@@ -37,6 +37,7 @@ class Node:
         attributes: Its attributes.
         outputs: Name and element type of its outputs.
         threads: Threads of the session.
+        constants: Names of the inputs that are constants of the graph, which may be of any type.
     """
 
     def __init__(
@@ -47,9 +48,12 @@ class Node:
         attributes: dict[str, Any],
         outputs: Outputs,
         threads: int = 2,
+        constants: Collection[str] = (),
     ) -> None:
         names = [name if value is not None else "" for name, value in inputs.items()]
-        self.inputs = {name: value for name, value in inputs.items() if value is not None}
+        given = {name: value for name, value in inputs.items() if value is not None}
+        self.inputs = {name: value for name, value in given.items() if name not in constants}
+        tensors = [numpy_helper.from_array(given[name], name) for name in constants]
         self.outputs = outputs
         values = [
             helper.make_tensor_value_info(
@@ -65,7 +69,7 @@ class Node:
         node = helper.make_node(
             op, names, [result.name for result in results], domain="doge_onnx", **attributes
         )
-        graph = helper.make_graph([node], "graph", values, results)
+        graph = helper.make_graph([node], "graph", values, results, tensors)
         opsets = [helper.make_opsetid("", 23), helper.make_opsetid("doge_onnx", 1)]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
         options = onnxruntime.SessionOptions()
