@@ -12,6 +12,7 @@ class Fake:
     """A model whose logits depend on the last token alone: row t of a table."""
 
     description = "fake"
+    kernels = None
     context_length = None
 
     def __init__(self, table):

@@ -132,7 +132,7 @@ def test_types_of_the_graph(dtype, tiny_fp16, rich, make_bundle):
     if dtype == TensorProto.FLOAT16:
         graph = onnx.load(tiny_fp16.path / "model.onnx").graph
     else:
-        made = make_bundle(rich, precision="bf16", verify=False)
+        made = make_bundle(rich, device="cuda", precision="bf16", verify=False)
         graph = onnx.load(made.path / "model.onnx").graph
     types = _types(graph)
     for value in (*graph.input, *graph.output):
@@ -161,7 +161,7 @@ def test_types_of_the_graph(dtype, tiny_fp16, rich, make_bundle):
 
 
 def test_bf16_is_exported_but_not_run_on_a_cpu(tmp_path):
-    report = doge_onnx.export(TINY_CHECKPOINT, tmp_path / "b", precision="bf16")
+    report = doge_onnx.export(TINY_CHECKPOINT, tmp_path / "b", device="cuda", precision="bf16")
     if report.parity is None:
         assert "bf16, for which ONNX Runtime has no kernels on the CPU" in report.unchecked
     assert report.manifest.state.dtype == "bfloat16"
@@ -172,7 +172,7 @@ def test_bf16_is_exported_but_not_run_on_a_cpu(tmp_path):
 
 
 def test_a_quantized_bundle_in_bf16_is_kept_where_nothing_can_run_it(one_layer, tmp_path):
-    options = {"precision": "bf16", "kv_cache": "int8", "context_length": 32}
+    options = {"device": "cuda", "precision": "bf16", "kv_cache": "int8", "context_length": 32}
     if missing_for_cuda() is None:
         pytest.skip("this machine has CUDA")
     report = doge_onnx.export(one_layer, tmp_path / "b", **options)
@@ -201,7 +201,7 @@ def test_the_tolerance_of_fp16_does_not_pass_wrong_gates(one_layer, monkeypatch,
 
     break_split(monkeypatch, halved)
     with pytest.raises(ParityError):
-        doge_onnx.export(one_layer, tmp_path / "b", precision="fp16")
+        doge_onnx.export(one_layer, tmp_path / "b", device="cuda", precision="fp16")
 
 
 def run_graph(path: Path, ids: list[list[int]], mask: list[list[int]]) -> np.ndarray:
@@ -218,7 +218,9 @@ def run_graph(path: Path, ids: list[list[int]], mask: list[list[int]]) -> np.nda
 def test_padding_in_a_graph_of_fp16_is_closed(broken, one_layer, monkeypatch, tmp_path):
     if broken:
         break_split(monkeypatch, lambda coarse, closed, _: torch.where(closed, 0, coarse))
-    path = doge_onnx.export(one_layer, tmp_path / "b", precision="fp16", verify=False).path
+    path = doge_onnx.export(
+        one_layer, tmp_path / "b", device="cuda", precision="fp16", verify=False
+    ).path
     ids = random_ids(9)
     alone = run_graph(path, [ids], [[1] * 9])[0]
     beside = run_graph(path, [[7] * 5 + ids], [[0] * 5 + [1] * 9])[0, 5:]
@@ -242,7 +244,7 @@ def test_large_gates_and_padding_fit(gated, make_bundle):
     exact = EagerModel(checkpoint, 30, torch.float64).logits(ids)
     ours = EagerModel(checkpoint, 30, torch.float16).logits(ids)
     assert_near(ours, exact, "float16")
-    path = make_bundle(gated, precision="fp16", verify=False, context_length=30).path
+    path = make_bundle(gated, device="cuda", precision="fp16", verify=False, context_length=30).path
     np.testing.assert_allclose(token_by_token(path, ids), exact, atol=0.3)
     # Beside others, a text is what it is alone: a closed gate is below all others, and no number
     # becomes infinite on the way, even in rows that see padding only.
@@ -308,7 +310,7 @@ def test_what_does_not_fit_is_refused_by_name(name, one_layer, tmp_path):
     change, message = OVERFLOWS[name]
     directory = _with(one_layer, tmp_path / "large", change)
     with pytest.raises(CheckpointError, match=message):
-        doge_onnx.export(directory, tmp_path / "out", precision="fp16", verify=False)
+        doge_onnx.export(directory, tmp_path / "out", device="cuda", precision="fp16", verify=False)
     assert not (tmp_path / "out").exists()
     # bfloat16 has the range of float32.
     checkpoint = checkpoint_reader.read(directory)
@@ -327,7 +329,7 @@ def test_neurons_of_experts_that_do_not_fit_are_refused(tmp_path):
 
     directory = _with(mixture, tmp_path / "large", scale)
     with pytest.raises(CheckpointError, match="a neuron of the experts in layer 0 reaches"):
-        doge_onnx.export(directory, tmp_path / "out", precision="fp16", verify=False)
+        doge_onnx.export(directory, tmp_path / "out", device="cuda", precision="fp16", verify=False)
 
 
 def test_gates_beyond_the_calibration_text_saturate(one_layer, tmp_path):
@@ -339,9 +341,9 @@ def test_gates_beyond_the_calibration_text_saturate(one_layer, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"precision": "fp16", "state": "window"}, "a window state is fp32"),
+        ({"layout": "hub", "precision": "fp16", "state": "window"}, "a window state is fp32"),
         ({"device": "cuda", "state": "window"}, "choose the precision fp32"),
-        ({"precision": "bf16", "kv_cache": "fp32"}, "bfloat16, too, or int8"),
+        ({"device": "cuda", "precision": "bf16", "kv_cache": "fp32"}, "bfloat16, too, or int8"),
         ({"device": "cuda", "precision": "fp32"}, "takes fp16 and bf16, not fp32"),
         ({"device": "tpu"}, "device 'tpu' is not known; choose from cpu, cuda"),
         ({"precision": "fp16", "max_kl": 1.0}, "nothing is quantized"),
@@ -355,20 +357,23 @@ def test_what_does_not_go_together_is_refused_early(options, message, tmp_path):
 def test_which_activations_go_with_what():
     assert [half.default_precision(device) for device in half.DEVICES] == ["fp32", "fp16"]
     found = {
-        (precision, device): half.activation_type(precision, device)
+        (precision, device): half.activation_type(precision, device, "ort", "flat")
         for precision in ("fp32", "fp16", "bf16", "int4")
         for device in half.DEVICES
     }
     assert found == {
         ("fp32", "cpu"): "float32",
         ("fp32", "cuda"): "float32",
-        ("fp16", "cpu"): "float16",
+        ("fp16", "cpu"): "float32",
         ("fp16", "cuda"): "float16",
-        ("bf16", "cpu"): "bfloat16",
+        ("bf16", "cpu"): "float32",
         ("bf16", "cuda"): "bfloat16",
         ("int4", "cpu"): "float32",
         ("int4", "cuda"): "float16",
     }
+    # For WebGPU, and for engines of standard ONNX.
+    assert half.activation_type("fp16", "cpu", "ort", "hub") == "float16"
+    assert half.activation_type("fp16", "cpu", "portable", "flat") == "float16"
 
 
 def test_int4_with_fp16_activations_loses_little_more(tmp_path):

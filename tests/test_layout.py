@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from environments import environment
+from onnx import inliner
 from test_examples import PROMPT, run
 from typer.testing import CliRunner
 
@@ -78,7 +79,7 @@ def test_both_layouts_compute_the_same(pair):
 def test_the_graph_has_nothing_that_builds_for_browsers_lack(pair):
     kinds = []
     for path in pair:
-        model = onnx.load(bundles.Bundle.open(path).graph)
+        model = inliner.inline_local_functions(onnx.load(bundles.Bundle.open(path).graph))
         weights = {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
         kinds.append({node.op_type for node in model.graph.node})
         norms = [node for node in model.graph.node if node.op_type == "RMSNormalization"]

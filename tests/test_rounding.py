@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from doge_onnx.export import rounding
 from doge_onnx.export.matrices import pack
 from doge_onnx.export.operators import dequantize
 from doge_onnx.export.rounding import compensated, nearest
@@ -74,8 +75,26 @@ def test_independent_inputs_leave_nothing_to_make_up_for(bits):
     ours = compensated(matrix, bits, 16, torch.diag(power))
     # What damps the Hessian damps the importance, too.
     expected = nearest(matrix, bits, 16, power + 0.01 * power.mean())
-    torch.testing.assert_close(ours.scales, expected.scales)
-    assert torch.equal(ours.codes, expected.codes)
+    if bits == 8:
+        torch.testing.assert_close(ours.scales, expected.scales)
+        assert torch.equal(ours.codes, expected.codes)
+        return
+    # Scales are searched for among a few only, so a later visit may find better ones.
+    errors = [(power * (restored(blocks) - matrix).square()).sum(1) for blocks in (ours, expected)]
+    assert (errors[0] <= errors[1] * 1.001).all()
+
+
+def test_scales_and_codes_of_four_bits_are_visited_again(monkeypatch):
+    inputs = random_matrix(1000, 12, seed=1) @ random_matrix(12, 96, seed=2)
+    inputs += 0.1 * random_matrix(1000, 96, seed=3)
+    matrix, moments = random_matrix(60, 96), inputs.T @ inputs
+    errors = []
+    for times in (0, 1, 3):
+        monkeypatch.setattr(rounding, "_REFINEMENTS", times)
+        blocks = compensated(matrix, 4, 32, moments)
+        errors.append(float((inputs @ (restored(blocks) - matrix).T).square().mean()))
+    assert errors[1] < 0.95 * errors[0]
+    assert errors[2] < errors[1]
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -75,6 +75,7 @@ class BundleScorer:
         manifest = self._bundle.manifest
         self._never = Defaults.read(self._bundle).eos_token_ids
         self.description = f"{self._bundle.name} ({manifest.precision})"
+        self.kernels = self._model.kernels.instructions
         self.vocab_size = manifest.vocab_size
         self.ignored_fields = manifest.ignored_fields
         self.context_length = None if manifest.state.kind == "window" else manifest.context_length
@@ -189,6 +190,9 @@ class QualityReport:
         text: Source of the text, for a person.
         seed: Seed of a text that a model wrote; None for the text of a file.
         reference: Name of the reference, for a person.
+        kernels: Instruction set of this package's kernels, such as "avx2", with which the bundle
+            ran; None if it ran with those of ONNX Runtime, which round activations where weights
+            are quantized.
     """
 
     tokens: int
@@ -206,6 +210,7 @@ class QualityReport:
     text: str
     seed: int | None
     reference: str | None
+    kernels: str | None
 
     def require(self, max_kl: float, name: str) -> None:
         """Check that the mean KL divergence is a number and at most `max_kl` nats per token.
@@ -373,7 +378,7 @@ def file_text(path: Path, encode: Callable[[str], list[int]], window: int, max_t
 
 
 def score(
-    bundle: Scorer,
+    bundle: BundleScorer,
     reference: Scorer | None,
     text: Text,
     max_seconds: float | None = None,
@@ -417,6 +422,7 @@ def score(
         text=text.description,
         seed=text.seed,
         reference=None if reference is None else reference.description,
+        kernels=bundle.kernels,
     )
 
 
