@@ -276,7 +276,7 @@ Precision = Annotated[
     typer.Option(
         help="Number format of the weights. 'int8' is a quarter of the size and hard to tell from "
         "'fp32'; 'int4' is smaller still, with a first layer and a head in int8. 'fp16' and 'bf16' "
-        "are half of the size; 'bf16' is what most checkpoints are stored in, and so loses nothing. "
+        "are half of the size; 'bf16' is what most checkpoints are stored in, so it loses nothing. "
         "Default: fp32, or fp16 for CUDA."
     ),
 ]
