@@ -111,7 +111,7 @@ class GrowingAttention : AttentionAttributes {
       const Rows rows{count};
       const Parts parts{row, Parts::of(longest)};
       const size_t width = static_cast<size_t>(op.heads) * row;
-      const bool prompt = length > kFewRows;
+      const bool prompt = length > kFewTokens;
       const bool selects = op.window > 0 && longest > op.window;
       const int gate_heads = key_heads * op.gates;
       ResidualProduct product(*op.kernels, in.output, count);
@@ -178,8 +178,8 @@ class GrowingAttention : AttentionAttributes {
         if (!attend_all(head / op.kv_heads, head % op.kv_heads, slice * AttentionBlock::kTokens, attended))
           failed.store(true, std::memory_order_relaxed);
       };
-      auto give_rows = [&](int) {
-        for (int token = 0; token < count; token++) product.set_row(token, attended + token * width);
+      auto give_rows = [&](int chunk) {
+        rows.each(chunk, [&](int token) { product.set_row(token, attended + token * width); });
       };
       Team team;
       team.phase(extending, extend);
@@ -189,7 +189,7 @@ class GrowingAttention : AttentionAttributes {
       }
       if (prompt) {
         team.phase(key_heads * slices, attend_block);
-        team.phase(1, give_rows);
+        team.phase(rows.chunks(), give_rows);
       } else {
         team.phase(key_heads * parts.count, attend_part);
         team.phase(rows.chunks(), join);

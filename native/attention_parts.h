@@ -8,6 +8,9 @@
 
 #include "kernels.h"
 
+// More new tokens than these are attended to in blocks.
+constexpr int kFewTokens = 2;
+
 struct Parts {
   static constexpr int kKeys = 128;  // of a part
 

@@ -71,15 +71,11 @@ class Experts {
     float* sums = scratch.take<float>(count * size_t(groups) * width);
     int32_t* numbers = scratch.take<int32_t>(count * candidates.numbers());
 
-    const Tiles tiles(product, count, 2 * side);
+    Tiles tiles(product, count, 2 * side);
     auto set_rows = [&](int chunk) {
       rows.each(chunk, [&](int row) { product.set_row(row, h.as<float>() + row * width); });
     };
-    auto route = [&](int chunk) {
-      tiles.each(chunk, [&](int top, int bottom, int left, int right) {
-        product.multiply(top, bottom, left, right, scores, 2 * side);
-      });
-    };
+    auto route = [&](int chunk) { tiles.multiply(chunk, scores, 2 * side); };
     auto choose = [&](int chunk) {
       rows.each(chunk, [&](int row) {
         const size_t at = row * size_t(wanted_);

@@ -54,29 +54,27 @@ class FeedForward {
     // Columns of a product begin at multiples of kColumns. If the second half does not, activations
     // are a phase of their own.
     const bool halves = inner % Product::kColumns == 0;
-    const Tiles tiles(first, count, halves ? inner : gate_up.outputs);
-    auto set_rows = [&](int) {
-      for (int row = 0; row < count; row++) first.set_row(row, h.as<float>() + row * hidden);
+    Tiles tiles(first, count, halves ? inner : gate_up.outputs, halves ? 2 : 1);
+    auto set_rows = [&](int chunk) {
+      rows.each(chunk, [&](int row) { first.set_row(row, h.as<float>() + row * hidden); });
     };
     auto multiply = [&](int chunk) {
-      tiles.each(chunk, [&](int top, int bottom, int left, int right) {
-        first.multiply(top, bottom, left, right, both, width);
+      tiles.multiply(chunk, both, width, [&](int top, int bottom, int left, int right) {
         if (!halves) return;
-        first.multiply(top, bottom, inner + left, inner + right, both, width);
         for (int row = top; row < bottom; row++) activate(both + row * width, inner, left, right);
       });
     };
     auto activate_rows = [&](int chunk) {
       rows.each(chunk, [&](int row) { activate(both + row * width, inner, 0, inner); });
     };
-    auto give = [&](int) {
-      for (int row = 0; row < count; row++) second.set_row(row, both + row * width);
+    auto give = [&](int chunk) {
+      rows.each(chunk, [&](int row) { second.set_row(row, both + row * width); });
     };
     Team team;
-    team.phase(1, set_rows);
+    team.phase(rows.chunks(), set_rows);
     team.phase(tiles.chunks(), multiply);
     if (!halves) team.phase(rows.chunks(), activate_rows);
-    team.phase(1, give);
+    team.phase(rows.chunks(), give);
     second.add_phases(team, {x.as<float>(), residual.as<float>(), norm.as<float>(),
                              routed ? routed.as<float>() : nullptr, next_h, next_x, epsilon_});
     team.run(context);

@@ -52,47 +52,101 @@ Product::Product(const Kernels& kernels, const Matrix& matrix, int rows)
 
 void Product::reserve(Scratch& scratch) const {
   scratch.reserve<const float*>(rows_);
-  if (!integers()) return;
-  scratch.reserve<int16_t>(rows_ * kernels_.padded_inputs(matrix_));
-  scratch.reserve<float>(rows_);
-  scratch.reserve<bool>(rows_);
+  if (integers()) {
+    scratch.reserve<int16_t>(rows_ * kernels_.padded_inputs(matrix_));
+    scratch.reserve<int32_t>(static_cast<size_t>(rows_) * matrix_.blocks);
+    scratch.reserve<float>(rows_);
+    scratch.reserve<bool>(rows_);
+  } else if (depth_parts()) {
+    scratch.reserve<float>(static_cast<size_t>(depth_parts()) * rows_ * matrix_.outputs);
+  }
 }
 
 void Product::take(Scratch& scratch) {
   at_ = scratch.take<const float*>(rows_);
-  if (!integers()) return;
-  values_ = scratch.take<int16_t>(rows_ * kernels_.padded_inputs(matrix_));
-  scales_ = scratch.take<float>(rows_);
-  plain_ = scratch.take<bool>(rows_);
+  if (integers()) {
+    values_ = scratch.take<int16_t>(rows_ * kernels_.padded_inputs(matrix_));
+    offsets_ = scratch.take<int32_t>(static_cast<size_t>(rows_) * matrix_.blocks);
+    scales_ = scratch.take<float>(rows_);
+    usual_ = scratch.take<bool>(rows_);
+  } else if (depth_parts()) {
+    sums_ = scratch.take<float>(static_cast<size_t>(depth_parts()) * rows_ * matrix_.outputs);
+  }
 }
 
 void Product::set_row(int row, const float* x) {
   at_[row] = x;
   if (!integers()) return;
-  plain_[row] = kernels_.quantize(matrix_, x, values_ + row * kernels_.padded_inputs(matrix_), scales_ + row);
+  usual_[row] = kernels_.quantize(matrix_, x, values_ + row * kernels_.padded_inputs(matrix_),
+                                  offsets_ + static_cast<size_t>(row) * matrix_.blocks, scales_ + row);
 }
 
-void Product::multiply(int first_row, int last_row, int first_column, int last_column, float* out,
+void Product::multiply(int depth, int first_row, int last_row, int first_column, int last_column, float* out,
                        size_t stride) const {
   const int count = last_row - first_row;
-  if (count <= 0 || first_column >= last_column) return;
   float* to = out + first_row * stride;
-  if (rows_ > kFewRows) {
-    kernels_.multiply_many(matrix_, at_[first_row], at_[1] - at_[0], count, first_column, last_column, to, stride);
-  } else if (integers()) {
+  if (integers()) {
     const size_t padded = kernels_.padded_inputs(matrix_);
-    IntegerRows rows = {values_ + first_row * padded, padded, scales_ + first_row, count};
+    IntegerRows rows = {values_ + first_row * padded, padded, offsets_ + static_cast<size_t>(first_row) * matrix_.blocks,
+                        scales_ + first_row, count};
     kernels_.multiply_codes(matrix_, rows, first_column, last_column, to, stride);
-    for (int row = first_row; row < last_row; row++) {
-      if (plain_[row]) continue;
-      kernels_.multiply_many(matrix_, at_[row], 0, 1, first_column, last_column, out + row * stride, stride);
-    }
+    for (int row = first_row; row < last_row; row++)
+      if (!usual_[row]) multiply_unusual(row, first_column, last_column, out + row * stride);
+  } else if (matrix_.transposed) {
+    kernels_.multiply_table(matrix_, at_ + first_row, count, first_column, last_column, to, stride);
+  } else if (rows_ > kFewRows) {
+    kernels_.multiply_many(matrix_, at_[first_row], at_[1] - at_[0], count, first_column, last_column, to, stride);
   } else {
-    kernels_.multiply_few(matrix_, at_ + first_row, count, first_column, last_column, to, stride);
+    const int first = depth * kDepth, last = first + kDepth;
+    const size_t width = matrix_.outputs;
+    kernels_.multiply_few(matrix_, at_ + first_row, count, first, last < matrix_.inputs ? last : matrix_.inputs,
+                          first_column, last_column, sums_ + (static_cast<size_t>(depth) * rows_ + first_row) * width,
+                          width);
   }
 }
 
-int Product::parts(int columns) const {
+void Product::add_up(int first_row, int last_row, int first_column, int last_column, float* out, size_t stride) const {
+  const size_t width = matrix_.outputs;
+  for (int row = first_row; row < last_row; row++) {
+    float* to = out + row * stride;
+    const float* from = sums_ + row * width;
+    for (int n = first_column; n < last_column; n++) to[n] = matrix_.bias ? matrix_.bias[n] + from[n] : from[n];
+    for (int depth = 1; depth < depth_parts(); depth++) {
+      from += rows_ * width;
+      for (int n = first_column; n < last_column; n++) to[n] += from[n];
+    }
+  }
+}
+
+// A row of numbers that integers cannot hold, such as infinities.
+void Product::multiply_unusual(int row, int first_column, int last_column, float* out) const {
+  constexpr int kAtOnce = 256;
+  const float* x = at_[row];
+  for (int n = first_column; n < last_column; n++) {
+    float total = 0;
+    for (int k = 0; k < matrix_.inputs; k += kAtOnce) {
+      float weights[kAtOnce];
+      const int end = k + kAtOnce < matrix_.inputs ? k + kAtOnce : matrix_.inputs;
+      kernels_.look_up(matrix_, n, k, end, weights);
+      for (int i = k; i < end; i++) total += x[i] * weights[i - k];
+    }
+    out[n] = matrix_.bias ? total + matrix_.bias[n] : total;
+  }
+}
+
+int Product::row_parts() const {
+  // As many rows as the second cache holds beside the weights.
+  constexpr int kRows = 256;
+  return rows_ <= kFewRows ? 1 : (rows_ + kRows - 1) / kRows;
+}
+
+int Product::depth_parts() const {
+  // Weights [inputs, outputs] are read fastest in whole rows. Even one part has its sums added up, as
+  // the bias is added then.
+  return matrix_.transposed || rows_ > kFewRows ? 0 : (matrix_.inputs + kDepth - 1) / kDepth;
+}
+
+int Product::column_parts(int columns) const {
   // What is worth a part: 128 KB of weights to read, or as long a time of computing.
   constexpr int64_t kWorth = 1 << 17;
   const int bits = matrix_.format == Format::kCodes4   ? 4
@@ -101,32 +155,25 @@ int Product::parts(int columns) const {
                                                        : 16;
   const int64_t weights = static_cast<int64_t>(columns) * matrix_.inputs;
   const int64_t reading = weights * bits / 8, computing = weights * (rows_ + 1) / 2;
-  int64_t most = 64;
-  if (rows_ > kFewRows) {
-    // Each part unpacks its own weights, so it should not be narrow.
-    most = 16;
-  } else if (!matrix_.transposed) {
-    // Memory is slow where a part reads less than 1 KB of each row of weights. An even number of
-    // few parts, since an odd one would leave one of two threads idle.
-    most = static_cast<int64_t>(columns) * bits / 8 / 1024;
-    if (most > 2) most -= most % 2;
-  }
   int64_t parts = (reading > computing ? reading : computing) / kWorth;
+  int64_t most = kMostColumnParts;
+  // Each part of many rows packs its own weights, so it should not be narrow.
+  if (rows_ > kFewRows) most = 16;
+  if (depth_parts()) {
+    parts /= depth_parts();
+    // Memory is slow where little is read of each row.
+    most = static_cast<int64_t>(columns) * bits / 8 / 4096;
+    if (most > kMostColumnParts) most = kMostColumnParts;
+  }
   const int64_t units = (columns + kColumns - 1) / kColumns;
   if (parts > most) parts = most;
   if (parts > units) parts = units;
   return parts < 1 ? 1 : static_cast<int>(parts);
 }
 
-void Product::part(int columns, int parts, int index, int* first, int* last) {
-  const int64_t units = (columns + kColumns - 1) / kColumns;
-  *first = static_cast<int>(units * index / parts) * kColumns;
-  *last = static_cast<int>(units * (index + 1) / parts) * kColumns;
-  if (*last > columns) *last = columns;
-}
-
-int Product::row_parts() const {
-  // As many rows as the second cache holds beside the weights.
-  constexpr int kRows = 256;
-  return rows_ <= kFewRows ? 1 : (rows_ + kRows - 1) / kRows;
+void Product::part(int count, int unit, int parts, int index, int* first, int* last) {
+  const int64_t units = (static_cast<int64_t>(count) + unit - 1) / unit;
+  *first = static_cast<int>(units * index / parts) * unit;
+  *last = static_cast<int>(units * (index + 1) / parts) * unit;
+  if (*last > count) *last = count;
 }

@@ -1,8 +1,7 @@
 // Products of rows of activations with the matrices of a graph, whatever form their weights have.
 //
-// Up to kFewRows rows are multiplied in integers where the weights are codes (docs/native.md,
-// "Numbers"), or by reading 16- or 32-bit weights once; for more rows, tiles of the weights are
-// unpacked to float32. Nothing is repacked or kept between runs.
+// Rows are multiplied in integers where the weights are codes (docs/native.md, "Numbers"), else in
+// float32. A row has the same bits however many rows there are. Nothing is kept between runs.
 #pragma once
 
 #include "context.h"
@@ -39,28 +38,37 @@ class Product {
   // Gives the product a row of activations, which must stay in memory until the end. May be called
   // for different rows at once. More than kFewRows rows must be equally far apart in memory.
   void set_row(int row, const float* x);
-  // out[row * stride + column] for the rows and columns from the first up to the last, exclusive.
-  // `out` is where row 0 and column 0 are. Column ranges begin at multiples of kColumns.
-  void multiply(int first_row, int last_row, int first_column, int last_column, float* out, size_t stride) const;
 
+  // A product is divided into parts of rows, of columns and of depth, for threads to have enough to
+  // do and each part enough to read. Column ranges begin at multiples of kColumns; the columns of
+  // one part are those of `columns`, which may be fewer than the outputs, such as one half of a
+  // matrix whose halves are multiplied together.
   static constexpr int kColumns = 32;
-  // Into how many parts of about equal size to divide the columns, so that threads have enough to
-  // do and each part enough to read; and the columns of one part. `columns` may be fewer than the
-  // outputs, such as one half of a matrix whose halves are multiplied together.
-  int parts(int columns) const;
-  static void part(int columns, int parts, int index, int* first, int* last);
-  // The same for the rows: 1 for few rows.
+  static constexpr int kMostColumnParts = 64;
   int row_parts() const;
+  int column_parts(int columns) const;
+  int depth_parts() const;  // 0 if the depth is not divided
+  // The rows and columns of a part of `count`, which are divided by units of `unit`.
+  static void part(int count, int unit, int parts, int index, int* first, int* last);
+
+  // Computes a part of the depth for rows and columns from the first up to the last, exclusive. With
+  // no parts of depth, writes the result: out[row * stride + column]; `out` is where row 0 and
+  // column 0 are. With them, keeps what `add_up` writes when all of them are there.
+  void multiply(int depth, int first_row, int last_row, int first_column, int last_column, float* out,
+                size_t stride) const;
+  void add_up(int first_row, int last_row, int first_column, int last_column, float* out, size_t stride) const;
 
  private:
-  // Whether rows are multiplied in integers.
-  bool integers() const { return rows_ <= kFewRows && matrix_.scales; }
+  bool integers() const { return matrix_.scales; }
+  void multiply_unusual(int row, int first_column, int last_column, float* out) const;
 
   const ProductKernels& kernels_;
   const Matrix matrix_;
   const int rows_;
   const float** at_ = nullptr;  // the rows as they were given
-  int16_t* values_ = nullptr;   // the rows in integers, with their scales
+  int16_t* values_ = nullptr;   // the rows in integers, with their offsets and scales
+  int32_t* offsets_ = nullptr;
   float* scales_ = nullptr;
-  bool* plain_ = nullptr;  // whether a row can be written in integers
+  bool* usual_ = nullptr;   // whether a row can be written in integers
+  float* sums_ = nullptr;   // [depth parts, rows, outputs]
 };

@@ -3,12 +3,16 @@
 
 #include "matrix.h"
 
+constexpr int kFewRows = 8;
+constexpr int kDepth = 128;  // inputs that are summed up by themselves
+
 // Rows of activations in int16, and what they are multiplied with.
 struct IntegerRows {
   const int16_t* values;  // as `quantize` writes them
   size_t stride;          // from row to row
+  const int32_t* offsets;  // of each block, row by row
   const float* scales;    // one a row
-  int rows;               // 1 to kFewRows
+  int rows;
 };
 
 struct ProductKernels {
@@ -25,19 +29,25 @@ struct ProductKernels {
 
   // Values of a row that `quantize` writes for this matrix.
   size_t (*padded_inputs)(const Matrix& matrix);
-  // Writes a row in int16, in the order in which `multiply_codes` reads it, and its scale. False,
-  // and a row of zeros, if it has an infinity, a NaN, or only numbers that are all but zero.
-  bool (*quantize)(const Matrix& matrix, const float* x, int16_t* values, float* scale);
+  // Writes a row in int16, in the order in which `multiply_codes` reads it, its scale, and for each
+  // block the sum of its numbers times the zero point of codes. False, and a row of zeros, if it has
+  // an infinity, a NaN, or only numbers that are all but zero.
+  bool (*quantize)(const Matrix& matrix, const float* x, int16_t* values, int32_t* offsets, float* scale);
   // The products below write out[row * stride + column], for columns from the first up to the last,
   // exclusive; the first is a multiple of 32.
   //
   // Rows of integers times codes.
   void (*multiply_codes)(const Matrix& matrix, const IntegerRows& rows, int first_column, int last_column, float* out,
                          size_t stride);
-  // Up to kFewRows rows times weights that are no codes.
-  void (*multiply_few)(const Matrix& matrix, const float* const* rows, int count, int first_column, int last_column,
-                       float* out, size_t stride);
-  // Rows that are `row_stride` apart, times any weights.
+  // Rows times unquantized weights [outputs, inputs].
+  void (*multiply_table)(const Matrix& matrix, const float* const* rows, int count, int first_column, int last_column,
+                         float* out, size_t stride);
+  // Up to kFewRows rows times unquantized weights [inputs, outputs]: the inputs from the first up to
+  // the last, without the bias. The sums of every kDepth inputs, added up in order to the bias, are
+  // what `multiply_many` gives.
+  void (*multiply_few)(const Matrix& matrix, const float* const* rows, int count, int first_input, int last_input,
+                       int first_column, int last_column, float* out, size_t stride);
+  // Rows that are `row_stride` apart, times unquantized weights [inputs, outputs].
   void (*multiply_many)(const Matrix& matrix, const float* rows, size_t row_stride, int count, int first_column,
                         int last_column, float* out, size_t stride);
 
@@ -46,4 +56,3 @@ struct ProductKernels {
   void (*look_up)(const Matrix& matrix, int64_t index, int first, int last, float* out);
 };
 
-constexpr int kFewRows = 8;

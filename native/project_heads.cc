@@ -75,17 +75,13 @@ class ProjectHeads {
     float* projected = scratch.take<float>(count * width);
     float* gates = scratch.take<float>(static_cast<size_t>(count) * pairs * 2);
 
-    const Tiles tiles(product, count, matrix.outputs);
-    auto set_rows = [&](int) {
-      for (int row = 0; row < count; row++) product.set_row(row, h.as<float>() + row * hidden);
+    Tiles tiles(product, count, matrix.outputs);
+    auto set_rows = [&](int chunk) {
+      rows.each(chunk, [&](int row) { product.set_row(row, h.as<float>() + row * hidden); });
     };
     // The products of the gates are chunks beside those of the large one.
     auto multiply = [&](int chunk) {
-      if (chunk < tiles.chunks()) {
-        return tiles.each(chunk, [&](int top, int bottom, int left, int right) {
-          product.multiply(top, bottom, left, right, projected, width);
-        });
-      }
+      if (chunk < tiles.chunks()) return tiles.multiply(chunk, projected, width);
       rows.each(chunk - tiles.chunks(), [&](int row) {
         float* out = gates + static_cast<size_t>(row) * pairs * 2;
         kernels.narrow_product(h.as<float>() + row * hidden, gate_weight.as<float>(),
@@ -115,7 +111,7 @@ class ProjectHeads {
       });
     };
     Team team;
-    team.phase(1, set_rows);
+    team.phase(rows.chunks(), set_rows);
     team.phase(tiles.chunks() + rows.chunks(), multiply);
     team.phase(rows.chunks(), make_rows);
     team.run(context);

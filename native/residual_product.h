@@ -20,7 +20,6 @@ class ResidualProduct {
 
   void reserve(Scratch& scratch) const { product_.reserve(scratch); }
   void take(Scratch& scratch) { product_.take(scratch); }
-  // For many rows, this only notes where they are, which is not worth more than one chunk.
   void set_row(int row, const float* values) { product_.set_row(row, values); }
 
   // Adds the two phases. This object must live until the team has run.
@@ -41,10 +40,8 @@ class ResidualProduct {
     void operator()(int chunk) const { self->finish(chunk); }
   };
 
-  void multiply(int chunk) const {
-    tiles_.each(chunk, [&](int top, int bottom, int left, int right) {
-      product_.multiply(top, bottom, left, right, streams_.next_x, hidden_);
-    });
+  void multiply(int chunk) {
+    tiles_.multiply(chunk, streams_.next_x, hidden_);
   }
   void finish(int chunk) const {
     const Streams& s = streams_;
@@ -59,7 +56,7 @@ class ResidualProduct {
   const int hidden_;
   const Rows rows_;
   Product product_;
-  const Tiles tiles_;
+  Tiles tiles_;
   Streams streams_{};
   Multiply multiply_{};
   Finish finish_{};

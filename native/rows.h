@@ -1,6 +1,8 @@
 // How the rows of a step are divided among threads, where each row is a unit of work.
 #pragma once
 
+#include <atomic>
+
 #include "product.h"
 
 // Few rows are one chunk, so that nobody has to be woken for them.
@@ -19,23 +21,43 @@ struct Rows {
 };
 
 // The parts of a product, as chunks of a phase: every part of its rows with every part of its
-// columns.
+// columns and of its depth.
 class Tiles {
  public:
-  Tiles(const Product& product, int rows, int columns)
-      : rows_(rows), columns_(columns), row_parts_(product.row_parts()), column_parts_(product.parts(columns)) {}
+  // `copies` ranges of `columns` columns, one behind the other, are multiplied together.
+  Tiles(const Product& product, int rows, int columns, int copies = 1)
+      : product_(product), rows_(rows), columns_(columns), copies_(copies), row_parts_(product.row_parts()),
+        column_parts_(product.column_parts(columns)), depth_parts_(product.depth_parts()) {}
 
-  int chunks() const { return row_parts_ * column_parts_; }
-  // Calls function(first_row, last_row, first_column, last_column). Parts of the same columns
-  // follow each other, so that weights are found in the cache.
-  template <class Function>
-  void each(int chunk, Function function) const {
-    int top = 0, bottom = rows_, left, right;
-    if (row_parts_ > 1) Product::part(rows_, row_parts_, chunk % row_parts_, &top, &bottom);
-    Product::part(columns_, column_parts_, chunk / row_parts_, &left, &right);
-    if (top < bottom && left < right) function(top, bottom, left, right);
+  int chunks() const { return row_parts_ * column_parts_ * (depth_parts_ ? depth_parts_ : 1); }
+  // Does a chunk, and calls done(first_row, last_row, first_column, last_column) for what is in `out`
+  // thereby, in each copy. Parts of the same columns follow each other, so that weights are found in
+  // the cache.
+  template <class Done>
+  void multiply(int chunk, float* out, size_t stride, Done done) {
+    // Only products of few rows, which are one part, are divided in depth.
+    const int depth = depth_parts_ ? chunk % depth_parts_ : 0;
+    if (depth_parts_) chunk /= depth_parts_;
+    const int column = chunk / row_parts_;
+    int top, bottom, left, right;
+    Product::part(rows_, 1, row_parts_, chunk % row_parts_, &top, &bottom);
+    Product::part(columns_, Product::kColumns, column_parts_, column, &left, &right);
+    if (top >= bottom || left >= right) return;
+    for (int i = 0; i < copies_; i++)
+      product_.multiply(depth, top, bottom, i * columns_ + left, i * columns_ + right, out, stride);
+    if (depth_parts_) {
+      if (complete_[column].fetch_add(1, std::memory_order_acq_rel) + 1 < depth_parts_) return;
+      for (int i = 0; i < copies_; i++)
+        product_.add_up(top, bottom, i * columns_ + left, i * columns_ + right, out, stride);
+    }
+    done(top, bottom, left, right);
+  }
+  void multiply(int chunk, float* out, size_t stride) {
+    multiply(chunk, out, stride, [](int, int, int, int) {});
   }
 
  private:
-  int rows_, columns_, row_parts_, column_parts_;
+  const Product& product_;
+  const int rows_, columns_, copies_, row_parts_, column_parts_, depth_parts_;
+  std::atomic<int> complete_[Product::kMostColumnParts] = {};  // parts of depth that are done, by columns
 };

@@ -27,6 +27,7 @@ typedef float Floats __attribute__((vector_size(4 * KERNEL_WIDTH)));
 typedef int32_t Ints __attribute__((vector_size(4 * KERNEL_WIDTH)));
 typedef uint32_t Words __attribute__((vector_size(4 * KERNEL_WIDTH)));
 typedef int16_t Shorts __attribute__((vector_size(4 * KERNEL_WIDTH)));
+typedef uint16_t UnsignedShorts __attribute__((vector_size(4 * KERNEL_WIDTH)));
 // The same in memory, at any address.
 typedef float FloatsAt __attribute__((vector_size(4 * KERNEL_WIDTH), aligned(4), may_alias));
 typedef int32_t IntsAt __attribute__((vector_size(4 * KERNEL_WIDTH), aligned(4), may_alias));
@@ -56,7 +57,16 @@ ALWAYS_INLINE float sum(Floats v) {
     for (int i = 0; i < half; i++) total[i] += total[i + half];
   return total[0];
 }
-ALWAYS_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
+// Asks for memory: into the first cache, or into the second. A core waits for few lines of the first
+// at a time, too few for the whole speed of memory; so lines are asked for twice.
+ALWAYS_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+ALWAYS_INLINE void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
+constexpr int kNear = 2048, kFar = 8192;  // bytes between reading and asking
+// For memory that is read from one end to the other.
+ALWAYS_INLINE void ask_ahead(const void* p) {
+  prefetch(static_cast<const char*>(p) + kNear);
+  prefetch_far(static_cast<const char*>(p) + kFar);
+}
 
 // W numbers of 16 bits as float32.
 ALWAYS_INLINE Floats load_bfloat16(const uint16_t* x) {
@@ -139,31 +149,59 @@ ALWAYS_INLINE Ints add_pairs(Ints total, Shorts a, Shorts b) {
 #endif
 }
 
-// COUNT numbers of a memory, each in W / COUNT neighbouring lanes.
-template <int COUNT>
-ALWAYS_INLINE Floats spread(const float* x) {
-  if constexpr (COUNT == 1) return all(*x);
-#if defined(KERNEL_PLAIN) || KERNEL_WIDTH == 4
-  float y[W];
-  for (int i = 0; i < W; i++) y[i] = x[i * COUNT / W];
-  return load(y);
-#elif KERNEL_WIDTH == 16
-  __m512 v;
-  if constexpr (COUNT == 2)
-    v = _mm512_castps128_ps512(_mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x))));
-  else if constexpr (COUNT == 4) v = _mm512_castps128_ps512(_mm_loadu_ps(x));
-  else v = _mm512_castps256_ps512(_mm256_loadu_ps(x));
-  constexpr int S = 16 / COUNT;
-  const __m512i lanes = _mm512_setr_epi32(0, 1 / S, 2 / S, 3 / S, 4 / S, 5 / S, 6 / S, 7 / S, 8 / S, 9 / S, 10 / S,
-                                          11 / S, 12 / S, 13 / S, 14 / S, 15 / S);
-  return (Floats)_mm512_maskz_permutexvar_ps(0xffff, lanes, v);
+// Interleaves a and b within each 128 bits: their lower or upper numbers, one by one or two by two.
+#if KERNEL_WIDTH == 16
+#define SHUFFLED(a, b, i, j, k, l)                                                                              \
+  __builtin_shufflevector(a, b, i, j, k, l, i + 4, j + 4, k + 4, l + 4, i + 8, j + 8, k + 8, l + 8, i + 12, j + 12, \
+                          k + 12, l + 12)
+#elif KERNEL_WIDTH == 8
+#define SHUFFLED(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l, i + 4, j + 4, k + 4, l + 4)
 #else
-  __m128 v;
-  if constexpr (COUNT == 2) v = _mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x)));
-  else v = _mm_loadu_ps(x);
-  constexpr int S = 8 / COUNT;
-  const __m256i lanes = _mm256_setr_epi32(0, 1 / S, 2 / S, 3 / S, 4 / S, 5 / S, 6 / S, 7 / S);
-  return (Floats)_mm256_permutevar8x32_ps(_mm256_castps128_ps256(v), lanes);
+#define SHUFFLED(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#endif
+// Transposes the 4 x 4 numbers that each 128 bits of four vectors hold: number i of vector j becomes
+// number j of vector i.
+template <class Vector>
+ALWAYS_INLINE void transpose_quads(Vector* x) {
+  const Vector p = SHUFFLED(x[0], x[1], 0, W, 1, W + 1), q = SHUFFLED(x[2], x[3], 0, W, 1, W + 1);
+  const Vector r = SHUFFLED(x[0], x[1], 2, W + 2, 3, W + 3), s = SHUFFLED(x[2], x[3], 2, W + 2, 3, W + 3);
+  x[0] = SHUFFLED(p, q, 0, 1, W, W + 1);
+  x[1] = SHUFFLED(p, q, 2, 3, W + 2, W + 3);
+  x[2] = SHUFFLED(r, s, 0, 1, W, W + 1);
+  x[3] = SHUFFLED(r, s, 2, 3, W + 2, W + 3);
+}
+// The sums of the four numbers that each 128 bits of four vectors hold: that of vector i becomes number i.
+ALWAYS_INLINE Ints sum_quads(const Ints* x) {
+  const Ints p = SHUFFLED(x[0], x[1], 0, W, 1, W + 1) + SHUFFLED(x[0], x[1], 2, W + 2, 3, W + 3);
+  const Ints q = SHUFFLED(x[2], x[3], 0, W, 1, W + 1) + SHUFFLED(x[2], x[3], 2, W + 2, 3, W + 3);
+  return SHUFFLED(p, q, 0, 1, W, W + 1) + SHUFFLED(p, q, 2, 3, W + 2, W + 3);
+}
+#undef SHUFFLED
+constexpr int kQuads = W / 4;  // 128-bit parts of a vector
+// Transposes the parts of 128 bits of kQuads vectors.
+ALWAYS_INLINE void transpose_parts([[maybe_unused]] Ints* x) {
+#if KERNEL_WIDTH == 16
+  auto lower = [](Ints a, Ints b) __attribute__((always_inline)) {
+    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+  };
+  auto upper = [](Ints a, Ints b) __attribute__((always_inline)) {
+    return __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  };
+  auto even = [](Ints a, Ints b) __attribute__((always_inline)) {
+    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+  };
+  auto odd = [](Ints a, Ints b) __attribute__((always_inline)) {
+    return __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+  };
+  const Ints p = lower(x[0], x[1]), q = upper(x[0], x[1]), r = lower(x[2], x[3]), s = upper(x[2], x[3]);
+  x[0] = even(p, r);
+  x[1] = odd(p, r);
+  x[2] = even(q, s);
+  x[3] = odd(q, s);
+#elif KERNEL_WIDTH == 8
+  const Ints p = __builtin_shufflevector(x[0], x[1], 0, 1, 2, 3, 8, 9, 10, 11);
+  x[1] = __builtin_shufflevector(x[0], x[1], 4, 5, 6, 7, 12, 13, 14, 15);
+  x[0] = p;
 #endif
 }
 

@@ -1,7 +1,7 @@
 // ProjectToVocabulary: the logits of the last positions.
 #include "operators.h"
 #include "processor.h"
-#include "product.h"
+#include "rows.h"
 #include "team.h"
 
 namespace {
@@ -39,24 +39,19 @@ class ProjectToVocabulary {
     product.take(scratch);
     float* copies = copied ? scratch.take<float>(rows * hidden) : nullptr;
 
-    const int column_parts = product.parts(matrix.outputs), row_parts = product.row_parts();
-    auto set_rows = [&](int) {
-      for (int row = 0; row < rows; row++) {
+    const Rows divided{rows};
+    Tiles tiles(product, rows, matrix.outputs);
+    auto set_rows = [&](int chunk) {
+      divided.each(chunk, [&](int row) {
         const float* x = h.as<float>() + ((row / last + 1) * length - last + row % last) * hidden;
         if (copied) x = static_cast<float*>(memcpy(copies + row * hidden, x, hidden * sizeof(float)));
         product.set_row(row, x);
-      }
+      });
     };
-    auto multiply = [&](int part) {
-      int first_column, last_column;
-      Product::part(matrix.outputs, column_parts, part / row_parts, &first_column, &last_column);
-      const int64_t at = part % row_parts;
-      product.multiply(static_cast<int>(rows * at / row_parts), static_cast<int>(rows * (at + 1) / row_parts),
-                       first_column, last_column, logits, matrix.outputs);
-    };
+    auto multiply = [&](int chunk) { tiles.multiply(chunk, logits, matrix.outputs); };
     Team team;
-    team.phase(1, set_rows);
-    team.phase(column_parts * row_parts, multiply);
+    team.phase(divided.chunks(), set_rows);
+    team.phase(tiles.chunks(), multiply);
     team.run(context);
   }
 

@@ -110,15 +110,15 @@ class Step {
       if (!attend_all(head, slice * AttentionBlock::kTokens, parts, attended))
         failed.store(true, std::memory_order_relaxed);
     };
-    auto give_rows = [&](int) {
-      for (int token = 0; token < count; token++) product.set_row(token, attended + token * width_);
+    auto give_rows = [&](int chunk) {
+      rows.each(chunk, [&](int token) { product.set_row(token, attended + token * width_); });
     };
     Team team;
     team.phase(key_heads * row_parts, rank);
     team.phase(replacing, replace);
     if (prompt) {
       team.phase(key_heads * slices, attend_block);
-      team.phase(1, give_rows);
+      team.phase(rows.chunks(), give_rows);
     } else {
       if (!single) team.phase(key_heads * parts.count, attend_part);
       team.phase(rows.chunks(), join);
