@@ -111,7 +111,8 @@ class GrowingAttention : AttentionAttributes {
       const Rows rows{count};
       const Parts parts{row, Parts::of(longest)};
       const size_t width = static_cast<size_t>(op.heads) * row;
-      const bool prompt = length > kFewTokens;
+      // Several tokens share the work on keys and values. How many there are changes no bits.
+      const bool several = length > 1;
       const bool selects = op.window > 0 && longest > op.window;
       const int gate_heads = key_heads * op.gates;
       ResidualProduct product(*op.kernels, in.output, count);
@@ -127,13 +128,13 @@ class GrowingAttention : AttentionAttributes {
       });
       product.reserve(scratch);
       scratch.reserve<float>(count * width);
-      scratch.reserve<float>(prompt ? 0 : static_cast<size_t>(count) * op.heads * parts.stride());
+      scratch.reserve<float>(several ? 0 : static_cast<size_t>(count) * op.heads * parts.stride());
       if (!scratch.allocate()) return context.fail("no memory");
       lay_out([&](auto* none, size_t size) { return scratch.take<std::remove_pointer_t<decltype(none)>>(size); });
       if (!selects) kept = nullptr;
       product.take(scratch);
       float* attended = scratch.take<float>(count * width);
-      float* part = scratch.take<float>(prompt ? 0 : static_cast<size_t>(count) * op.heads * parts.stride());
+      float* part = scratch.take<float>(several ? 0 : static_cast<size_t>(count) * op.heads * parts.stride());
       queries = kInt8State ? scaled : in.q.as<float>();
 
       // With the past in place, there is little to do for few rows.
@@ -187,7 +188,7 @@ class GrowingAttention : AttentionAttributes {
         team.phase(key_heads * parts.count, read_gates);
         team.phase(rows.chunks(), select);
       }
-      if (prompt) {
+      if (several) {
         team.phase(key_heads * slices, attend_block);
         team.phase(rows.chunks(), give_rows);
       } else {

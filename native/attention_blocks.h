@@ -1,4 +1,4 @@
-// Attention of many new tokens: blocks of queries with blocks of keys, and a running softmax (Dao et
+// Attention of several new tokens: blocks of queries with blocks of keys, and a running softmax (Dao et
 // al. 2022, FlashAttention).
 //
 // Keys and values become packed matrices, so both products run at the speed of large ones. Knows

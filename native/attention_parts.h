@@ -1,4 +1,5 @@
-// Attention of few new tokens: parts of the keys are attended to by different threads, then joined.
+// Attention of one or a few new tokens: parts of the keys are attended to by different threads, then
+// joined.
 //
 // A part begins at a fixed number of keys, so a token's result does not depend on the other
 // sequences of a step or on the number of threads. Knows rows of float32 and of int8.
@@ -7,9 +8,6 @@
 #include <cmath>
 
 #include "kernels.h"
-
-// More new tokens than these are attended to in blocks.
-constexpr int kFewTokens = 2;
 
 struct Parts {
   static constexpr int kKeys = 128;  // of a part

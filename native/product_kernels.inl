@@ -178,11 +178,12 @@ ALWAYS_INLINE Shorts load_group(const uint8_t* codes, size_t at, size_t bytes) {
 template <int BITS, int BLOCK, int ROWS>
 struct FewProduct {
   using C = Codes<BITS>;
-  static constexpr int kGroups = BLOCK > C::kCount ? BLOCK / C::kCount : 1;  // of a unit: blocks that
-  static constexpr int kBlocks = BLOCK < C::kCount ? C::kCount / BLOCK : 1;  // fill one, or one block
-  static constexpr int kPartCodes = C::kCount / kQuads;                      // in 128 bits
-  static constexpr int kHalves = BLOCK < kPartCodes ? 2 : 1;  // blocks in 128 bits
-  static constexpr int kUnits = 32;                           // whose sums are kept at a time
+  // A unit is one block, or the blocks of one group where those are smaller.
+  static constexpr int kGroups = BLOCK > C::kCount ? BLOCK / C::kCount : 1;
+  static constexpr int kBlocks = BLOCK < C::kCount ? C::kCount / BLOCK : 1;
+  static constexpr int kUnits = 32;                            // whose sums are kept at a time
+  static constexpr int kPartCodes = C::kCount / kQuads;        // in 128 bits
+  static constexpr int kHalves = BLOCK < kPartCodes ? 2 : 1;   // blocks in 128 bits
   static_assert(BLOCK * 2 >= kPartCodes, "at most two blocks in 128 bits");
 
   // Sums of a unit: numbers that belong to column c of four are those at c of each 128 bits.

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 
 import fake_bundle
 import pytest
@@ -19,9 +20,10 @@ from typer.main import get_command
 import doge_onnx
 from doge_onnx import bundle as bundles
 from doge_onnx import cli, cli_options
-from doge_onnx.bundle import MANIFEST_NAME, read_manifest
+from doge_onnx.bundle import MANIFEST_NAME, Bundle, read_manifest
 from doge_onnx.export import exporter, half, lowering, quantize
 from doge_onnx.runtime.engine import device
+from doge_onnx.runtime.engine.kernels import choose_kernels
 
 # --- the command itself -------------------------------------------------------------------
 
@@ -245,6 +247,7 @@ def test_info_gives_the_manifest_to_a_program(tiny_bundle):
         "ignored_generation_options": [],
         "generation_options_without_effect": [],
         "hub": None,
+        "kernels": asdict(choose_kernels(Bundle.open(tiny_bundle).manifest)),
     }
 
 

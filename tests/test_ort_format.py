@@ -55,7 +55,8 @@ def test_the_logits_are_those_of_the_onnx_format(case, tmp_path):
     ids = random_ids(40, 97)
     results = []
     for path in (onnx, ort):
-        model = doge_onnx.load(path)
+        # The format has no functions, so none of the native kernels, whose products are more exact.
+        model = doge_onnx.load(path, native=False)
         first, state = model.forward([ids[:30], ids[5:35]], logits="all")
         rest = []
         for token in ids[30:]:

@@ -94,15 +94,29 @@ def test_the_last_positions_are_kept(kernels, batch, keep):
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_a_row_does_not_depend_on_the_others(kernels, form):
+@pytest.mark.parametrize("size", [(300, 130), (1040, 37), (2100, 33)], ids=str)
+def test_a_row_does_not_depend_on_the_others(kernels, form, size):
+    inputs, outputs = size
     rng = np.random.default_rng(3)
-    weight, scales, attributes, _ = matrix(rng, form, 300, 130)
-    h = floats(rng, 1, 8, 300)
-    node = product(kernels, h, weight, scales, None, attributes)
+    weight, scales, attributes, _ = matrix(rng, form, inputs, outputs)
+    rows_have_their_own_bits(kernels, floats(rng, 1, 30, inputs), weight, scales, attributes)
+
+
+@pytest.mark.parametrize("form", FORMS[:3], ids=str)
+def test_a_row_times_a_table_does_not_depend_on_the_others(kernels, form):
+    rng = np.random.default_rng(4)
+    weight, scales, attributes, _ = matrix(rng, form, 301, 77, table=True)
+    rows_have_their_own_bits(kernels, floats(rng, 1, 30, 301), weight, scales, attributes, 1)
+
+
+def rows_have_their_own_bits(kernels, h, weight, scales, attributes, transposed=0):
+    bias = floats(np.random.default_rng(5), weight.shape[0 if scales is not None or transposed else 1])
+    node = product(kernels, h, weight, scales, bias, attributes, transposed)
     together = node.run()["logits"]
-    for row in range(8):
-        alone = node.run(h=h[:, row : row + 1])["logits"]
-        np.testing.assert_array_equal(alone[:, 0], together[:, row])
+    for count in (1, 2, 3, 8, 9):
+        for first in range(0, h.shape[1] - count, count):
+            some = node.run(h=h[:, first : first + count])["logits"]
+            np.testing.assert_array_equal(some, together[:, first : first + count])
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -142,9 +156,12 @@ def test_large_codes_do_not_overflow(kernels, form):
     values = np.repeat(
         (2 ** (bits - 1) - 1 if bits == 8 else 0) * scales, 512 // scales.shape[1], 1
     )
-    h = np.full((1, 1, 512), 3.0, np.float32)
-    logits = product(kernels, h, weight, scales, None, attributes).run()["logits"]
-    assert_close(logits, h.astype(np.float64) @ values.T)
+    for sign in (3.0, -3.0):
+        h = np.full((1, 3, 512), sign, np.float32)
+        node = product(kernels, h, weight, scales, None, attributes)
+        for rows in (1, 3):
+            logits = node.run(h=h[:, :rows])["logits"]
+            assert_close(logits, h[:, :rows].astype(np.float64) @ values.T)
 
 
 def changes(rng):
