@@ -224,6 +224,9 @@ ALWAYS_INLINE void score_heads(const float* q, const T* keys, int row, int count
   for (int t = 0; t < count; t += 4) {
     const T* key[4];
     for (int j = 0; j < 4; j++) key[j] = keys + static_cast<size_t>(t + j < count ? t + j : count - 1) * row;
+    // Four keys at a time are read too slowly from memory where they are wide.
+    if (sizeof(T) == sizeof(float))
+      for (size_t i = 0; i < 4 * row * sizeof(T); i += 64) ask_ahead(reinterpret_cast<const char*>(key[0]) + i);
     Floats total[HEADS][4] = {};
     auto add = [&](const Floats* query, auto read) {
 #pragma GCC unroll 4

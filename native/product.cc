@@ -146,14 +146,14 @@ int Product::depth_parts() const {
   return matrix_.transposed || rows_ > kFewRows ? 0 : (matrix_.inputs + kDepth - 1) / kDepth;
 }
 
-int Product::column_parts(int columns) const {
-  // What is worth a part: 128 KB of weights to read, or as long a time of computing.
-  constexpr int64_t kWorth = 1 << 17;
+int Product::column_parts(int columns, int copies) const {
+  // What is worth a part: 64 KB of weights to read, or as long a time of computing.
+  constexpr int64_t kWorth = 1 << 16;
   const int bits = matrix_.format == Format::kCodes4   ? 4
                    : matrix_.format == Format::kCodes8 ? 8
                    : matrix_.format == Format::kFloat  ? 32
                                                        : 16;
-  const int64_t weights = static_cast<int64_t>(columns) * matrix_.inputs;
+  const int64_t weights = static_cast<int64_t>(columns) * copies * matrix_.inputs;
   const int64_t reading = weights * bits / 8, computing = weights * (rows_ + 1) / 2;
   int64_t parts = (reading > computing ? reading : computing) / kWorth;
   int64_t most = kMostColumnParts;

@@ -40,13 +40,12 @@ class Product {
   void set_row(int row, const float* x);
 
   // A product is divided into parts of rows, of columns and of depth, for threads to have enough to
-  // do and each part enough to read. Column ranges begin at multiples of kColumns; the columns of
-  // one part are those of `columns`, which may be fewer than the outputs, such as one half of a
-  // matrix whose halves are multiplied together.
+  // do and each part enough to read. Column ranges begin at multiples of kColumns; `copies` ranges of
+  // `columns` columns each may be divided alike, to be multiplied together.
   static constexpr int kColumns = 32;
   static constexpr int kMostColumnParts = 64;
   int row_parts() const;
-  int column_parts(int columns) const;
+  int column_parts(int columns, int copies) const;
   int depth_parts() const;  // 0 if the depth is not divided
   // The rows and columns of a part of `count`, which are divided by units of `unit`.
   static void part(int count, int unit, int parts, int index, int* first, int* last);

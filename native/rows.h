@@ -27,7 +27,7 @@ class Tiles {
   // `copies` ranges of `columns` columns, one behind the other, are multiplied together.
   Tiles(const Product& product, int rows, int columns, int copies = 1)
       : product_(product), rows_(rows), columns_(columns), copies_(copies), row_parts_(product.row_parts()),
-        column_parts_(product.column_parts(columns)), depth_parts_(product.depth_parts()) {}
+        column_parts_(product.column_parts(columns, copies)), depth_parts_(product.depth_parts()) {}
 
   int chunks() const { return row_parts_ * column_parts_ * (depth_parts_ ? depth_parts_ : 1); }
   // Does a chunk, and calls done(first_row, last_row, first_column, last_column) for what is in `out`
