@@ -256,6 +256,7 @@ struct FewProduct {
   static void run(const Matrix& matrix, const IntegerRows& rows, int first_column, int last_column, float* out,
                   size_t stride) {
     const int units = (matrix.blocks + kBlocks - 1) / kBlocks;
+    ask_first(Columns(matrix, BITS, first_column, last_column).codes);
     for (int n = first_column; n < last_column; n += W) {
       const Columns columns(matrix, BITS, n, last_column);
       Floats totals[ROWS];
@@ -584,6 +585,7 @@ template <class F>
 static void multiply_table_of(const Matrix& matrix, const float* const* rows, int count, int first_column,
                               int last_column, float* out, size_t stride) {
   const int slice = count <= kTableRows ? last_column - first_column : 32;
+  ask_first(static_cast<const typename F::Type*>(matrix.weight) + static_cast<size_t>(first_column) * matrix.inputs);
   for (int n = first_column; n < last_column; n += slice) {
     const int end = least(n + slice, last_column);
     in_groups<kTableRows>(count, [&](int first, int some) {
@@ -659,6 +661,11 @@ static void few_of(const Matrix& matrix, const float* const* rows, int first_inp
   const typename F::Type* weight = static_cast<const typename F::Type*>(matrix.weight);
   const size_t pitch = matrix.outputs;
   const size_t ahead = (kFar / (pitch * sizeof(typename F::Type)) + 2 * kTogether) * pitch;
+  // What comes before that: enough rows for kFar bytes.
+  const int bytes = (last_column - first_column) * sizeof(typename F::Type);
+  for (int k = first_input; k < last_input && (k - first_input) * bytes < kFar; k++)
+    for (int i = 0; i < bytes; i += 64)
+      prefetch_far(reinterpret_cast<const char*>(weight + k * pitch + first_column) + i);
   alignas(64) float sums[ROWS][kSlice<ROWS>];
   for (int first = first_column; first < last_column; first += kSlice<ROWS>) {
     const int width = least(kSlice<ROWS>, last_column - first);

@@ -62,7 +62,10 @@ ALWAYS_INLINE float sum(Floats v) {
 ALWAYS_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 ALWAYS_INLINE void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
 constexpr int kNear = 2048, kFar = 8192;  // bytes between reading and asking
-// For memory that is read from one end to the other.
+// At the first byte of memory that is read from one end to the other, and at all bytes.
+ALWAYS_INLINE void ask_first(const void* p) {
+  for (int i = 0; i < kFar; i += 64) prefetch_far(static_cast<const char*>(p) + i);
+}
 ALWAYS_INLINE void ask_ahead(const void* p) {
   prefetch(static_cast<const char*>(p) + kNear);
   prefetch_far(static_cast<const char*>(p) + kFar);

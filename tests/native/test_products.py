@@ -110,7 +110,9 @@ def test_a_row_times_a_table_does_not_depend_on_the_others(kernels, form):
 
 
 def rows_have_their_own_bits(kernels, h, weight, scales, attributes, transposed=0):
-    bias = floats(np.random.default_rng(5), weight.shape[0 if scales is not None or transposed else 1])
+    bias = floats(
+        np.random.default_rng(5), weight.shape[0 if scales is not None or transposed else 1]
+    )
     node = product(kernels, h, weight, scales, bias, attributes, transposed)
     together = node.run()["logits"]
     for count in (1, 2, 3, 8, 9):
