@@ -178,14 +178,19 @@ def any_bundle(request, make):
     return make(request.param)
 
 
+def own(bundle: Path) -> doge_onnx.Model:
+    """A bundle with the kernels that genai has, too."""
+    return doge_onnx.load(bundle, native=False)
+
+
 def continuations(bundle: Path, prompts: list, count: int, **options) -> list[list[int]]:
-    model = doge_onnx.load(bundle)
+    model = own(bundle)
     completions = model.generate_batch(prompts, max_new_tokens=count, temperature=0, **options)
     return [completion.token_ids for completion in completions]
 
 
 def test_greedy_text_streamed_is_that_of_the_own_runtime(any_bundle, genai):
-    model = doge_onnx.load(any_bundle)
+    model = own(any_bundle)
     ours = list(model.stream(PROMPT, max_new_tokens=TOKENS))
     length = len(model.tokenizer.encode(PROMPT)) + TOKENS
     theirs = genai.of(any_bundle)("stream", prompt=PROMPT, max_length=length)
@@ -228,7 +233,7 @@ def test_a_prompt_longer_than_a_chunk(tiny_bundle, genai):
 @pytest.mark.parametrize("name", ["fp32", "portable", "int8 state"])
 def test_a_generator_that_is_continued_and_rewound(make, genai, name):
     bundle = make(name)
-    model = doge_onnx.load(bundle)
+    model = own(bundle)
     first, then = ([3 + i % 4000 for i in checkpoints.random_ids(9, 1 << 20, s)] for s in (1, 2))
     answer = continuations(bundle, [first], 5)[0]
     assert 1 not in answer
@@ -292,7 +297,7 @@ def test_tokens_become_the_same_text_piece_by_piece(chat_bundle, genai):
 
 
 def test_the_chat_template_gives_the_same_prompt_and_answer(chat_bundle, genai):
-    model = doge_onnx.load(chat_bundle)
+    model = own(chat_bundle)
     for messages in (MESSAGES, MESSAGES[1:2]):
         prompt = genai.of(chat_bundle)("template", messages=messages)
         assert prompt == model.apply_chat_template(messages)
@@ -307,7 +312,7 @@ def test_the_chat_template_gives_the_same_prompt_and_answer(chat_bundle, genai):
 
 
 def test_the_turns_of_a_conversation(chat_bundle, genai):
-    model = doge_onnx.load(chat_bundle)
+    model = own(chat_bundle)
     chat = model.chat(temperature=0, max_new_tokens=40)
     tokenizer = Tokenizer(chat_bundle / "tokenizer.json")
     actions, answers, before = [], [], ""
@@ -349,7 +354,7 @@ def test_the_configuration_is_that_of_the_checkpoint(chat_bundle, tiny_bundle, g
 
 
 def test_what_its_configuration_takes_over_has_the_same_effect(chat_bundle, genai):
-    model = doge_onnx.load(chat_bundle)
+    model = own(chat_bundle)
     ids = model.tokenizer.encode(PROMPT)
     texts = []
     longer = {"min_length": len(ids) + 20}
@@ -365,7 +370,7 @@ def test_what_its_configuration_takes_over_has_the_same_effect(chat_bundle, gena
 
 def test_sampling_as_the_checkpoint_recommends(chat_bundle, genai):
     run = genai.of(chat_bundle)
-    model = doge_onnx.load(chat_bundle)
+    model = own(chat_bundle)
     ids = model.tokenizer.encode("Hello")
     asked = {"prompts": [ids], "max_length": len(ids) + 12}
     texts = [run("generate", **asked, random_seed=seed)[0] for seed in (1, 1, 2, 3)]
@@ -399,7 +404,7 @@ def test_the_examples_in_the_documentation(chat_bundle, tmp_path):
     # The last one, which is indented, is a part of another.
     plain, chat = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     (tmp_path / "bundle").symlink_to(chat_bundle)
-    model = doge_onnx.load(chat_bundle)
+    model = own(chat_bundle)
     messages = [{"role": "user", "content": "Hello"}]
     for code, prompt, printed in ((plain, "Once upon a time", ""), (chat, messages, None)):
         result = subprocess.run(
