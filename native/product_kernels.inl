@@ -8,6 +8,7 @@ namespace KERNEL_SET {
 
 constexpr int kStrip = W < 16 ? 16 : 32;      // columns that a strip of float32 weights has
 constexpr int kStripVectors = kStrip / W;
+
 // Rows of a block of a product that is kept in registers.
 #if defined(KERNEL_PLAIN)
 constexpr int kTileRows = 2;
@@ -18,6 +19,16 @@ constexpr int kTileRows = 6;
 #endif
 
 ALWAYS_INLINE int least(int a, int b) { return a < b ? a : b; }
+
+// Calls function(first, count) for groups of about equal size, of at most MOST of all rows.
+template <int MOST, class Function>
+ALWAYS_INLINE void in_groups(int rows, Function function) {
+  const int groups = (rows + MOST - 1) / MOST;
+  for (int i = 0; i < groups; i++) {
+    const int first = static_cast<int>(static_cast<int64_t>(rows) * i / groups);
+    function(first, static_cast<int>(static_cast<int64_t>(rows) * (i + 1) / groups) - first);
+  }
+}
 
 // Formats of unquantized weights.
 struct Float {
@@ -364,8 +375,7 @@ static void pack_codes(const Columns& columns, size_t group, size_t groups, int 
     for (int c = 0; c < W; c += 4) {
       const float* from[4];
       for (int i = 0; i < 4; i++) from[i] = columns.scales_of(column + c + i) + block;
-      transpose_four(from, blocks, packed->scales[0][half] + c,
-                     kPackedColumns);
+      transpose_four(from, blocks, packed->scales[0][half] + c, kPackedColumns);
     }
   }
 }
@@ -427,16 +437,6 @@ static void packed_tile(const Packed& packed, const BlockLayout& layout, int blo
         store(to, before + to_floats(block[r][half]) * load(packed.scales[b][half]));
       }
     }
-  }
-}
-
-// Calls function(first, count) for groups of about equal size, of at most MOST of all rows.
-template <int MOST, class Function>
-ALWAYS_INLINE void in_groups(int rows, Function function) {
-  const int groups = (rows + MOST - 1) / MOST;
-  for (int i = 0; i < groups; i++) {
-    const int first = static_cast<int>(static_cast<int64_t>(rows) * i / groups);
-    function(first, static_cast<int>(static_cast<int64_t>(rows) * (i + 1) / groups) - first);
   }
 }
 
@@ -756,20 +756,14 @@ static void tile_of(int rows, const float* a, size_t lda, const float* strip, in
 // All rows of a with one strip, of whose columns the first n are wanted.
 static void multiply_strip(const float* a, size_t lda, int rows, const float* strip, int k, float* c, size_t ldc,
                            int n, bool add) {
-  const int tiles = (rows + kTileRows - 1) / kTileRows;
-  for (int i = 0; i < tiles; i++) {
-    const int first = static_cast<int>(static_cast<int64_t>(rows) * i / tiles);
-    const int count = static_cast<int>(static_cast<int64_t>(rows) * (i + 1) / tiles) - first;
+  in_groups<kTileRows>(rows, [&](int first, int count) {
     float* to = c + first * ldc;
-    if (n == kStrip) {
-      tile_of(count, a + first * lda, lda, strip, k, to, ldc, add);
-      continue;
-    }
+    if (n == kStrip) return tile_of(count, a + first * lda, lda, strip, k, to, ldc, add);
     float part[kTileRows * kStrip];
     tile_of(count, a + first * lda, lda, strip, k, part, kStrip, false);
     for (int r = 0; r < count; r++)
       for (int j = 0; j < n; j++) to[r * ldc + j] = add ? to[r * ldc + j] + part[r * kStrip + j] : part[r * kStrip + j];
-  }
+  });
 }
 
 static void gemm_panel(const float* a, size_t lda, int m, const float* panel, int k, float* c, size_t ldc, int n,

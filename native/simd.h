@@ -164,10 +164,9 @@ ALWAYS_INLINE Ints add_pairs(Ints total, Shorts a, Shorts b) {
 #endif
 // Transposes the 4 x 4 numbers that each 128 bits of four vectors hold: number i of vector j becomes
 // number j of vector i.
-template <class Vector>
-ALWAYS_INLINE void transpose_quads(Vector* x) {
-  const Vector p = SHUFFLED(x[0], x[1], 0, W, 1, W + 1), q = SHUFFLED(x[2], x[3], 0, W, 1, W + 1);
-  const Vector r = SHUFFLED(x[0], x[1], 2, W + 2, 3, W + 3), s = SHUFFLED(x[2], x[3], 2, W + 2, 3, W + 3);
+ALWAYS_INLINE void transpose_quads(Ints* x) {
+  const Ints p = SHUFFLED(x[0], x[1], 0, W, 1, W + 1), q = SHUFFLED(x[2], x[3], 0, W, 1, W + 1);
+  const Ints r = SHUFFLED(x[0], x[1], 2, W + 2, 3, W + 3), s = SHUFFLED(x[2], x[3], 2, W + 2, 3, W + 3);
   x[0] = SHUFFLED(p, q, 0, 1, W, W + 1);
   x[1] = SHUFFLED(p, q, 2, 3, W + 2, W + 3);
   x[2] = SHUFFLED(r, s, 0, 1, W, W + 1);
